@@ -1,0 +1,70 @@
+"""Questions about the gradients of parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["GradientStamp", "any_nonzero", "poison_unless"]
+
+
+class GradientStamp:
+    """Remembers one gradient, to tell later whether anything has written to it.
+
+    Args:
+        groups: Parameter groups.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self._gradient = _first(groups)
+        self._version = None if self._gradient is None else self._gradient._version
+
+    def is_current(self, groups: list[dict[str, Any]]) -> bool:
+        """Return whether the gradients are those of construction, unwritten since.
+
+        Args:
+            groups: The same parameter groups.
+        """
+        gradient = _first(groups)
+        return gradient is not None and gradient is self._gradient and gradient._version == self._version
+
+
+def any_nonzero(groups: list[dict[str, Any]]) -> bool:
+    """Return whether any gradient has a non-zero entry; waits for the device.
+
+    Args:
+        groups: Parameter groups.
+    """
+    return any(bool(_entries(gradient).count_nonzero()) for gradient in _gradients(groups))
+
+
+def poison_unless(finite: Tensor, groups: list[dict[str, Any]]) -> None:
+    """Make one entry of the gradients nan where the first pass's were not finite, without asking the device.
+
+    The base optimizer, or a ``GradScaler`` before it, then meets a non-finite gradient as it would have without us.
+
+    Args:
+        finite: 0-dim boolean tensor.
+        groups: Parameter groups, with the second pass's gradients.
+    """
+    values = next((entries for gradient in _gradients(groups) if (entries := _entries(gradient)).numel()), None)
+    if values is None:
+        return
+    first_entry = values[(slice(0, 1),) * values.dim()]
+    with torch.no_grad():
+        first_entry.copy_(torch.where(finite.to(values.device, non_blocking=True), first_entry, torch.nan))
+
+
+def _first(groups: list[dict[str, Any]]) -> Tensor | None:
+    return next(_gradients(groups), None)
+
+
+def _gradients(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    return (p.grad for group in groups for p in group["params"] if p.grad is not None)
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    return (gradient._values() if gradient.is_sparse else gradient).detach()

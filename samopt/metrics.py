@@ -1,0 +1,66 @@
+"""What one step measured, kept on the device until somebody reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["StepMetrics"]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Measurements of the latest pair of passes, as 0-dim tensors on the training device.
+
+    Reading a tensor's value (``float(...)``, ``to_dict()``) is what waits for the device; making them does not. Under a
+    ``GradScaler`` both gradient norms are those of the scaled gradients. A field is None where it was not measured.
+
+    Attributes:
+        loss: Loss of the first pass, at ``w``.
+        perturbed_loss: Loss of the second pass, at ``w + epsilon``; None where no second pass was needed.
+        grad_norm: ``||g||_2`` over the perturbed parameters at ``w``.
+        perturbed_grad_norm: ``||g||_2`` over the same parameters at ``w + epsilon``.
+        radius: Radius asked for, in the metric's norm; the largest among the groups. 0 where nothing was perturbed.
+        applied_radius: Norm of the perturbation really applied, in the metric's norm: measured after rounding for
+            bf16 and fp16 parameters, equal to the radius asked up to rounding for the others.
+    """
+
+    loss: Tensor | None = None
+    perturbed_loss: Tensor | None = None
+    grad_norm: Tensor | None = None
+    perturbed_grad_norm: Tensor | None = None
+    radius: Tensor | None = None
+    applied_radius: Tensor | None = None
+
+    @property
+    def sharpness(self) -> Tensor | None:
+        """``perturbed_loss - loss``, the one-step sharpness SAM minimises (Foret et al. 2021, equation 1)."""
+        if self.loss is None or self.perturbed_loss is None:
+            return None
+        return self.perturbed_loss - self.loss
+
+    def to_dict(self) -> dict[str, float]:
+        """Return every measured value, ``sharpness`` included, as a float; waits for the device."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)} | {"sharpness": self.sharpness}
+        return {name: float(value) for name, value in named.items() if value is not None}
+
+
+def as_scalar(loss: Any) -> Tensor | None:
+    """Return the loss inside what a closure returned, detached, or None where none can be found.
+
+    Args:
+        loss: A 0-dim (or one-element) tensor, a number, a mapping with the key "loss", an object with a ``loss``
+            attribute, or a tuple or list whose first entry is one of these.
+    """
+    if isinstance(loss, Tensor):
+        return loss.detach().reshape(()) if loss.numel() == 1 else None
+    if isinstance(loss, int | float):
+        return torch.tensor(float(loss))
+    if isinstance(loss, tuple | list):
+        return as_scalar(loss[0]) if loss else None
+    if isinstance(loss, dict):
+        return as_scalar(loss.get("loss"))
+    return as_scalar(getattr(loss, "loss", None)) if loss is not None else None

@@ -1,0 +1,213 @@
+"""The move to ``w + epsilon`` with the exact way back; besides the base optimizer, the only writer of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samopt import kernels
+from samopt.geometry import Euclidean, Metric
+from samopt.kernels import Backend, Backup, Block
+from samopt.kernels.reference import vector_norm
+
+__all__ = ["Perturbation", "Region", "Target", "gradient_norm", "largest_radius"]
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Region:
+    """The ball that one parameter group's weights may move in.
+
+    Attributes:
+        radius: Its radius ``r``, a number or a 0-dim tensor that is never read on the host.
+        eta: Stabiliser of the metric.
+        sign: 1 to move uphill, -1 for a group that is maximised.
+    """
+
+    radius: float | Tensor
+    eta: float
+    sign: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight, the direction it moves in, and the region of its group."""
+
+    weight: Tensor
+    direction: Tensor
+    region: Region
+
+
+class Perturbation:
+    """One ascent, ``epsilon = r T^2 d / ||T d||_2`` (l2) or ``r T sign(d)`` (l-infinity), over all targets at once.
+
+    Nothing is written before ``apply``; ``undo`` puts every saved bit back and may be called any number of times,
+    whatever ``apply`` had done when it was interrupted.
+
+    Args:
+        targets: What moves. The norm is global over all of them.
+        metric: The elementwise metric ``T``; tensors it does not apply to use ``T = 1``.
+        linf: True for the l-infinity ball.
+        backend: Name of a kernel backend, or "auto".
+
+    Raises:
+        RuntimeError: If the named backend cannot run one of the targets.
+    """
+
+    def __init__(self, targets: Iterable[Target], metric: Metric, *, linf: bool = False, backend: str = "auto") -> None:
+        self._parts = [
+            _Part(block, region, kernels.select(block, backend)) for block, region in _group(targets, metric, linf)
+        ]
+        self._saved: list[tuple[Backend, list[Backup]]] = []
+        self._linf = linf
+        lengths = [part.backend.norm(part.block) for part in self._parts]
+        self._lengths = lengths
+        self.norm = self._combine(lengths)
+        """``||T d||_2`` over every target: a 0-dim tensor on the first target's device."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to move."""
+        return not self._parts
+
+    @property
+    def usable(self) -> bool | None:
+        """Whether the norm is finite and positive; None where telling would wait for an accelerator."""
+        if self.norm.device.type != "cpu":
+            return None
+        norm = float(self.norm)
+        return 0.0 < norm < float("inf")
+
+    def gradient_norm(self) -> Tensor:
+        """Return ``||d||_2`` over every target, without the metric: 0-dim, on the device of ``norm``.
+
+        Costs one more read of the directions where the metric is not the identity.
+        """
+        plain = [
+            length if part.block.metric is None else part.backend.norm(part.block.without_metric())
+            for part, length in zip(self._parts, self._lengths, strict=True)
+        ]
+        return self._combine(plain)
+
+    def apply(self, noise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Save every weight, then move all of them uphill.
+
+        A norm that is zero, infinite or nan moves nothing.
+
+        Args:
+            noise: Uniform [0, 1) numbers for the stochastic rounding of bf16 and fp16 weights; None rounds to nearest.
+
+        Returns:
+            The norm of what was really applied, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity), 0-dim:
+            measured after rounding for low-precision weights, the radius asked for the others.
+        """
+        saved = [(part.backend, part.backend.save(part.block)) for part in self._parts]
+        self._saved = saved
+        applied = []
+        for part, length, (_, backups) in zip(self._parts, self._lengths, saved, strict=True):
+            scale = self._scale(part.region, length.device)
+            weights = part.block.weights
+            with torch.no_grad():
+                part.backend.ascend(part.block, scale, noise)
+            if weights[0].dtype in _LOW_PRECISION:
+                applied.append(_measure(part.block, backups, self._linf))
+            else:
+                applied.append(scale.abs() * (length > 0) if self._linf else scale.abs() * length.nan_to_num(0, 0, 0))
+        return self._combine(applied, largest=self._linf)
+
+    def release_directions(self) -> None:
+        """Forget the directions, which ``apply`` no longer needs, so that their memory can be reused."""
+        self._parts = []
+
+    def undo(self) -> None:
+        """Write every saved weight back, bit for bit."""
+        with torch.no_grad():
+            for backend, backups in self._saved:
+                backend.restore(backups)
+        self._saved = []
+
+    @staticmethod
+    def _combine(lengths: Sequence[Tensor], *, largest: bool = False) -> Tensor:
+        if not lengths:
+            return torch.zeros(())
+        home = lengths[0].device
+        gathered = torch.stack([length.to(home, non_blocking=True) for length in lengths])
+        return gathered.amax() if largest else vector_norm(gathered)
+
+    def _scale(self, region: Region, device: torch.device) -> Tensor:
+        """Return the factor of ``T^2 d`` (l2) or ``T sign(d)`` (l-infinity): 0 where the norm cannot be used."""
+        norm = self.norm
+        usable = torch.isfinite(norm) & (norm > 0)
+        radius = region.radius
+        if isinstance(radius, Tensor):
+            radius = radius.to(device=norm.device, dtype=norm.dtype, non_blocking=True)
+        size = radius * torch.ones_like(norm) if self._linf else radius / norm
+        largest = torch.finfo(torch.float32).max
+        scale = torch.where(usable, region.sign * size, torch.zeros_like(norm)).clamp(-largest, largest)
+        return scale.to(device, non_blocking=True)
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return ``||g||_2`` over the gradients that ``parameters`` have: 0-dim, on the first one's device.
+
+    Args:
+        parameters: Parameters; those without a gradient do not count.
+    """
+    region = Region(0.0, 0.0, 1)
+    targets = [Target(p, p.grad.detach(), region) for p in parameters if p.grad is not None]
+    with torch.no_grad():
+        return Perturbation(targets, Euclidean()).norm
+
+
+def largest_radius(targets: Iterable[Target]) -> Tensor:
+    """Return the largest radius among the targets' regions, 0-dim; 0 without targets.
+
+    Args:
+        targets: Targets.
+    """
+    radii = {id(target.region): target.region.radius for target in targets}.values()
+    numbers = [radius for radius in radii if not isinstance(radius, Tensor)]
+    tensors = [radius for radius in radii if isinstance(radius, Tensor)]
+    largest = torch.tensor(float(max(numbers, default=0.0)))
+    return torch.stack([largest.to(tensors[0]), *tensors]).amax() if tensors else largest
+
+
+@dataclass(frozen=True)
+class _Part:
+    block: Block
+    region: Region
+    backend: Backend
+
+
+def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[Block, Region]]:
+    """Sort targets into blocks that one kernel call can treat alike, in order of first appearance."""
+    parts: dict[tuple[object, ...], tuple[Block, Region]] = {}
+    for target in targets:
+        weight, direction, region = target.weight, target.direction, target.region
+        own = metric if metric.name != "euclidean" and metric.applies_to(weight) else None
+        key = (id(region), weight.device, weight.dtype, direction.layout, direction.dtype, own is None)
+        if key not in parts:
+            parts[key] = (Block([], [], own, region.eta, linf), region)
+        block, _ = parts[key]
+        block.weights.append(weight)
+        block.directions.append(direction)
+    return list(parts.values())
+
+
+def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:
+    """Return ``||T^-1 (w' - w)||`` of a low-precision block from its saved and present weights."""
+    lengths = []
+    for weight, direction, backup in zip(block.weights, block.directions, backups, strict=True):
+        values = direction.coalesce().values() if direction.is_sparse else direction
+        now = weight.detach() if backup.rows is None else weight.detach()[backup.rows]
+        before = backup.values.float()
+        moved = now.float() - before
+        if block.metric is not None:
+            moved /= block.metric.scale(before, values.float(), block.eta)
+        lengths.append(moved.abs().amax() if linf and moved.numel() else vector_norm(moved))
+    stacked = torch.stack(lengths)
+    return stacked.amax() if linf else vector_norm(stacked)

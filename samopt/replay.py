@@ -1,0 +1,167 @@
+"""A second pass that sees what the first one saw: random numbers replayed, buffers put back."""
+
+from __future__ import annotations
+
+import random
+import sys
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Replay", "RngState"]
+
+
+@dataclass(frozen=True)
+class RngState:
+    """Every global random stream a training step may draw from: torch CPU, accelerators, ``random``, NumPy."""
+
+    cpu: Tensor
+    accelerators: tuple[tuple[torch.device, Tensor], ...]
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | dict[str, Any] | None
+
+    @classmethod
+    def capture(cls, devices: Iterable[torch.device] = ()) -> RngState:
+        """Return the present state of the global streams.
+
+        Args:
+            devices: Accelerator devices whose streams to include; others are ignored.
+        """
+        accelerators = tuple(
+            (device, _device_module(device).get_rng_state(device)) for device in devices if device.type != "cpu"
+        )
+        numpy_random = sys.modules.get("numpy.random")
+        return cls(
+            torch.get_rng_state(),
+            accelerators,
+            random.getstate(),
+            numpy_random.get_state() if numpy_random is not None else None,
+        )
+
+    def restore(self) -> None:
+        """Put the global streams back to this state."""
+        torch.set_rng_state(self.cpu)
+        for device, state in self.accelerators:
+            _device_module(device).set_rng_state(state, device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy.random"].set_state(self.numpy)
+
+
+class Replay:
+    """Watches a model's forward calls in the first pass and repeats their surroundings in the second.
+
+    In the first pass the random state before each call that builds a graph is recorded; in the second, the k-th call
+    starts from the k-th record, so dropout draws the same masks. Buffers (normalisation statistics and all others) and
+    the random streams end where the first pass left them.
+
+    Args:
+        model: The module whose calls to watch, or None to look after the random streams only.
+        devices: Accelerators whose random streams the model may use.
+    """
+
+    def __init__(self, model: nn.Module | None, devices: Iterable[torch.device]) -> None:
+        self.model = model
+        self._calls = _CallRecorder(())
+        self.use_devices(devices)
+        self._buffers: list[_SavedBuffer] = []
+        self._end: RngState | None = None
+        if model is not None:
+            handle = model.register_forward_pre_hook(self._calls)
+            weakref.finalize(self, handle.remove)
+
+    def use_devices(self, devices: Iterable[torch.device]) -> None:
+        """Set the devices whose random streams the model may use.
+
+        Args:
+            devices: Any devices; the CPU's stream is always included.
+        """
+        self._calls.devices = tuple(device for device in devices if device.type != "cpu")
+
+    def capture(self) -> RngState:
+        """Return the present random state of the streams this model may use."""
+        return RngState.capture(self._calls.devices or ())
+
+    def begin(self, start: RngState | None = None) -> None:
+        """Enter the second pass.
+
+        Args:
+            start: Random state at the start of the first pass, where known.
+        """
+        self._buffers = [] if self.model is None else _save_buffers(self.model)
+        self._end = self.capture()
+        self._calls.replaying = True
+        if start is not None:
+            start.restore()
+
+    def end(self) -> None:
+        """Leave the second pass: buffers and random streams as the first pass left them; may be called again."""
+        for saved in self._buffers:
+            saved.restore()
+        if self._end is not None:
+            self._end.restore()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was recorded, ready for the next first pass."""
+        self._calls.clear()
+        self._buffers = []
+        self._end = None
+
+
+class _CallRecorder:
+    """The forward pre-hook; holds no reference to the optimizer, and copies of a hooked model get an inert one."""
+
+    _LIMIT = 4096  # calls in one pass; beyond it masks are not replayed, so that memory stays bounded
+
+    def __init__(self, devices: tuple[torch.device, ...] | None) -> None:
+        self.devices = devices
+        self.clear()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or self.devices is None or not torch.is_grad_enabled():
+            return
+        if not self.replaying:
+            if len(self._states) < self._LIMIT:
+                self._states.append(RngState.capture(self.devices))
+        elif self._position < len(self._states):
+            self._states[self._position].restore()
+            self._position += 1
+
+    def clear(self) -> None:
+        self._states: list[RngState] = []
+        self._position = 0
+        self.replaying = False
+
+    def __reduce__(self) -> tuple[type[_CallRecorder], tuple[None]]:
+        return _CallRecorder, (None,)
+
+
+@dataclass(frozen=True)
+class _SavedBuffer:
+    owner: nn.Module
+    name: str
+    buffer: Tensor
+    value: Tensor
+
+    def restore(self) -> None:
+        if self.owner._buffers.get(self.name) is not self.buffer:
+            self.owner._buffers[self.name] = self.buffer
+        with torch.no_grad():
+            self.buffer.copy_(self.value)
+
+
+def _save_buffers(model: nn.Module) -> list[_SavedBuffer]:
+    return [
+        _SavedBuffer(module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+
+
+def _device_module(device: torch.device) -> Any:
+    return getattr(torch, device.type)

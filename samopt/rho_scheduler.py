@@ -1,0 +1,158 @@
+"""Schedules for the radius, driven the way torch's learning-rate schedulers are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from samopt.optimizer import SharpnessAwareOptimizer
+
+__all__ = ["RhoScheduler"]
+
+
+class RhoScheduler:
+    """Multiplies each group's initial ``rho`` by a factor that depends on the number of ``step()`` calls.
+
+    Like torch's schedulers it takes effect on construction (with step 0) and at each ``step()``; call that after
+    ``optimizer.step()``.
+
+    Args:
+        optimizer: The sharpness-aware optimizer whose ``rho`` to drive.
+        factor: Called as ``factor(step)``, returns a number >= 0.
+
+    Raises:
+        TypeError: If ``optimizer`` is not a sharpness-aware optimizer.
+        ValueError: If ``factor`` returns a negative or non-finite number; the groups keep their ``rho``.
+
+    Example:
+        >>> import torch, samopt
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = samopt.SAM([w], torch.optim.SGD, rho=0.2, lr=0.1)
+        >>> scheduler = samopt.RhoScheduler.linear_warmup(optimizer, steps=4)
+        >>> [round((scheduler.step(), scheduler.get_last_rho()[0])[1], 3) for _ in range(5)]
+        [0.05, 0.1, 0.15, 0.2, 0.2]
+    """
+
+    def __init__(self, optimizer: SharpnessAwareOptimizer, factor: Callable[[int], float]) -> None:
+        if not isinstance(optimizer, SharpnessAwareOptimizer):
+            raise TypeError(
+                f"RhoScheduler drives the rho of a samopt optimizer, got {type(optimizer).__name__}; wrap it first, as "
+                "in samopt.SAM(optimizer, rho=0.05)"
+            )
+        self.optimizer = optimizer
+        self._factor = factor
+        self._key = optimizer.option_key("rho")
+        self.base_rhos = [group[self._key] for group in optimizer.param_groups]
+        self.last_step = 0
+        self._apply()
+
+    @classmethod
+    def linear_warmup(cls, optimizer: SharpnessAwareOptimizer, steps: int, start: float = 0.0) -> RhoScheduler:
+        """Return a schedule that rises linearly from ``start`` times ``rho`` to ``rho``, and stays there.
+
+        A radius that is right for a trained network can hold a freshly initialised one at the saddle it starts from.
+
+        Args:
+            optimizer: The optimizer to drive.
+            steps: Number of scheduler steps to rise over, > 0.
+            start: Factor at step 0, in [0, 1]. With 0, step 0 costs one pass.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        _check_steps(steps)
+        if not 0 <= start <= 1:
+            raise ValueError(f"start must be in [0, 1], got {start}")
+        return cls(optimizer, lambda step: min(1.0, start + (1.0 - start) * step / steps))
+
+    @classmethod
+    def cosine(cls, optimizer: SharpnessAwareOptimizer, steps: int, final: float = 0.0) -> RhoScheduler:
+        """Return a schedule that falls from ``rho`` to ``final`` times ``rho`` along half a cosine, and stays there.
+
+        Args:
+            optimizer: The optimizer to drive.
+            steps: Number of scheduler steps to fall over, > 0.
+            final: Factor at the end, >= 0.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        _check_steps(steps)
+        if not final >= 0:
+            raise ValueError(f"final must be >= 0, got {final}")
+        return cls(
+            optimizer,
+            lambda step: final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps)),
+        )
+
+    @classmethod
+    def proportional_to_lr(
+        cls, optimizer: SharpnessAwareOptimizer, max_lr: float, min_lr: float = 0.0, min_factor: float = 0.0
+    ) -> RhoScheduler:
+        """Return a schedule that follows the learning rate of the first group.
+
+        ``rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min)``: Zhuang et al. 2022, "Surrogate
+        Gap Minimization Improves Sharpness-Aware Training", section 4.2. Call ``step()`` after the learning-rate
+        scheduler's.
+
+        Args:
+            optimizer: The optimizer to drive.
+            max_lr: Learning rate at which ``rho`` is the group's own.
+            min_lr: Learning rate at which it is ``min_factor`` times that.
+            min_factor: Smallest factor, in [0, 1].
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if not max_lr > min_lr:
+            raise ValueError(f"max_lr must be larger than min_lr, got {max_lr} and {min_lr}")
+        if not 0 <= min_factor <= 1:
+            raise ValueError(f"min_factor must be in [0, 1], got {min_factor}")
+
+        def factor(step: int) -> float:
+            fraction = (float(optimizer.param_groups[0]["lr"]) - min_lr) / (max_lr - min_lr)
+            return min_factor + (1.0 - min_factor) * min(max(fraction, 0.0), 1.0)
+
+        return cls(optimizer, factor)
+
+    def step(self) -> None:
+        """Advance by one and set every group's ``rho``.
+
+        Raises:
+            ValueError: If the factor is negative or not finite.
+        """
+        self.last_step += 1
+        self._apply()
+
+    def get_last_rho(self) -> list[float]:
+        """Return each group's present ``rho``."""
+        return [group[self._key] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps and the initial radii; the factor itself is code and is not saved."""
+        return {"last_step": self.last_step, "base_rhos": list(self.base_rhos)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state, and set every group's ``rho`` accordingly.
+
+        Args:
+            state_dict: What ``state_dict`` returned.
+        """
+        self.last_step = state_dict["last_step"]
+        self.base_rhos = list(state_dict["base_rhos"])
+        self._apply()
+
+    def _apply(self) -> None:
+        factor = self._factor(self.last_step)
+        if not (factor >= 0 and math.isfinite(factor)):
+            raise ValueError(f"the factor of rho must be >= 0 and finite, got {factor} at step {self.last_step}")
+        groups = self.optimizer.param_groups
+        self.base_rhos += [group[self._key] for group in groups[len(self.base_rhos) :]]
+        for group, rho in zip(groups, self.base_rhos, strict=True):
+            group[self._key] = rho * factor
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")

@@ -1,0 +1,104 @@
+"""One second pass: what it changes on entry, what it puts back on exit, what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samopt.geometry import Metric
+from samopt.metrics import StepMetrics, as_scalar
+from samopt.perturbation import Perturbation, Target, gradient_norm, largest_radius
+from samopt.replay import Replay, RngState
+
+__all__ = ["SecondPass"]
+
+
+class SecondPass:
+    """The time between ascent and restore; ``SharpnessAwareOptimizer.perturbed`` yields it.
+
+    Making one measures and changes nothing. ``enter`` takes the gradients and moves the weights; ``leave`` undoes it.
+
+    Args:
+        gradients: Every parameter with its gradient of the first pass.
+        targets: What moves.
+        metric: The metric ``T``.
+        linf: True for the l-infinity ball.
+        backend: Name of a kernel backend, or "auto".
+        first_loss: What the first pass returned.
+        measure_grad_norms: Whether to measure both gradient norms.
+
+    Attributes:
+        loss: Set it to the second pass's loss to have it in ``last_step``.
+    """
+
+    def __init__(
+        self,
+        gradients: Sequence[tuple[Tensor, Tensor]],
+        targets: Sequence[Target],
+        metric: Metric,
+        *,
+        linf: bool,
+        backend: str,
+        first_loss: Any,
+        measure_grad_norms: bool,
+    ) -> None:
+        self.loss: Any = None
+        with torch.no_grad():
+            self._perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
+            norm = self._perturbation.gradient_norm() if measure_grad_norms else None
+        self.is_needed = self._perturbation.usable is not False
+        """False where the host knows that nothing moves: the first gradients are all zero, or not all finite."""
+        self._gradients = gradients
+        self._moving = [target.weight for target in targets]
+        self._measure_grad_norms = measure_grad_norms
+        self._metrics = StepMetrics(
+            loss=as_scalar(first_loss),
+            grad_norm=norm,
+            radius=largest_radius(targets),
+            applied_radius=torch.zeros(()),
+        )
+
+    def enter(self, replay: Replay, start: RngState | None, noise: Callable[[Tensor], Tensor] | None) -> None:
+        """Take the gradients and move the weights to ``w + epsilon``.
+
+        Args:
+            replay: Repeats the first pass's surroundings.
+            start: Random state at the start of the first pass, where known.
+            noise: Numbers for stochastic rounding, or None.
+        """
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        replay.begin(start)
+        if self.is_needed:
+            self._metrics = replace(self._metrics, applied_radius=self._perturbation.apply(noise))
+            self._gradients = []
+        self._perturbation.release_directions()
+        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
+
+    def leave(self, replay: Replay) -> None:
+        """Put weights, buffers and random streams back; may be called again if it was interrupted.
+
+        Gradients of the first pass that were not used, because they were zero or not finite, are put back too.
+
+        Args:
+            replay: As for ``enter``.
+        """
+        self._perturbation.undo()
+        replay.end()
+        torch.clear_autocast_cache()
+        if not self.is_needed:
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient
+
+    def measure(self) -> StepMetrics:
+        """Return what both passes measured; call it after ``leave``, with the second gradients in place."""
+        norm = gradient_norm(self._moving) if self._measure_grad_norms and self.is_needed else None
+        return replace(self._metrics, perturbed_loss=as_scalar(self.loss), perturbed_grad_norm=norm)
+
+    def first_gradients_finite(self) -> Tensor | None:
+        """Return whether the first gradients were finite, on their device; None where the host saw to it already."""
+        return torch.isfinite(self._perturbation.norm) if self._perturbation.usable is None else None
