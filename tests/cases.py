@@ -1,0 +1,149 @@
+"""The tables that drive the tests, and the independent oracles that they are held against.
+
+A new optimizer joins every conformance test by adding a row to ``VARIANTS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import samopt
+
+Epsilon = Callable[[Sequence[Tensor], Sequence[Tensor | None], Sequence[float]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A sharpness-aware optimizer with the fp64 formula of its perturbation."""
+
+    name: str
+    wrap: Callable[..., samopt.SharpnessAwareOptimizer]
+    epsilon: Epsilon
+    rho: float
+
+
+def sam_epsilon(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float]) -> list[Tensor]:
+    """``rho g / ||g||`` in fp64 (Foret et al. 2021, equation 2)."""
+    wide = [torch.zeros_like(w, dtype=torch.float64) if g is None else g.double() for w, g in zip(weights, gradients)]
+    norm = sum(float((g * g).sum()) for g in wide) ** 0.5
+    return [rho * g / norm if norm > 0 else g for g, rho in zip(wide, rhos)]
+
+
+def asam_epsilon(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float], eta: float = 0.01
+) -> list[Tensor]:
+    """``rho T^2 g / ||T g||`` in fp64 with ``T = |w| + eta``, and 1 where dim <= 1 (Kwon et al. 2021, algorithm 1)."""
+    wide = [torch.zeros_like(w, dtype=torch.float64) if g is None else g.double() for w, g in zip(weights, gradients)]
+    lengths = [w.double().abs() + eta if w.dim() > 1 else torch.ones_like(w, dtype=torch.float64) for w in weights]
+    norm = sum(float(((t * g) ** 2).sum()) for t, g in zip(lengths, wide)) ** 0.5
+    return [rho * t * t * g / norm if norm > 0 else g for t, g, rho in zip(lengths, wide, rhos)]
+
+
+VARIANTS = [
+    Variant("sam", samopt.SAM, sam_epsilon, 0.05),
+    Variant("asam", samopt.ASAM, asam_epsilon, 0.5),
+]
+
+BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
+    "sgd-momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, foreach=False),
+    "adamw-foreach": lambda params: torch.optim.AdamW(params, lr=0.01, foreach=True),
+    "adamw-fused": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
+}
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+# Largest difference, relative to the update's own size, that one rounding per operation explains.
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 2e-6, "atol": 2e-7},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+}
+
+
+def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """A small classifier without randomness or buffers."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).to(dtype)
+
+
+def batch(dtype: torch.dtype = torch.float32, seed: int = 0, size: int = 16) -> tuple[Tensor, Tensor]:
+    """Inputs ``(size, 6)`` and labels ``(size,)``."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 6, generator=generator).to(dtype)
+    return x, torch.randint(3, (size,), generator=generator)
+
+
+def parameter_groups(model: nn.Module, rhos: Sequence[float]) -> list[dict[str, Any]]:
+    """One group with the first of ``rhos``, or two (weights, biases) with a ``rho`` each."""
+    parameters = list(model.parameters())
+    if len(rhos) == 1:
+        return [{"params": parameters, "rho": rhos[0]}]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "rho": rhos[0]},
+        {"params": [p for p in parameters if p.dim() <= 1], "rho": rhos[1]},
+    ]
+
+
+def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross-entropy in fp32."""
+    return nn.functional.cross_entropy(model(data[0]).float(), data[1])
+
+
+def closure_of(optimizer: torch.optim.Optimizer, model: nn.Module, data: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    """A closure by torch's contract."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, data)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def textbook_step(
+    model: nn.Module,
+    base: torch.optim.Optimizer,
+    data: tuple[Tensor, Tensor],
+    epsilon: Epsilon,
+) -> Tensor:
+    """One sharpness-aware step in plain torch around a stock base; each group's ``rho`` is the radius.
+
+    Returns:
+        The first pass's loss.
+    """
+    base.zero_grad()
+    first = loss_of(model, data)
+    first.backward()
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    rhos = [group["rho"] for group in base.param_groups for _ in group["params"]]
+    saved = [p.detach().clone() for p in parameters]
+    moves = epsilon(saved, [p.grad for p in parameters], rhos)
+    with torch.no_grad():
+        for p, move in zip(parameters, moves):
+            p.copy_(p.double() + move)
+    base.zero_grad()
+    loss_of(model, data).backward()
+    with torch.no_grad():
+        for p, value in zip(parameters, saved):
+            p.copy_(value)
+    base.step()
+    return first.detach()
+
+
+def bits(model: nn.Module) -> list[Tensor]:
+    """Copies of every parameter, to compare with ``torch.equal``."""
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same_bits(model: nn.Module, before: Sequence[Tensor]) -> bool:
+    """Whether every parameter holds exactly the values of ``before``."""
+    return all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
