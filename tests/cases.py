@@ -29,19 +29,25 @@ class Variant:
 
 def sam_epsilon(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float]) -> list[Tensor]:
     """``rho g / ||g||`` in fp64 (Foret et al. 2021, equation 2)."""
-    wide = [torch.zeros_like(w, dtype=torch.float64) if g is None else g.double() for w, g in zip(weights, gradients)]
+    wide = [
+        torch.zeros_like(w, dtype=torch.float64) if g is None else g.double()
+        for w, g in zip(weights, gradients, strict=True)
+    ]
     norm = sum(float((g * g).sum()) for g in wide) ** 0.5
-    return [rho * g / norm if norm > 0 else g for g, rho in zip(wide, rhos)]
+    return [rho * g / norm if norm > 0 else g for g, rho in zip(wide, rhos, strict=True)]
 
 
 def asam_epsilon(
     weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float], eta: float = 0.01
 ) -> list[Tensor]:
     """``rho T^2 g / ||T g||`` in fp64 with ``T = |w| + eta``, and 1 where dim <= 1 (Kwon et al. 2021, algorithm 1)."""
-    wide = [torch.zeros_like(w, dtype=torch.float64) if g is None else g.double() for w, g in zip(weights, gradients)]
+    wide = [
+        torch.zeros_like(w, dtype=torch.float64) if g is None else g.double()
+        for w, g in zip(weights, gradients, strict=True)
+    ]
     lengths = [w.double().abs() + eta if w.dim() > 1 else torch.ones_like(w, dtype=torch.float64) for w in weights]
-    norm = sum(float(((t * g) ** 2).sum()) for t, g in zip(lengths, wide)) ** 0.5
-    return [rho * t * t * g / norm if norm > 0 else g for t, g, rho in zip(lengths, wide, rhos)]
+    norm = sum(float(((t * g) ** 2).sum()) for t, g in zip(lengths, wide, strict=True)) ** 0.5
+    return [rho * t * t * g / norm if norm > 0 else g for t, g, rho in zip(lengths, wide, rhos, strict=True)]
 
 
 VARIANTS = [
@@ -128,12 +134,12 @@ def textbook_step(
     saved = [p.detach().clone() for p in parameters]
     moves = epsilon(saved, [p.grad for p in parameters], rhos)
     with torch.no_grad():
-        for p, move in zip(parameters, moves):
+        for p, move in zip(parameters, moves, strict=True):
             p.copy_(p.double() + move)
     base.zero_grad()
     loss_of(model, data).backward()
     with torch.no_grad():
-        for p, value in zip(parameters, saved):
+        for p, value in zip(parameters, saved, strict=True):
             p.copy_(value)
     base.step()
     return first.detach()
