@@ -218,6 +218,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             set_to_none: As for ``torch.optim.Optimizer.zero_grad``.
         """
         super().zero_grad(set_to_none=set_to_none)
+        self._replay.gradients_cleared()
         self._ready = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -106,6 +106,14 @@ class Replay:
             self._end.restore()
         self.forget()
 
+    def gradients_cleared(self) -> None:
+        """Note that gradients were cleared: a forward call from now on starts a new first pass.
+
+        Calls recorded before are dropped then, so that an abandoned first pass (an exception in its backward, say)
+        is not replayed; a loop that clears the gradients between forward and backward keeps its record.
+        """
+        self._calls.gradients_cleared()
+
     def forget(self) -> None:
         """Drop what was recorded, ready for the next first pass."""
         self._calls.clear()
@@ -126,13 +134,19 @@ class _CallRecorder:
         if torch.compiler.is_compiling() or self.devices is None or not torch.is_grad_enabled():
             return
         if not self.replaying:
+            if self._superseded:
+                self.clear()
             if len(self._states) < self._LIMIT:
                 self._states.append(RngState.capture(self.devices))
         elif self._position < len(self._states):
             self._states[self._position].restore()
             self._position += 1
 
+    def gradients_cleared(self) -> None:
+        self._superseded = not self.replaying
+
     def clear(self) -> None:
+        self._superseded = False
         self._states: list[RngState] = []
         self._position = 0
         self.replaying = False
