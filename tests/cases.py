@@ -153,3 +153,35 @@ def bits(model: nn.Module) -> list[Tensor]:
 def same_bits(model: nn.Module, before: Sequence[Tensor]) -> bool:
     """Whether every parameter holds exactly the values of ``before``."""
     return all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def second_gradient(
+    parameters: Sequence[Tensor], backward: Callable[[], Tensor], epsilon: Epsilon, radius: float
+) -> tuple[Tensor, Tensor]:
+    """Leave the gradient at ``w + epsilon`` in ``.grad`` and ``w`` as it was: both passes of the textbook, plain torch.
+
+    ``backward`` computes the loss of the whole batch, calls backward, however often, and returns the loss.
+
+    Returns:
+        Both passes' losses.
+    """
+    for p in parameters:
+        p.grad = None
+    first = backward()
+    saved = [p.detach().clone() for p in parameters]
+    gradients = [p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in parameters]
+    moves = epsilon(saved, gradients, [radius] * len(saved))
+    with torch.no_grad():
+        for p, move in zip(parameters, moves, strict=True):
+            p.copy_(p.double() + move)
+            p.grad = None
+    second = backward()
+    with torch.no_grad():
+        for p, value in zip(parameters, saved, strict=True):
+            p.copy_(value)
+    return first.detach(), second.detach()
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every parameter of every group, in order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
