@@ -128,6 +128,7 @@ class _CallRecorder:
 
     def __init__(self, devices: tuple[torch.device, ...] | None) -> None:
         self.devices = devices
+        self.replaying = False
         self.clear()
 
     def __call__(self, module: nn.Module, args: Any) -> None:

@@ -98,14 +98,16 @@ def test_interrupt_at_every_line(variant, dtype, take_step) -> None:
         assert same_bits(model, before) or same_bits(model, bits(finished)), where
         assert model[1].num_batches_tracked <= 1, where
 
-        # What was interrupted is forgotten: from here on, the run is that of a fresh optimizer around the same base.
-        if same_bits(model, before):
-            model.load_state_dict(finished.state_dict())
-            other = network(dtype)
-            other.load_state_dict(finished.state_dict())
-            stock = variant(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), model=other)
-            for each_model, each_optimizer in ((model, optimizer), (other, stock)):
-                torch.manual_seed(3)
-                if dtype is torch.float32:
-                    take_step(each_optimizer, each_model, data)
-            assert same_bits(model, bits(other)), where
+        if same_bits(model, before) and dtype is torch.float32:
+            assert_goes_on_like_new(model, optimizer, finished, take_step, data)
+
+
+def assert_goes_on_like_new(model, optimizer, weights: nn.Module, take_step, data) -> None:
+    """From here on, the interrupted run is that of a fresh optimizer: no momentum, no recorded masks are left."""
+    other = network(torch.float32)
+    fresh = samopt.SAM(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), model=other)
+    for each_model, each_optimizer in ((model, optimizer), (other, fresh)):
+        each_model.load_state_dict(weights.state_dict())
+        torch.manual_seed(3)
+        take_step(each_optimizer, each_model, data)
+    assert same_bits(model, bits(other))
