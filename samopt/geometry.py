@@ -71,4 +71,5 @@ class Fisher:
 
     def scale(self, weight: Tensor, direction: Tensor, eta: float) -> Tensor:
         """Return ``1 / sqrt(1 + eta |d|^2)``."""
-        return direction.abs().square_().mul_(eta).add_(1.0).rsqrt_()
+        length = direction.abs().mul_(eta**0.5)
+        return torch.hypot(length, torch.ones_like(length)).reciprocal_()  # the square of 1e30 would overflow

@@ -11,6 +11,7 @@ __all__ = ["ascend", "norm", "restore", "save", "supports", "vector_norm"]
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 _MIN_EXPONENT = {torch.bfloat16: -119, torch.float16: -14}  # keeps the spacing a normal fp32 number
+_SMALLEST = {torch.bfloat16: 2.0**-119, torch.float16: 0.0}  # what is smaller is rounded to nearest
 
 
 def supports(block: Block) -> str | None:
@@ -53,7 +54,7 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None) -> None:
         uphill = torch.sgn(values) if block.linf else values
         if block.metric is not None:
             length = block.metric.scale(start, values, block.eta)
-            uphill = uphill * (length if block.linf else length.square())
+            uphill = uphill * length if block.linf else uphill * length * length  # T^2 alone may underflow
         step = scale.to(start.real.dtype if start.is_complex() else start.dtype)
         target = start + torch.where(step != 0, uphill * step, torch.zeros_like(uphill))
         if noise is not None and weight.dtype in _MANTISSA_BITS:
@@ -127,4 +128,5 @@ def _round_stochastically(values: Tensor, dtype: torch.dtype, noise: NoiseSource
     below = quotient.floor()
     rounded = (below + (noise(values) < quotient - below)) * spacing
     largest = torch.finfo(dtype).max
-    return torch.where(torch.isfinite(values), rounded.clamp_(-largest, largest), values).to(dtype)
+    decided = torch.isfinite(values) & (values.abs() >= _SMALLEST[dtype])
+    return torch.where(decided, rounded.clamp_(-largest, largest), values).to(dtype)
