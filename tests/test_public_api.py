@@ -14,6 +14,7 @@ PUBLIC = [
     "ASAM",
     "SAM",
     "RhoScheduler",
+    "SecondPass",
     "SharpnessAwareOptimizer",
     "StepMetrics",
 ]
