@@ -7,9 +7,10 @@ from types import FrameType
 
 from torch.amp.grad_scaler import GradScaler, OptState
 
-__all__ = ["calling_scaler_stage"]
+__all__ = ["calling_scaler_stage", "is_unscaling"]
 
 _FRAMES = 12  # between GradScaler.step and ours: its helper, a scheduler's wrapper, step hooks
+_UNSCALE_FRAMES = 4  # between GradScaler.unscale_ and ours: its helper, an optimizer around this one
 
 
 def calling_scaler_stage() -> OptState | None:
@@ -26,3 +27,18 @@ def calling_scaler_stage() -> OptState | None:
             return stage
         frame = frame.f_back
     return None
+
+
+def is_unscaling() -> bool:
+    """Return whether a ``GradScaler.unscale_`` is reading the parameter groups, to divide their gradients.
+
+    It leaves no trace on the gradients, not even in their version counters, so the call stack is asked again.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_UNSCALE_FRAMES):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "unscale_" and isinstance(frame.f_locals.get("self"), GradScaler):
+            return True
+        frame = frame.f_back
+    return False

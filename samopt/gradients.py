@@ -8,28 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GradientStamp", "any_nonzero", "poison_unless"]
-
-
-class GradientStamp:
-    """Remembers one gradient, to tell later whether anything has written to it.
-
-    Args:
-        groups: Parameter groups.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        self._gradient = _first(groups)
-        self._version = None if self._gradient is None else self._gradient._version
-
-    def is_current(self, groups: list[dict[str, Any]]) -> bool:
-        """Return whether the gradients are those of construction, unwritten since.
-
-        Args:
-            groups: The same parameter groups.
-        """
-        gradient = _first(groups)
-        return gradient is not None and gradient is self._gradient and gradient._version == self._version
+__all__ = ["any_nonzero", "poison_unless"]
 
 
 def any_nonzero(groups: list[dict[str, Any]]) -> bool:
@@ -56,10 +35,6 @@ def poison_unless(finite: Tensor, groups: list[dict[str, Any]]) -> None:
     first_entry = values[(slice(0, 1),) * values.dim()]
     with torch.no_grad():
         first_entry.copy_(torch.where(finite.to(values.device, non_blocking=True), first_entry, torch.nan))
-
-
-def _first(groups: list[dict[str, Any]]) -> Tensor | None:
-    return next(_gradients(groups), None)
 
 
 def _gradients(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

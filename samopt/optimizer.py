@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from samopt import kernels
-from samopt.amp import calling_scaler_stage
+from samopt.amp import calling_scaler_stage, is_unscaling
 from samopt.geometry import Metric
-from samopt.gradients import GradientStamp, any_nonzero, poison_unless
+from samopt.gradients import any_nonzero, poison_unless
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.perturbation import Region, Target
 from samopt.replay import Replay, RngState
@@ -95,10 +95,20 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self.measure_grad_norms = measure_grad_norms
         self._rounding = RoundingNoise(seed) if stochastic_rounding else None
         self._stall = StallDetector() if warn_on_stall else None
-        self._ready: GradientStamp | None = None
-        self._current: SecondPass | None = None
         self._set_up_passes(model)
         self._validated_groups()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        if is_unscaling():
+            self._unscaled = True
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        if "base_optimizer" in self.__dict__:
+            self.base_optimizer.param_groups = value
 
     @property
     def last_step(self) -> StepMetrics:
@@ -132,7 +142,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         stage = calling_scaler_stage()
         if closure is None:
             self._require_second_gradient(stage)
-            self._ready = None
+            self._ready = False
             self._replay.forget()
             self.base_optimizer.step()
             return None
@@ -219,7 +229,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """
         super().zero_grad(set_to_none=set_to_none)
         self._replay.gradients_cleared()
-        self._ready = None
+        self._ready = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer.
@@ -254,8 +264,9 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _set_up_passes(self, model: nn.Module | None) -> None:
         self._replay = Replay(model, self._devices())
-        self._current = None
-        self._ready = None
+        self._current: SecondPass | None = None
+        self._ready = False  # whether the gradients are a second pass's
+        self._unscaled = False  # whether a GradScaler divided them since that pass began
         self._last_step = StepMetrics()
 
     def _own_state(self) -> dict[str, Any]:
@@ -264,7 +275,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         if self._rounding is not None:
             self._rounding.position = (own or {}).get("rounding", 0)
-        self._ready = None
+        self._ready = False
 
     def _step_with(self, closure: Callable[[], Any]) -> Any:
         """Give the base optimizer a closure that delivers the perturbed gradient at ``w``, as often as it asks."""
@@ -288,7 +299,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             return second.loss
 
         self.base_optimizer.step(oracle)
-        self._ready = None
+        self._ready = False
         self._watch_for_stall()
         return first_losses[0] if first_losses else None
 
@@ -319,7 +330,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             measure_grad_norms=self.measure_grad_norms,
         )
         self._replay.use_devices(self._devices())
-        self._ready = None
+        self._ready = False
+        self._unscaled = False
         self._current = second
         second.enter(self._replay, start, None if self._rounding is None else self._rounding.next())
         return second
@@ -337,7 +349,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             if finite is not None:
                 poison_unless(finite, self.param_groups)
             self._last_step = second.measure()
-            self._ready = GradientStamp(self.param_groups)
+            self._ready = True
         self._current = None
 
     def _watch_for_stall(self) -> None:
@@ -395,8 +407,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _require_second_gradient(self, stage: OptState | None) -> None:
         """Raise unless the gradients are a second pass's, or there is nothing that an ascent would change."""
-        if self._ready is not None:
-            if stage is OptState.UNSCALED and self._ready.is_current(self.param_groups):
+        if self._ready:
+            if stage is OptState.UNSCALED and not self._unscaled:
                 raise RuntimeError(
                     "the gradients of the second pass are still multiplied by the GradScaler's scale: "
                     "scaler.unscale_(optimizer) was called before the second pass; call it after the 'with "
