@@ -1,0 +1,1 @@
+"""Trains real models with and without sharpness-aware optimizers; ``python -m benchmarks --help`` says how."""

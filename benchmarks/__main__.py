@@ -1,0 +1,18 @@
+"""Entry point of ``python -m benchmarks``."""
+
+import sys
+
+EXTRA = ("matplotlib", "numpy", "rich", "sklearn")
+
+try:
+    from benchmarks.cli import main
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in EXTRA:
+        raise
+    sys.exit(
+        f"error: the benchmarks need {', '.join(EXTRA)}; {error.name} is not installed; install them with: "
+        'python -m pip install "samopt[bench]", or in a checkout: python -m pip install -e ".[bench]"'
+    )
+
+if __name__ == "__main__":
+    sys.exit(main())

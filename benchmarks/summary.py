@@ -1,0 +1,157 @@
+"""From rows to one line for each optimizer: mean and spread over the seeds, cost and gain relative to its base."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.rows import Row
+
+__all__ = ["Estimate", "Panel", "Summary", "estimate", "panels", "summarise"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: The mean.
+        sd: The sample standard deviation; nan for a single seed.
+        n: The number of seeds.
+    """
+
+    mean: float
+    sd: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The rows that may be compared with each other.
+
+    Attributes:
+        task: Their task.
+        evaluated_on: "test" or "validation".
+        label_noise: Their amount of label noise.
+        runs: For every optimizer its rows, by seed.
+    """
+
+    task: str
+    evaluated_on: str
+    label_noise: float
+    runs: dict[str, list[Row]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One optimizer in one panel.
+
+    Attributes:
+        optimizer: Its name.
+        accuracy: Fraction of the test examples classified rightly.
+        gain: Its accuracy minus its base's for the same seed; None where the base was not run, or is itself.
+        train_loss: Mean over the last epoch's steps.
+        seconds_per_step: Median of a run's steps.
+        cost: That divided by its base's for the same seed; None where the base was not run.
+        sharpness: See ``one_step_sharpness``.
+    """
+
+    optimizer: str
+    accuracy: Estimate
+    gain: Estimate | None
+    train_loss: Estimate
+    seconds_per_step: Estimate
+    cost: Estimate | None
+    sharpness: Estimate
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return mean, sample standard deviation and number of the values.
+
+    Args:
+        values: At least one; a nan among them makes the result nan.
+    """
+    if not all(map(math.isfinite, values)):
+        return Estimate(math.nan, math.nan, len(values))
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Estimate(statistics.fmean(values), sd, len(values))
+
+
+def panels(rows: Sequence[Row]) -> list[Panel]:
+    """Return the rows in panels, in the order in which they first appear, least noise first for each task.
+
+    Args:
+        rows: Any rows.
+
+    Raises:
+        BenchmarkError: If a mean over them would mix different settings, or count a seed twice.
+    """
+    found: dict[tuple[str, str, float], Panel] = {}
+    for row in rows:
+        key = (row.task, row.evaluated_on, row.label_noise)
+        panel = found.setdefault(key, Panel(*key, runs={}))
+        panel.runs.setdefault(row.optimizer, []).append(row)
+    for panel in found.values():
+        for runs in panel.runs.values():
+            runs.sort(key=lambda row: row.seed)
+            _check(runs)
+    tasks = list(dict.fromkeys((panel.task, panel.evaluated_on) for panel in found.values()))
+    return sorted(found.values(), key=lambda p: (tasks.index((p.task, p.evaluated_on)), p.label_noise))
+
+
+def summarise(panel: Panel) -> list[Summary]:
+    """Return a summary for each of a panel's optimizers, in the order in which they were run.
+
+    Args:
+        panel: What ``panels`` returned.
+    """
+    return [_summarise(runs, panel.runs.get(runs[0].base, [])) for runs in panel.runs.values()]
+
+
+def _summarise(runs: list[Row], base_runs: list[Row]) -> Summary:
+    bases = {row.seed: row for row in base_runs}
+    pairs = [(row, bases[row.seed]) for row in runs if row.seed in bases]
+    is_base = runs[0].optimizer == runs[0].base
+    return Summary(
+        optimizer=runs[0].optimizer,
+        accuracy=_over(runs, "accuracy"),
+        gain=None if is_base else _paired(pairs, "accuracy", lambda value, base: value - base),
+        train_loss=_over(runs, "train_loss"),
+        seconds_per_step=_over(runs, "seconds_per_step"),
+        cost=_paired(pairs, "seconds_per_step", lambda value, base: value / base),
+        sharpness=_over(runs, "sharpness"),
+    )
+
+
+def _over(runs: list[Row], metric: str) -> Estimate:
+    return estimate([row.metrics[metric] for row in runs])
+
+
+def _paired(pairs: list[tuple[Row, Row]], metric: str, compare: Callable[[float, float], float]) -> Estimate | None:
+    return estimate([compare(row.metrics[metric], base.metrics[metric]) for row, base in pairs]) if pairs else None
+
+
+def _check(runs: list[Row]) -> None:
+    first = runs[0]
+    where = f"{first.optimizer} on {first.task} with label noise {first.label_noise:g}"
+    for row in runs[1:]:
+        differing = sorted(
+            name
+            for name in first.settings.keys() | row.settings.keys()
+            if first.settings.get(name) != row.settings.get(name)
+        )
+        if differing or first.examples != row.examples:
+            what = ", ".join(differing) or "the number of examples"
+            raise BenchmarkError(
+                f"the rows of {where} cannot be averaged: they differ in {what}; put them in separate files"
+            )
+    seeds = [row.seed for row in runs]
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+        raise BenchmarkError(
+            f"the rows of {where} hold seed {twice} {seeds.count(twice)} times, which would hide the spread; remove "
+            "the repetitions"
+        )
