@@ -356,20 +356,21 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         if self._stall is not None:
             self._stall.observe(self._last_step)
 
-    def _take_stock(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Tensor, Tensor]], list[Target]]:
-        """Return every gradient with its parameter, and those among them that move."""
-        taken, targets = [], []
+    def _take_stock(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
+        """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is."""
+        taken: list[tuple[Tensor, Tensor | None]] = []
+        targets = []
         moving = self._may_move()
         for group in groups:
             sign = -1 if group.get("maximize", False) else 1
             region = Region(self._radius(group), self.option(group, "eta"), sign)
             for parameter in group["params"]:
-                if parameter.grad is None or not parameter.requires_grad:
+                if not parameter.requires_grad:
                     continue
                 taken.append((parameter, parameter.grad))
-                if moving and self.option(group, "perturb"):
+                if parameter.grad is not None and moving and self.option(group, "perturb"):
                     targets.append(Target(parameter, parameter.grad.detach(), region))
-        return taken, targets
+        return taken if any(gradient is not None for _, gradient in taken) else [], targets
 
     def _radius(self, group: dict[str, Any]) -> float | Tensor:
         """Return the radius of a group's ball: a number, or a 0-dim tensor that is never read on the host."""

@@ -23,7 +23,7 @@ class SecondPass:
     Making one measures and changes nothing. ``enter`` takes the gradients and moves the weights; ``leave`` undoes it.
 
     Args:
-        gradients: Every parameter with its gradient of the first pass.
+        gradients: Every trainable parameter with its gradient of the first pass.
         targets: What moves.
         metric: The metric ``T``.
         linf: True for the l-infinity ball.
@@ -37,7 +37,7 @@ class SecondPass:
 
     def __init__(
         self,
-        gradients: Sequence[tuple[Tensor, Tensor]],
+        gradients: Sequence[tuple[Tensor, Tensor | None]],
         targets: Sequence[Target],
         metric: Metric,
         *,
@@ -82,7 +82,8 @@ class SecondPass:
     def leave(self, replay: Replay) -> None:
         """Put weights, buffers and random streams back; may be called again if it was interrupted.
 
-        Gradients of the first pass that were not used, because they were zero or not finite, are put back too.
+        Gradients of the first pass that were not used, because they were zero or not finite, are put back too, in place
+        of the second pass's.
 
         Args:
             replay: As for ``enter``.

@@ -185,3 +185,81 @@ def second_gradient(
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Every parameter of every group, in order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def general_epsilon(parameters: Sequence[Tensor], rhos: Sequence[float], eta: float | None) -> list[Tensor]:
+    """``rho T^2 g / ||T g||`` in fp64 from the gradients, sparse and complex ones too; ``eta=None`` is SAM."""
+    with torch.no_grad():
+        wide = [torch.complex128 if p.is_complex() else torch.float64 for p in parameters]
+        gradients = [
+            torch.zeros_like(p, dtype=kind) if p.grad is None else p.grad.to_dense().to(kind)
+            for p, kind in zip(parameters, wide, strict=True)
+        ]
+        one = torch.ones((), dtype=torch.float64)
+        lengths = [p.to(k).abs() + eta if eta and p.dim() > 1 else one for p, k in zip(parameters, wide, strict=True)]
+        norm = sum(float((t * g).abs().square().sum()) for t, g in zip(lengths, gradients, strict=True)) ** 0.5
+        return [rho * t * t * g / (norm or 1) for rho, t, g in zip(rhos, lengths, gradients, strict=True)]
+
+
+def two_pass_step(
+    base: torch.optim.Optimizer,
+    passes: Sequence[Callable[[], Tensor]],
+    rhos: Sequence[float | None],
+    eta: float | None,
+) -> None:
+    """A two-pass step in plain torch around a stock base.
+
+    ``passes`` are the losses of the two passes; ``rhos`` holds each parameter's radius, None to leave it out.
+    """
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    base.zero_grad()
+    passes[0]().backward()
+    saved = [p.detach().clone() for p in parameters]
+    moving = [(p, rho) for p, rho in zip(parameters, rhos, strict=True) if rho is not None]
+    steps = general_epsilon([p for p, _ in moving], [rho for _, rho in moving], eta)
+    with torch.no_grad():
+        for (p, _), step in zip(moving, steps, strict=True):
+            p.copy_(p + step)
+    base.zero_grad()
+    passes[1]().backward()
+    with torch.no_grad():
+        for p, value in zip(parameters, saved, strict=True):
+            p.copy_(value)
+    base.step()
+
+
+def wrapped_step(optimizer: samopt.SharpnessAwareOptimizer, passes: Sequence[Callable[[], Tensor]], form: str) -> int:
+    """The same step through the wrapper, as "closure" or "explicit"; returns the number of passes made."""
+    optimizer.zero_grad()
+    if form == "explicit":
+        passes[0]().backward()
+        with optimizer.perturbed():
+            passes[1]().backward()
+        optimizer.step()
+        return 2
+    made: list[Tensor] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        made.append(passes[len(made)]())
+        made[-1].backward()
+        return made[-1]
+
+    optimizer.step(closure)
+    return len(made)
+
+
+def tensors(*shapes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    """Normal parameters of these shapes; the same values in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def linear(parameters: Sequence[Tensor], *slopes: Tensor | None) -> Callable[[], Tensor]:
+    """A loss with the gradients ``slopes``; None leaves that parameter without one."""
+    return lambda: sum((p * s).sum() for p, s in zip(parameters, slopes, strict=True) if s is not None)
+
+
+def curved(parameters: Sequence[Tensor], used: Sequence[int]) -> Callable[[], Tensor]:
+    """A loss with curvature in those parameters that are ``used``."""
+    return lambda: sum(((p**2).sum() + p.sum()).sin() for p, use in zip(parameters, used, strict=True) if use)
