@@ -43,7 +43,7 @@ class RhoScheduler:
         self.optimizer = optimizer
         self._factor = factor
         self._key = optimizer.option_key("rho")
-        self.base_rhos = [group[self._key] for group in optimizer.param_groups]
+        self.base_rhos = self.get_last_rho()
         self.last_step = 0
         self._apply()
 
@@ -127,7 +127,7 @@ class RhoScheduler:
 
     def get_last_rho(self) -> list[float]:
         """Return each group's present ``rho``."""
-        return [group[self._key] for group in self.optimizer.param_groups]
+        return [self.optimizer.option(group, "rho") for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps and the initial radii; the factor itself is code and is not saved."""
@@ -147,9 +147,8 @@ class RhoScheduler:
         factor = self._factor(self.last_step)
         if not (factor >= 0 and math.isfinite(factor)):
             raise ValueError(f"the factor of rho must be >= 0 and finite, got {factor} at step {self.last_step}")
-        groups = self.optimizer.param_groups
-        self.base_rhos += [group[self._key] for group in groups[len(self.base_rhos) :]]
-        for group, rho in zip(groups, self.base_rhos, strict=True):
+        self.base_rhos += self.get_last_rho()[len(self.base_rhos) :]
+        for group, rho in zip(self.optimizer.param_groups, self.base_rhos, strict=True):
             group[self._key] = rho * factor
 
 

@@ -150,7 +150,9 @@ class OptimizerWrapper(Optimizer):
             if replacement is not None:
                 state_dict = replacement
         own = state_dict.pop("samopt", None)
-        present = [{key: group[key] for key in self._option_keys.values()} for group in self.param_groups]
+        present = [
+            {key: self.option(group, name) for name, key in self._option_keys.items()} for group in self.param_groups
+        ]
         self.base_optimizer.load_state_dict(state_dict)
         for group, options in zip(self.param_groups, present, strict=True):
             for key, value in options.items():

@@ -65,6 +65,8 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 DTYPES = [torch.float32, torch.bfloat16]
 
+STATEFUL = ["sgd-momentum", "adamw", "adamw-fused"]  # those of BASES that a checkpoint must carry something for
+
 # Largest difference, relative to the update's own size, that one rounding per operation explains.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
@@ -263,3 +265,36 @@ def linear(parameters: Sequence[Tensor], *slopes: Tensor | None) -> Callable[[],
 def curved(parameters: Sequence[Tensor], used: Sequence[int]) -> Callable[[], Tensor]:
     """A loss with curvature in those parameters that are ``used``."""
     return lambda: sum(((p**2).sum() + p.sum()).sin() for p, use in zip(parameters, used, strict=True) if use)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    """Steps of the closure form, each from its own batch and random stream."""
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        torch.manual_seed(step)
+        optimizer.step(closure_of(optimizer, model, batch(dtype, seed=step)))
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Equality of nested state dicts, tensors bit for bit."""
+    assert type(got) is type(want)
+    if isinstance(want, Tensor):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+    elif isinstance(want, dict):
+        assert got.keys() == want.keys()
+        for key in want:
+            assert_same(got[key], want[key])
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            assert_same(a, b)
+    else:
+        assert got == want
+
+
+def assert_shared(optimizer: samopt.SharpnessAwareOptimizer) -> None:
+    """Whether groups, state and defaults are the base's own objects, not copies."""
+    assert optimizer.param_groups is optimizer.base_optimizer.param_groups
+    assert optimizer.state is optimizer.base_optimizer.state
+    assert optimizer.defaults is optimizer.base_optimizer.defaults
