@@ -58,7 +58,7 @@ def as_scalar(loss: Any) -> Tensor | None:
     if isinstance(loss, Tensor):
         return loss.detach().reshape(()) if loss.numel() == 1 else None
     if isinstance(loss, int | float):
-        return torch.tensor(float(loss))
+        return torch.tensor(float(loss), dtype=torch.float64)
     if isinstance(loss, tuple | list):
         return as_scalar(loss[0]) if loss else None
     if isinstance(loss, dict):

@@ -172,8 +172,8 @@ def largest_radius(targets: Iterable[Target]) -> Tensor:
     radii = {id(target.region): target.region.radius for target in targets}.values()
     numbers = [radius for radius in radii if not isinstance(radius, Tensor)]
     tensors = [radius for radius in radii if isinstance(radius, Tensor)]
-    largest = torch.tensor(float(max(numbers, default=0.0)))
-    return torch.stack([largest.to(tensors[0]), *tensors]).amax() if tensors else largest
+    largest = torch.tensor(float(max(numbers, default=0.0)), dtype=torch.float64)
+    return torch.stack([radius.to(tensors[0]) for radius in (largest, *tensors)]).amax() if tensors else largest
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import samopt
+from samopt.perturbation import Perturbation
 from tests.cases import batch, curved, general_epsilon, linear, mlp, tensors, two_pass_step, wrapped_step
 
 INF, NAN = float("inf"), float("nan")
@@ -173,3 +174,77 @@ def test_maximising_is_minimising_the_negative(base, variant, form):
         wrapped_step(climber, [curved(up, (1, 1))] * 2, form)
         wrapped_step(faller, [lambda: -curved(down, (1, 1))()] * 2, form)
         torch.testing.assert_close(up, down, rtol=1e-14, atol=1e-14)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The path on which the host cannot know whether the first gradients are finite."""
+    monkeypatch.setattr(Perturbation, "usable", None)
+
+
+KINDS = {
+    "dense": lambda: tensors((3, 2)),
+    "after an empty one": lambda: [nn.Parameter(torch.zeros(0)), *tensors((3, 2))],
+    "scalar": lambda: tensors(()),
+    "complex": lambda: [nn.Parameter(torch.ones(2, dtype=torch.complex64))],
+    "bf16": lambda: tensors((3, 2), dtype=torch.bfloat16),
+    "sparse": lambda: tensors((4, 2)),
+}
+
+
+def loss_with_slope(parameters, kind, slope):
+    if kind == "sparse":
+        return nn.functional.embedding(torch.tensor([2, 0]), parameters[0], sparse=True).sum() * slope
+    return sum(p.abs().sum() for p in parameters) * slope
+
+
+@forms
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slope", [INF, NAN])
+def test_on_an_accelerator_a_non_finite_first_pass_reaches_the_base(slope, kind, form, accelerator):
+    parameters = KINDS[kind]()
+    before = [p.detach().clone() for p in parameters]
+    optimizer = samopt.SAM(torch.optim.SGD(parameters, lr=0.1), rho=0.3)
+    seen = []
+
+    def second_pass():
+        seen.append(all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True)))
+        return loss_with_slope(parameters, kind, 1.0)
+
+    wrapped_step(optimizer, [lambda: loss_with_slope(parameters, kind, slope), second_pass], form)
+    assert seen == [True]
+    assert float(optimizer.last_step.applied_radius) == 0.0
+    entries = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters]
+    assert sum(int((~torch.isfinite(e)).sum()) for e in entries) == 1
+    assert any(not bool(torch.isfinite(p).all()) for p in parameters)  # as it would have been alone
+
+
+@pytest.mark.parametrize("slopes, steps", [((INF, 1.0), 0), ((1.0, INF), 0), ((1.0, 1.0), 1)])
+def test_on_an_accelerator_a_scaler_skips_what_is_not_finite_in_either_pass(slopes, steps, accelerator):
+    parameters = tensors((3, 2), dtype=torch.float32)
+    before = parameters[0].detach().clone()
+    optimizer = samopt.SAM(torch.optim.SGD(parameters, lr=0.1), rho=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    scaler.scale(parameters[0].sum() * slopes[0]).backward()
+    with optimizer.perturbed():
+        scaler.scale(parameters[0].sum() * slopes[1]).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(parameters[0].detach(), before - 0.1 * steps)
+    assert scaler.get_scale() == (16.0 if steps else 8.0)
+
+
+@forms
+@variants
+def test_on_an_accelerator_finite_and_zero_gradients_do_as_elsewhere(variant, form, monkeypatch):
+    wrap, rho, _ = VARIANTS[variant]
+    runs = []
+    for usable in (Perturbation.usable, None):
+        monkeypatch.setattr(Perturbation, "usable", usable)
+        parameters = tensors((3, 2), (4,))
+        optimizer = wrap(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), rho=rho)
+        zero = [torch.zeros(3, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)]
+        for loss in (curved(parameters, (1, 1)), linear(parameters, *zero), curved(parameters, (1, 1))):
+            wrapped_step(optimizer, [loss] * 2, form)
+        runs.append(parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
