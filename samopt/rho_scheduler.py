@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from samopt.optimizer import SharpnessAwareOptimizer
@@ -45,7 +46,7 @@ class RhoScheduler:
         self._key = optimizer.option_key("rho")
         self.base_rhos = self.get_last_rho()
         self.last_step = 0
-        self._apply()
+        self._move_to(0, self.base_rhos)
 
     @classmethod
     def linear_warmup(cls, optimizer: SharpnessAwareOptimizer, steps: int, start: float = 0.0) -> RhoScheduler:
@@ -64,7 +65,7 @@ class RhoScheduler:
         _check_steps(steps)
         if not 0 <= start <= 1:
             raise ValueError(f"start must be in [0, 1], got {start}")
-        return cls(optimizer, lambda step: min(1.0, start + (1.0 - start) * step / steps))
+        return cls(optimizer, partial(_linear, steps=steps, start=start))
 
     @classmethod
     def cosine(cls, optimizer: SharpnessAwareOptimizer, steps: int, final: float = 0.0) -> RhoScheduler:
@@ -81,10 +82,7 @@ class RhoScheduler:
         _check_steps(steps)
         if not final >= 0:
             raise ValueError(f"final must be >= 0, got {final}")
-        return cls(
-            optimizer,
-            lambda step: final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps)),
-        )
+        return cls(optimizer, partial(_cosine, steps=steps, final=final))
 
     @classmethod
     def proportional_to_lr(
@@ -109,21 +107,16 @@ class RhoScheduler:
             raise ValueError(f"max_lr must be larger than min_lr, got {max_lr} and {min_lr}")
         if not 0 <= min_factor <= 1:
             raise ValueError(f"min_factor must be in [0, 1], got {min_factor}")
-
-        def factor(step: int) -> float:
-            fraction = (float(optimizer.param_groups[0]["lr"]) - min_lr) / (max_lr - min_lr)
-            return min_factor + (1.0 - min_factor) * min(max(fraction, 0.0), 1.0)
-
-        return cls(optimizer, factor)
+        follow = partial(_follow_lr, optimizer=optimizer, max_lr=max_lr, min_lr=min_lr, min_factor=min_factor)
+        return cls(optimizer, follow)
 
     def step(self) -> None:
         """Advance by one and set every group's ``rho``.
 
         Raises:
-            ValueError: If the factor is negative or not finite.
+            ValueError: If the factor is negative or not finite; nothing has changed then.
         """
-        self.last_step += 1
-        self._apply()
+        self._move_to(self.last_step + 1, self.base_rhos)
 
     def get_last_rho(self) -> list[float]:
         """Return each group's present ``rho``."""
@@ -138,18 +131,43 @@ class RhoScheduler:
 
         Args:
             state_dict: What ``state_dict`` returned.
-        """
-        self.last_step = state_dict["last_step"]
-        self.base_rhos = list(state_dict["base_rhos"])
-        self._apply()
 
-    def _apply(self) -> None:
-        factor = self._factor(self.last_step)
+        Raises:
+            ValueError: If it is the state for more parameter groups than there are; nothing has changed then.
+        """
+        base_rhos = list(state_dict["base_rhos"])
+        if len(base_rhos) > len(self.optimizer.param_groups):
+            raise ValueError(
+                f"the saved schedule drives {len(base_rhos)} param groups, but the optimizer has "
+                f"{len(self.optimizer.param_groups)}; add the others (add_param_group) before loading"
+            )
+        self._move_to(state_dict["last_step"], base_rhos)
+
+    def _move_to(self, step: int, base_rhos: list[float]) -> None:
+        """Set every group's ``rho`` to that of ``step``; a group missing from ``base_rhos`` has its present one."""
+        factor = self._factor(step)
         if not (factor >= 0 and math.isfinite(factor)):
-            raise ValueError(f"the factor of rho must be >= 0 and finite, got {factor} at step {self.last_step}")
-        self.base_rhos += self.get_last_rho()[len(self.base_rhos) :]
+            raise ValueError(f"the factor of rho must be >= 0 and finite, got {factor} at step {step}")
+        self.last_step = step
+        self.base_rhos = base_rhos + self.get_last_rho()[len(base_rhos) :]
         for group, rho in zip(self.optimizer.param_groups, self.base_rhos, strict=True):
             group[self._key] = rho * factor
+
+
+# Module-level, with the optimizer as an argument, so that a copied or pickled schedule follows the copied optimizer.
+def _linear(step: int, *, steps: int, start: float) -> float:
+    return min(1.0, start + (1.0 - start) * step / steps)
+
+
+def _cosine(step: int, *, steps: int, final: float) -> float:
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps))
+
+
+def _follow_lr(
+    step: int, *, optimizer: SharpnessAwareOptimizer, max_lr: float, min_lr: float, min_factor: float
+) -> float:
+    fraction = (float(optimizer.param_groups[0]["lr"]) - min_lr) / (max_lr - min_lr)
+    return min_factor + (1.0 - min_factor) * min(max(fraction, 0.0), 1.0)
 
 
 def _check_steps(steps: int) -> None:

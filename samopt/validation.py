@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,9 +81,11 @@ def check_nonnegative(name: str, value: Any, where: str = "") -> None:
         TypeError: If it is not a number.
         ValueError: If it is negative, infinite or nan.
     """
-    if not isinstance(value, Tensor) and not isinstance(value, int | float):
+    if isinstance(value, Tensor):
+        return
+    if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}{where}")
-    if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
+    if not 0 <= float(value) < math.inf:
         fix = "; use rho=0 to disable the ascent" if "rho" in name else ""
         raise ValueError(f"{name} must be >= 0 and finite, got {value}{where}{fix}")
 
