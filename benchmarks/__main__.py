@@ -2,15 +2,16 @@
 
 import sys
 
-EXTRA = ("matplotlib", "numpy", "rich", "sklearn")
+EXTRA = ("matplotlib", "numpy", "rich", "sklearn")  # what "samopt[bench]" brings, by the name it is imported by
 
 try:
     from benchmarks.cli import main
 except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] not in EXTRA:
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRA:
         raise
     sys.exit(
-        f"error: the benchmarks need {', '.join(EXTRA)}; {error.name} is not installed; install them with: "
+        f"error: the benchmarks need {', '.join(EXTRA)}; {package} is not installed; install them with: "
         'python -m pip install "samopt[bench]", or in a checkout: python -m pip install -e ".[bench]"'
     )
 

@@ -22,7 +22,7 @@ def choices(text: str) -> list[Choice]:
     Raises:
         BenchmarkError: If one is unknown or named twice.
     """
-    return _distinct("optimizer", text, parse_choice, lambda choice: choice.label, "sgd,sam")
+    return _distinct("an optimizer", text, parse_choice, lambda choice: choice.label, "sgd,sam")
 
 
 def seeds(text: str) -> list[int]:
@@ -34,7 +34,7 @@ def seeds(text: str) -> list[int]:
     Raises:
         BenchmarkError: If one is no whole number >= 0, or given twice.
     """
-    return _distinct("seed", text, lambda part: _integer("seed", part, 0), str, "0,1,2")
+    return _distinct("a seed", text, lambda part: _integer("seed", part, 0), str, "0,1,2")
 
 
 def fractions(text: str) -> list[float]:
@@ -46,7 +46,7 @@ def fractions(text: str) -> list[float]:
     Raises:
         BenchmarkError: If one is outside [0, 1), or given twice.
     """
-    return _distinct("label noise", text, _fraction, str, "0,0.4")
+    return _distinct("a label noise", text, _fraction, str, "0,0.4")
 
 
 def positive_int(text: str) -> int:
@@ -102,7 +102,7 @@ def _distinct(what: str, text: str, parse: Callable[[str], _T], name: Callable[[
     values = [parse(part.strip()) for part in text.split(",") if part.strip()]
     names = [name(value) for value in values]
     if not values:
-        raise BenchmarkError(f"no {what} was given: got {text!r}; write a comma-separated list such as {example}")
+        raise BenchmarkError(f"expected {what}, got {text!r}; write a comma-separated list such as {example}")
     if len(set(names)) < len(names):
-        raise BenchmarkError(f"a {what} is given twice in {text!r}; name each once, as in {example}")
+        raise BenchmarkError(f"{what} is given twice in {text!r}; name each once, as in {example}")
     return values

@@ -13,7 +13,7 @@ from benchmarks.summary import Estimate, Panel, Summary, summarise
 
 __all__ = ["labels_text", "markdown", "notes", "terminal_table"]
 
-_HEADINGS = ("Optimizer", "n", "Accuracy, %", "Gain", "Train loss", "ms/step", "x base", "Sharpness")
+_HEADINGS = ("Optimizer", "n", "Accuracy, %", "Gain", "Loss", "ms/step", "x base", "Sharpness")
 
 
 def labels_text(label_noise: float) -> str:
@@ -31,9 +31,12 @@ def terminal_table(panel: Panel) -> Table:
     Args:
         panel: What to show.
     """
-    table = Table(title=_title(panel), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=_title(panel), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading == "Optimizer" else "right", no_wrap=True)
+        if heading == "Optimizer":
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     for summary in summarise(panel):
         table.add_row(*_cells(summary))
     return table
@@ -62,7 +65,7 @@ def notes(panels: Sequence[Panel]) -> list[str]:
     radii = sorted({row.settings["sharpness_rho"] for row in rows})
     return [
         "mean ± sample standard deviation over n seeds; gain: accuracy minus the base's for the same seed",
-        "train loss: mean over the last epoch's steps, before each step, at unperturbed weights",
+        "loss: training loss, mean over the last epoch's steps, before each step, at unperturbed weights",
         "ms/step: median of a run's optimizer steps; x base: that over the base's for the same seed",
         f"sharpness: rise of the training loss after one ascent step of radius {', '.join(f'{r:g}' for r in radii)}, "
         "the same measure for every optimizer",
