@@ -192,6 +192,8 @@ def with_step_hooks(step: Callable[Concatenate[_W, _P], _R]) -> Callable[Concate
         for pre_hook in self._optimizer_step_pre_hooks.values():
             changed = pre_hook(self, call_args, call_kwargs)
             if changed is not None:
+                if not isinstance(changed, tuple) or len(changed) != 2:
+                    raise RuntimeError(f"a step pre-hook must return None or a tuple (args, kwargs), got {changed!r}")
                 call_args, call_kwargs = changed
         result = step(*call_args, **call_kwargs)
         for post_hook in self._optimizer_step_post_hooks.values():

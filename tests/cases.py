@@ -298,3 +298,45 @@ def assert_shared(optimizer: samopt.SharpnessAwareOptimizer) -> None:
     assert optimizer.param_groups is optimizer.base_optimizer.param_groups
     assert optimizer.state is optimizer.base_optimizer.state
     assert optimizer.defaults is optimizer.base_optimizer.defaults
+
+
+def closure_form(optimizer: torch.optim.Optimizer, model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    """One step of the closure form."""
+    optimizer.step(closure_of(optimizer, model, data))
+
+
+def keyword_closure_form(optimizer: torch.optim.Optimizer, model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    """One step of the closure form, with the closure by keyword."""
+    optimizer.step(closure=closure_of(optimizer, model, data))
+
+
+def explicit_form(optimizer: samopt.SharpnessAwareOptimizer, model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    """One step of the explicit form."""
+    optimizer.zero_grad()
+    loss_of(model, data).backward()
+    with optimizer.perturbed():
+        loss_of(model, data).backward()
+    optimizer.step()
+
+
+def two_step_form(optimizer: samopt.SharpnessAwareOptimizer, model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    """One step as the widely used SAM script writes it."""
+    optimizer.zero_grad()
+    loss_of(model, data).backward()
+    optimizer.first_step(zero_grad=True)
+    loss_of(model, data).backward()
+    optimizer.second_step(zero_grad=True)
+
+
+FORMS: dict[str, Callable[..., None]] = {
+    "closure": closure_form,
+    "closure=": keyword_closure_form,
+    "explicit": explicit_form,
+    "first_step/second_step": two_step_form,
+}
+
+
+def assert_equal(model: nn.Module, expected: nn.Module) -> None:
+    """Equality of fp64 parameters up to the rounding of their operations."""
+    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(got, want, **TOLERANCE[torch.float64])

@@ -16,6 +16,7 @@ from tests.cases import (
     TOLERANCE,
     VARIANTS,
     Variant,
+    assert_equal,
     assert_same,
     batch,
     bits,
@@ -39,11 +40,6 @@ def make_scaler(**options: Any) -> torch.amp.GradScaler:
 
 def data_of(step: int, micro: int = 0) -> Data:
     return batch(torch.float64, seed=10 * step + micro)
-
-
-def assert_equal(model: nn.Module, expected: nn.Module) -> None:
-    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(got, want, **TOLERANCE[torch.float64])
 
 
 def hand_written_step(

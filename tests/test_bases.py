@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 import samopt
 from tests.cases import (
-    TOLERANCE,
     VARIANTS,
     Epsilon,
     Variant,
+    assert_equal,
     batch,
     closure_of,
     loss_of,
@@ -122,11 +122,6 @@ def textbook_run(model: nn.Module, base: Optimizer, epsilon: Epsilon, radius: fl
         base.step(closure)
         losses.append(calls)
     return losses
-
-
-def assert_equal(model: nn.Module, expected: nn.Module) -> None:
-    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(got, want, **TOLERANCE[torch.float64])
 
 
 def make(name: str, model: nn.Module, options: dict[str, Any]) -> Optimizer:

@@ -19,10 +19,11 @@ import samopt
 from samopt import RhoScheduler
 from tests.cases import (
     BASES,
+    FORMS,
     TOLERANCE,
+    assert_equal,
     batch,
     closure_of,
-    loss_of,
     mlp,
     parameter_groups,
     sam_epsilon,
@@ -65,34 +66,6 @@ def schedule_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{key: group[key] for key in keys if key in group} for group in optimizer.param_groups]
 
 
-def closure_form(optimizer: Any, model: nn.Module, data: Any) -> None:
-    optimizer.step(closure_of(optimizer, model, data))
-
-
-def explicit_form(optimizer: Any, model: nn.Module, data: Any) -> None:
-    optimizer.zero_grad()
-    loss_of(model, data).backward()
-    with optimizer.perturbed():
-        loss_of(model, data).backward()
-    optimizer.step()
-
-
-def two_step_form(optimizer: Any, model: nn.Module, data: Any) -> None:
-    optimizer.zero_grad()
-    loss_of(model, data).backward()
-    optimizer.first_step(zero_grad=True)
-    loss_of(model, data).backward()
-    optimizer.second_step(zero_grad=True)
-
-
-FORMS = {"closure": closure_form, "explicit": explicit_form, "two-step": two_step_form}
-
-
-def assert_equal(model: nn.Module, expected: nn.Module) -> None:
-    for got, want in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(got, want, **TOLERANCE[torch.float64])
-
-
 @pytest.mark.parametrize("reload", ["never", "in place", "into new objects"])
 @pytest.mark.parametrize("built_on", ["wrapper", "base"])
 @pytest.mark.parametrize("base", ["sgd-momentum", "adamw"])
@@ -123,7 +96,7 @@ def test_a_scheduled_run_equals_the_stock_base_under_the_same_scheduler(
                     thing.load_state_dict(state)
             assert schedule_of(optimizer) == schedule_of(stock)
             data = batch(torch.float64, seed=step)
-            list(FORMS.values())[step % 3](optimizer, model, data)
+            list(FORMS.values())[step % len(FORMS)](optimizer, model, data)
             textbook_step(expected, stock, data, sam_epsilon)
             assert_equal(model, expected)
             advance(scheduler)
