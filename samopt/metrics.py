@@ -26,6 +26,7 @@ class StepMetrics:
         radius: Radius asked for, in the metric's norm; the largest among the groups. 0 where nothing was perturbed.
         applied_radius: Norm of the perturbation really applied, in the metric's norm: measured after rounding for
             bf16 and fp16 parameters, equal to the radius asked up to rounding for the others.
+        distance: Trust-region distance that the radius was made from (``TRAM`` only).
     """
 
     loss: Tensor | None = None
@@ -34,6 +35,7 @@ class StepMetrics:
     perturbed_grad_norm: Tensor | None = None
     radius: Tensor | None = None
     applied_radius: Tensor | None = None
+    distance: Tensor | None = None
 
     @property
     def sharpness(self) -> Tensor | None:

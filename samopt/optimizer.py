@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from samopt.geometry import Metric
 from samopt.gradients import any_nonzero, poison_unless
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.perturbation import Region, Target
-from samopt.replay import Replay, RngState
+from samopt.replay import PassObserver, Replay, RngState
 from samopt.rounding import RoundingNoise
 from samopt.second_pass import SecondPass
 from samopt.stall import StallDetector
@@ -144,6 +144,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             self._require_second_gradient(stage)
             self._ready = False
             self._replay.forget()
+            self._before_update()
             self.base_optimizer.step()
             return None
         if stage is not None:
@@ -263,11 +264,22 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self._set_up_passes(model)
 
     def _set_up_passes(self, model: nn.Module | None) -> None:
-        self._replay = Replay(model, self._devices())
+        self._replay = Replay(model, self._devices(), self._observers(model))
         self._current: SecondPass | None = None
         self._ready = False  # whether the gradients are a second pass's
         self._unscaled = False  # whether a GradScaler divided them since that pass began
         self._last_step = StepMetrics()
+
+    def _observers(self, model: nn.Module | None) -> Iterable[PassObserver]:
+        """Return what else wants to know when passes begin and end."""
+        return ()
+
+    def _before_update(self) -> None:
+        """Act on the weights as the base optimizer is about to find them; the gradients are the final ones."""
+
+    def _measure(self, second: SecondPass) -> StepMetrics:
+        """Return what the step measured, once both passes are over."""
+        return second.measure()
 
     def _own_state(self) -> dict[str, Any]:
         return {} if self._rounding is None else {"rounding": self._rounding.position}
@@ -283,25 +295,31 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         first_losses: list[Any] = []
 
         def oracle() -> Any:
-            self._replay.forget()
-            start = self._replay.capture()
-            with torch.enable_grad():
-                first_losses.append(closure())
-            if not self._may_move():
-                self._replay.forget()
-                self._last_step = StepMetrics(loss=as_scalar(first_losses[-1]), radius=torch.zeros(()))
-                return first_losses[-1]
-            with self._second_pass(first_losses[-1], start) as second:
-                if not second.is_needed:
-                    return first_losses[-1]
-                with torch.enable_grad():
-                    second.loss = closure()
-            return second.loss
+            loss = self._run_passes(closure, first_losses)
+            self._before_update()
+            return loss
 
         self.base_optimizer.step(oracle)
         self._ready = False
         self._watch_for_stall()
         return first_losses[0] if first_losses else None
+
+    def _run_passes(self, closure: Callable[[], Any], first_losses: list[Any]) -> Any:
+        """Leave the perturbed gradient in place, and return the loss that goes with it."""
+        self._replay.forget()
+        start = self._replay.capture()
+        with torch.enable_grad():
+            first_losses.append(closure())
+        if not self._may_move():
+            self._replay.forget()
+            self._last_step = StepMetrics(loss=as_scalar(first_losses[-1]), radius=torch.zeros(()))
+            return first_losses[-1]
+        with self._second_pass(first_losses[-1], start) as second:
+            if not second.is_needed:
+                return first_losses[-1]
+            with torch.enable_grad():
+                second.loss = closure()
+        return second.loss
 
     @contextmanager
     def _second_pass(self, first_loss: Any, start: RngState | None = None) -> Generator[SecondPass]:
@@ -348,7 +366,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             finite = second.first_gradients_finite()
             if finite is not None:
                 poison_unless(finite, self.param_groups)
-            self._last_step = second.measure()
+            self._last_step = self._measure(second)
             self._ready = True
         self._current = None
 

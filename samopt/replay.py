@@ -7,12 +7,12 @@ import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Replay", "RngState"]
+__all__ = ["PassObserver", "Replay", "RngState"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,19 @@ class RngState:
             sys.modules["numpy.random"].set_state(self.numpy)
 
 
+class PassObserver(Protocol):
+    """Something that gathers facts about the first pass and drops them with it."""
+
+    replaying: bool
+    """Whether the second pass is running, so that its forward calls do not count."""
+
+    def gradients_cleared(self) -> None:
+        """Note that gradients were cleared: a forward call from now on starts a new first pass."""
+
+    def clear(self) -> None:
+        """Drop what was gathered, and set ``replaying`` to False."""
+
+
 class Replay:
     """Watches a model's forward calls in the first pass and repeats their surroundings in the second.
 
@@ -62,11 +75,15 @@ class Replay:
     Args:
         model: The module whose calls to watch, or None to look after the random streams only.
         devices: Accelerators whose random streams the model may use.
+        observers: Told when passes begin and end.
     """
 
-    def __init__(self, model: nn.Module | None, devices: Iterable[torch.device]) -> None:
+    def __init__(
+        self, model: nn.Module | None, devices: Iterable[torch.device], observers: Iterable[PassObserver] = ()
+    ) -> None:
         self.model = model
         self._calls = _CallRecorder(())
+        self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
         self.use_devices(devices)
         self._buffers: list[_SavedBuffer] = []
         self._end: RngState | None = None
@@ -94,7 +111,8 @@ class Replay:
         """
         self._buffers = [] if self.model is None else _save_buffers(self.model)
         self._end = self.capture()
-        self._calls.replaying = True
+        for observer in self._observers:
+            observer.replaying = True
         if start is not None:
             start.restore()
 
@@ -112,11 +130,13 @@ class Replay:
         Calls recorded before are dropped then, so that an abandoned first pass (an exception in its backward, say)
         is not replayed; a loop that clears the gradients between forward and backward keeps its record.
         """
-        self._calls.gradients_cleared()
+        for observer in self._observers:
+            observer.gradients_cleared()
 
     def forget(self) -> None:
         """Drop what was recorded, ready for the next first pass."""
-        self._calls.clear()
+        for observer in self._observers:
+            observer.clear()
         self._buffers = []
         self._end = None
 
