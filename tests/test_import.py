@@ -22,6 +22,7 @@ def in_fresh_interpreter(source):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="repeats the import in forks of one process that holds torch")
 def test_importing_adds_less_than_100_ms_to_torch():
+    # Processor time: what the import costs, whatever else the machine is doing.
     seconds = in_fresh_interpreter("""
         import json, os, time
         import torch
@@ -30,9 +31,9 @@ def test_importing_adds_less_than_100_ms_to_torch():
         for _ in range(7):
             read, write = os.pipe()
             if os.fork() == 0:
-                start = time.perf_counter()
+                start = time.process_time()
                 import samopt
-                os.write(write, repr(time.perf_counter() - start).encode())
+                os.write(write, repr(time.process_time() - start).encode())
                 os._exit(0)
             os.wait()
             seconds.append(float(os.read(read, 64)))
