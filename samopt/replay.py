@@ -158,17 +158,20 @@ class _CallRecorder:
             if self._superseded:
                 self.clear()
             if len(self._states) < self._LIMIT:
-                self._states.append(RngState.capture(self.devices))
-        elif self._position < len(self._states):
-            self._states[self._position].restore()
+                self._states.append((module.training, RngState.capture(self.devices)))
+            return
+        for training, state in self._states[self._position :]:
             self._position += 1
+            if training == module.training:  # steps over an evaluation whose author forgot torch.no_grad
+                state.restore()
+                return
 
     def gradients_cleared(self) -> None:
         self._superseded = not self.replaying
 
     def clear(self) -> None:
         self._superseded = False
-        self._states: list[RngState] = []
+        self._states: list[tuple[bool, RngState]] = []
         self._position = 0
         self.replaying = False
 
@@ -180,22 +183,32 @@ class _CallRecorder:
 class _SavedBuffer:
     owner: nn.Module
     name: str
-    buffer: Tensor
-    value: Tensor
+    buffer: Tensor | None
+    value: Tensor | None
 
     def restore(self) -> None:
         if self.owner._buffers.get(self.name) is not self.buffer:
             self.owner._buffers[self.name] = self.buffer
-        with torch.no_grad():
-            self.buffer.copy_(self.value)
+        if self.buffer is not None and self.value is not None:
+            with torch.no_grad():
+                self.buffer.copy_(self.value)
 
 
 def _save_buffers(model: nn.Module) -> list[_SavedBuffer]:
     return [
-        _SavedBuffer(module, name, buffer, buffer.detach().clone())
+        _SavedBuffer(module, name, buffer, None if buffer is None or _is_read_only(buffer) else buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
     ]
+
+
+def _is_read_only(buffer: Tensor) -> bool:
+    """Whether torch refuses to write into the buffer, so that no pass can have changed its values."""
+    if buffer.is_inference():
+        return True
+    return buffer.layout is torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
 
 
 def _device_module(device: torch.device) -> Any:
