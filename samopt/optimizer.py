@@ -27,6 +27,12 @@ from samopt.wrapper import OptimizerWrapper, with_step_hooks
 
 __all__ = ["SharpnessAwareOptimizer"]
 
+_TWO_WAYS = (
+    "Write either 'loss.backward()', 'with optimizer.perturbed(): criterion(model(x), y).backward()', "
+    "'optimizer.step()'; or 'optimizer.step(closure)' with a closure that clears the gradients, computes the loss, "
+    "calls backward and returns the loss"
+)
+
 
 class SharpnessAwareOptimizer(OptimizerWrapper):
     """Any torch optimizer, fed the gradient at ``w + epsilon`` instead of the gradient at ``w``.
@@ -96,7 +102,6 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self._rounding = RoundingNoise(seed) if stochastic_rounding else None
         self._stall = StallDetector() if warn_on_stall else None
         self._set_up_passes(model)
-        self._validated_groups()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -137,6 +142,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: If there was no perturbed pass since the last step, the weights are still perturbed, or a
                 ``GradScaler`` would let wrongly scaled gradients through.
+            TypeError: If ``closure`` cannot be called.
         """
         self._require_unperturbed("step()")
         stage = calling_scaler_stage()
@@ -147,6 +153,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             self._before_update()
             self.base_optimizer.step()
             return None
+        if not callable(closure):
+            raise TypeError(f"step() takes a closure or nothing, got {type(closure).__name__}. {_TWO_WAYS}")
         if stage is not None:
             raise RuntimeError(
                 "GradScaler.step was given a closure, whose gradients it would neither unscale nor check; run the "
@@ -231,20 +239,6 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         super().zero_grad(set_to_none=set_to_none)
         self._replay.gradients_cleared()
         self._ready = False
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer.
-
-        Args:
-            param_group: As for ``torch.optim.Optimizer.add_param_group``, optionally with ``rho``, ``eta`` and
-                ``perturb``.
-
-        Raises:
-            ValueError: If one of these is out of range; nothing is added then.
-        """
-        if "base_optimizer" in self.__dict__:
-            self._check_group(param_group, len(self.param_groups))
-        super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copying or pickling")
@@ -435,9 +429,4 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 )
             return
         if self._may_move() and any_nonzero(self.param_groups):
-            raise RuntimeError(
-                "step() found gradients but no perturbed pass since the last step. Write either "
-                "'loss.backward()', 'with optimizer.perturbed(): criterion(model(x), y).backward()', "
-                "'optimizer.step()'; or 'optimizer.step(closure)' with a closure that clears the gradients, computes "
-                "the loss, calls backward and returns the loss"
-            )
+            raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {_TWO_WAYS}")

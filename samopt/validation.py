@@ -50,14 +50,16 @@ def build_base(
                 f"to its own constructor: {usage}"
             )
         return params
+    if isinstance(params, nn.Module):
+        raise TypeError(f"{name} got a module, {type(params).__name__}; write {name}(model.parameters(), ...): {usage}")
+    if isinstance(base_optimizer, Optimizer):
+        raise TypeError(
+            f"{name} was given parameters together with an instance of {type(base_optimizer).__name__}; {usage}"
+        )
     if base_optimizer is None or not callable(base_optimizer):
         raise TypeError(
             f"{name} needs an optimizer instance, or parameters and an optimizer class; got "
             f"{type(params).__name__} and {base_optimizer!r}; {usage}"
-        )
-    if isinstance(base_optimizer, Optimizer):
-        raise TypeError(
-            f"{name} was given parameters together with an instance of {type(base_optimizer).__name__}; {usage}"
         )
     if isinstance(params, Iterable) and not isinstance(params, Tensor):
         params = list(params)  # type: ignore[assignment]  # ParamsT's three kinds of items stay as they are

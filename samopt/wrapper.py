@@ -37,6 +37,8 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer = base_optimizer
         self._options = options
         self._option_keys = {name: f"sam_{name}" if name in base_optimizer.defaults else name for name in options}
+        for index, group in enumerate(base_optimizer.param_groups):
+            self._check_group(group, index)
         self._fill_options()
 
     # Optimizer.__init__ assigns these three; before there is a base, the assignments have nowhere to go.
@@ -108,8 +110,12 @@ class OptimizerWrapper(Optimizer):
 
         Args:
             param_group: As for ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: If one of its options is out of range; nothing is added then.
         """
         if "base_optimizer" in self.__dict__:
+            self._check_group(param_group, len(self.param_groups))
             self.base_optimizer.add_param_group(param_group)
             self._fill_options()
 
@@ -160,6 +166,9 @@ class OptimizerWrapper(Optimizer):
         self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
+        """Raise if a parameter group's own options are out of range; called before the group is changed or added."""
 
     def _own_state(self) -> dict[str, Any]:
         return {}

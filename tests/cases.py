@@ -5,10 +5,13 @@ A new optimizer joins every conformance test by adding a row to ``VARIANTS``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -290,7 +293,7 @@ def assert_same(got: Any, want: Any) -> None:
         for a, b in zip(got, want, strict=True):
             assert_same(a, b)
     else:
-        assert got == want
+        assert got == want or (got != got and want != want)  # nan is the same as nan
 
 
 def assert_shared(optimizer: samopt.SharpnessAwareOptimizer) -> None:
@@ -340,3 +343,30 @@ def assert_equal(model: nn.Module, expected: nn.Module) -> None:
     """Equality of fp64 parameters up to the rounding of their operations."""
     for got, want in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(got, want, **TOLERANCE[torch.float64])
+
+
+def plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with the identities of their parameters instead of the parameters."""
+    return [{**group, "params": [id(p) for p in group["params"]]} for group in groups]
+
+
+@contextmanager
+def refused(
+    match: str, model: nn.Module, base: torch.optim.Optimizer, error: Any = (RuntimeError, ValueError, TypeError)
+) -> Generator[None]:
+    """The block raises with this message, and weights, gradients, state, groups and random streams stay."""
+    base = getattr(base, "base_optimizer", base)
+    weights, gradients = bits(model), [None if p.grad is None else (p.grad, p.grad.clone()) for p in model.parameters()]
+    state, groups, group_list = copy.deepcopy(base.state_dict()), plain(base.param_groups), base.param_groups
+    training, stream = model.training, torch.get_rng_state()
+    with pytest.raises(error, match=match):
+        yield
+    assert same_bits(model, weights)
+    for parameter, before in zip(model.parameters(), gradients, strict=True):
+        assert (parameter.grad is None) == (before is None)
+        assert before is None or (parameter.grad is before[0] and torch.equal(before[0], before[1]))
+    assert_same(base.state_dict(), state)
+    assert plain(base.param_groups) == groups
+    assert base.param_groups is group_list
+    assert model.training == training
+    assert torch.equal(torch.get_rng_state(), stream)
