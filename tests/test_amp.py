@@ -301,3 +301,29 @@ def test_an_autocast_region_around_both_passes_sees_the_weights_of_each(form: st
         stock.step()
     for got, want in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(got, want, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.hf
+def test_accelerates_optimizer_steps_through_the_scaler() -> None:
+    """It wraps ``optimizer.step`` once more and passes a closure of None."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    model, expected = mlp(torch.float64), mlp(torch.float64)
+    optimizer, stock = samopt.SAM(BASES["adamw-fused"](model.parameters())), BASES["adamw-fused"](expected.parameters())
+    scaler = make_scaler()
+    prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    for step, poison in enumerate(["", "first hook", "", "second hook", ""]):
+        scaled_passes(model, optimizer, scaler, [data_of(step)], poison)
+        prepared.step()  # which updates the scale, too
+        assert prepared.step_was_skipped == bool(poison)
+        if not poison:
+            hand_written_step(expected, stock, VARIANTS[0], [data_of(step)])
+        assert_equal(model, expected)
+    assert scaler.get_scale() == SCALE / 4
+    scaler.scale(loss_of(model, data_of(5))).backward()
+    scaler.unscale_(optimizer)
+    with optimizer.perturbed():
+        scaler.scale(loss_of(model, data_of(5))).backward()
+    with pytest.raises(RuntimeError, match="was called before the second pass"):
+        prepared.step()
+    assert_equal(model, expected)
