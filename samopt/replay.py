@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ class RngState:
             accelerators,
             random.getstate(),
             numpy_random.get_state() if numpy_random is not None else None,
+        )
+
+    def has_moved(self) -> bool:
+        """Return whether torch's streams have been drawn from since."""
+        return not torch.equal(torch.get_rng_state(), self.cpu) or any(
+            not torch.equal(_device_module(device).get_rng_state(device), state) for device, state in self.accelerators
         )
 
     def restore(self) -> None:
@@ -87,6 +94,8 @@ class Replay:
         self.use_devices(devices)
         self._buffers: list[_SavedBuffer] = []
         self._end: RngState | None = None
+        self._is_blind = False
+        self._has_warned = False
         if model is not None:
             handle = model.register_forward_pre_hook(self._calls)
             weakref.finalize(self, handle.remove)
@@ -111,6 +120,7 @@ class Replay:
         """
         self._buffers = [] if self.model is None else _save_buffers(self.model)
         self._end = self.capture()
+        self._is_blind = self.model is not None and start is None and self._calls.is_empty
         for observer in self._observers:
             observer.replaying = True
         if start is not None:
@@ -120,9 +130,22 @@ class Replay:
         """Leave the second pass: buffers and random streams as the first pass left them; may be called again."""
         for saved in self._buffers:
             saved.restore()
+        unseen = self._end is not None and self._is_blind and self._end.has_moved()
         if self._end is not None:
             self._end.restore()
         self.forget()
+        if unseen and not self._has_warned:
+            self._has_warned = True
+            self._warn()
+
+    def _warn(self) -> None:
+        warnings.warn(
+            f"the second pass drew random numbers, but no forward call of model={type(self.model).__name__} was seen "
+            "in the first, so dropout masks differed between the passes. Give model= the module that your loop calls, "
+            "such as the one that torch.compile(model) returned (calls inside a compiled module, and those of one "
+            "compiled in place by model.compile(), cannot be seen); or use optimizer.step(closure), which replays them",
+            stacklevel=2,
+        )
 
     def gradients_cleared(self) -> None:
         """Note that gradients were cleared: a forward call from now on starts a new first pass.
@@ -165,6 +188,10 @@ class _CallRecorder:
             if training == module.training:  # steps over an evaluation whose author forgot torch.no_grad
                 state.restore()
                 return
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._states
 
     def gradients_cleared(self) -> None:
         self._superseded = not self.replaying
