@@ -1,0 +1,96 @@
+"""Both passes over one accumulation window, in a loop whose optimizer step belongs to somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from samopt.optimizer import SharpnessAwareOptimizer
+from samopt.replay import RngState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]  # accelerate ships no types
+
+__all__ = ["TwoPasses"]
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    again: Callable[[], Tensor]
+    loss: Tensor
+    start: RngState
+
+
+class TwoPasses:
+    """Runs every micro-batch once as usual and, at the last one of a window, all of them again at ``w + epsilon``.
+
+    The window is everything since the last optimizer step, so that it holds exactly what the accumulated gradients
+    hold: also a window that an epoch ended early. After the last micro-batch the gradients are the second pass's, and
+    whoever owns the loop unscales, clips and steps them.
+
+    Args:
+        accelerator: Says when a window is complete (``sync_gradients``), and suspends gradient exchange.
+        optimizer: Moves and restores the weights; its ``step`` is not called.
+        model: The prepared model.
+        sync_perturbation: With several processes: perturb along the averaged gradients instead of each process's own.
+
+    Attributes:
+        optimizer: The sharpness-aware optimizer.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: SharpnessAwareOptimizer,
+        model: nn.Module,
+        *,
+        sync_perturbation: bool = False,
+    ) -> None:
+        self.optimizer = optimizer
+        self._accelerator = accelerator
+        self._model = model
+        self._per_rank = accelerator.num_processes > 1 and not sync_perturbation
+        self._window: list[_MicroBatch] = []
+
+    def run(self, once: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor:
+        """Run the first pass of a micro-batch and, if it completes the window, the second pass of all of them.
+
+        Args:
+            once: Forward and backward of the micro-batch; returns the loss as differentiated.
+            again: The same, for the second pass.
+
+        Returns:
+            What ``once`` returned.
+        """
+        start = RngState.capture([self._accelerator.device])
+        with self._unsynced() if self._per_rank else nullcontext():
+            loss = once()
+        self._window.append(_MicroBatch(again, loss.detach(), start))
+        if self._accelerator.sync_gradients:
+            window, self._window = self._window, []
+            self._run_again(window)
+        return loss
+
+    def _run_again(self, window: list[_MicroBatch]) -> None:
+        first_loss = sum(micro_batch.loss for micro_batch in window)
+        with self.optimizer.perturbed(first_loss) as second:
+            if not second.is_needed:
+                return
+            self._model.zero_grad()  # a parameter that the optimizer does not have must not count twice
+            losses = []
+            for micro_batch in window:
+                micro_batch.start.restore()
+                with nullcontext() if micro_batch is window[-1] or self._syncs_each() else self._unsynced():
+                    losses.append(micro_batch.again().detach())
+            second.loss = sum(losses)
+
+    def _unsynced(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._accelerator.no_sync(model=self._model)
+        return context
+
+    def _syncs_each(self) -> bool:
+        return bool(self._accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))

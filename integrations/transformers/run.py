@@ -1,0 +1,111 @@
+"""The sharpness-aware optimizer of one training run, from the base optimizer to the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]  # accelerate ships no types
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from samopt import RhoScheduler, SharpnessAwareOptimizer
+
+from ..accumulation import TwoPasses
+from .arguments import SAMArguments
+from .checkpoint import CheckpointEntry
+from .metrics import free_metrics
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+__all__ = ["Run"]
+
+
+class Run:
+    """What lives from the creation of a Trainer's optimizer to the end of training.
+
+    The optimizer around the base is made at the first step, when the wrapped model is known and a checkpoint has been
+    loaded. Its options are the arguments' and those of the user's own parameter groups, whatever a checkpoint says: a
+    run that is resumed with another ``sam_rho`` uses that one.
+
+    Args:
+        arguments: The sharpness-aware fields.
+        optimizer: The Trainer's optimizer, prepared or not.
+        previous: The run before in the same Trainer, if there was one.
+
+    Attributes:
+        optimizer: The sharpness-aware optimizer; None before the first step.
+    """
+
+    def __init__(self, arguments: SAMArguments, optimizer: Optimizer, previous: Run | None = None) -> None:
+        self.optimizer: SharpnessAwareOptimizer | None = None
+        self._arguments = arguments
+        self._base = _unwrapped(optimizer)
+        self._groups = [{key: group[key] for key in group if key != "params"} for group in self._base.param_groups]
+        self._entry = CheckpointEntry(self._base)
+        if previous is not None:
+            previous._entry.remove()
+            if previous._base is self._base:  # its groups have our options by now, and these are not the user's
+                self._groups = previous._groups
+        self._passes: TwoPasses | None = None
+        self._schedule: RhoScheduler | None = None
+        self._gradient_scale: Tensor | None = None
+
+    def step(
+        self, trainer: Trainer, model: nn.Module, once: Callable[[], Tensor], again: Callable[[], Tensor]
+    ) -> Tensor:
+        """Run a micro-batch's first pass and, if it is the last of a window, the window's second pass.
+
+        Args:
+            trainer: The Trainer.
+            model: The wrapped model.
+            once: Forward and backward of the micro-batch; returns the loss as differentiated.
+            again: The same, for the second pass.
+
+        Returns:
+            The first pass's loss.
+        """
+        if self._passes is None:
+            self._passes = self._start(trainer, model)
+        if not trainer.accelerator.sync_gradients:
+            return self._passes.run(once, again)
+        self._follow_schedule(trainer.state.global_step)
+        loss = self._passes.run(once, again)
+        scaler = trainer.accelerator.scaler
+        self._gradient_scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the latest step measured, as values for logs; empty before the first step."""
+        return {} if self.optimizer is None else free_metrics(self.optimizer.last_step, self._gradient_scale)
+
+    def _start(self, trainer: Trainer, model: nn.Module) -> TwoPasses:
+        optimizer = self._arguments.build_optimizer(self._base, model, trainer.args.seed)
+        self._entry.belongs_to(optimizer)
+        for group, own in zip(optimizer.param_groups, self._groups, strict=False):
+            for name in ("rho", "eta", "perturb"):
+                key = optimizer.option_key(name)
+                group[key] = own.get(key, optimizer.option({}, name))
+        self._schedule = self._arguments.build_schedule(
+            optimizer, max_steps=trainer.state.max_steps, learning_rate=trainer.args.learning_rate
+        )
+        self.optimizer = optimizer
+        return TwoPasses(trainer.accelerator, optimizer, model, sync_perturbation=self._arguments.sam_sync_perturbation)
+
+    def _follow_schedule(self, step: int) -> None:
+        schedule = self._schedule
+        if schedule is None:
+            return
+        schedule.load_state_dict({"last_step": step, "base_rhos": schedule.base_rhos})
+        if step % self._arguments.sam_every:
+            key = schedule.optimizer.option_key("rho")
+            for group in schedule.optimizer.param_groups:
+                group[key] = 0.0
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -1,0 +1,193 @@
+"""Trainers whose training step runs both passes, and whose loop then steps the optimizer as ever."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from samopt import SharpnessAwareOptimizer
+
+from .arguments import SAMArguments
+from .inputs import independent_copy
+from .refusals import refuse_unsupported
+from .run import Run
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+__all__ = ["SAMTrainer", "SAMTrainerMixin", "make_sharpness_aware"]
+
+
+class SAMTrainerMixin(_Base):
+    """Makes any ``Trainer`` subclass sharpness-aware: ``class MyTrainer(SAMTrainerMixin, Seq2SeqTrainer): pass``.
+
+    Put it first. Its arguments are ``SAMTrainingArguments``, or others with the fields of ``SAMArguments``. The loop,
+    and all that it logs, counts, saves and schedules, stays the Trainer's; the second pass runs inside the training
+    step of a window's last micro-batch. A ``compute_loss`` that keeps statistics of its own sees every batch twice and
+    can ask ``is_second_pass``.
+
+    Cost: two forward-backward passes a step, one transient copy of the weights, and a copy of a window's inputs.
+
+    Args:
+        *args: As for the Trainer.
+        **kwargs: As for the Trainer.
+
+    Raises:
+        TypeError: If the arguments have no sharpness-aware fields.
+        ValueError: If the Trainer, its optimizer or its parallelism cannot run a second pass.
+    """
+
+    _attached_arguments: SAMArguments | None = None  # where the Trainer's own arguments have no such fields
+    _run: Run | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.sam_arguments.sam != "none":
+            refuse_unsupported(self)
+
+    @property
+    def sam_arguments(self) -> SAMArguments:
+        """The sharpness-aware fields in force.
+
+        Raises:
+            TypeError: If the Trainer's arguments have none.
+        """
+        if self._attached_arguments is not None:
+            return self._attached_arguments
+        if not isinstance(self.args, SAMArguments):
+            kind = type(self.args).__name__
+            raise TypeError(
+                f"{type(self).__name__} needs arguments with the fields of SAMArguments, got {kind}; use "
+                f"SAMTrainingArguments, or declare '@dataclass class MyArguments(SAMArguments, {kind}): pass'"
+            )
+        return self.args
+
+    @property
+    def sam_optimizer(self) -> SharpnessAwareOptimizer | None:
+        """The optimizer around the Trainer's, for ``last_step`` and ``param_groups``; None before its first step."""
+        return None if self._run is None else self._run.optimizer
+
+    @property
+    def is_second_pass(self) -> bool:
+        """Whether the second pass is running: for code in ``compute_loss`` that must not count a batch twice."""
+        optimizer = self.sam_optimizer
+        return optimizer is not None and optimizer.is_perturbed
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Create the Trainer's optimizer as ever, and remember it as the base.
+
+        Args:
+            model: As for ``Trainer.create_optimizer``.
+
+        Returns:
+            The base.
+        """
+        optimizer: Optimizer = super().create_optimizer(model)
+        self._run = None if self.sam_arguments.sam == "none" else Run(self.sam_arguments, optimizer, self._run)
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Run forward and backward of a micro-batch and, if it is the last of a window, the window's second pass.
+
+        Args:
+            model: The wrapped model.
+            inputs: The micro-batch.
+            num_items_in_batch: As for ``Trainer.training_step``.
+
+        Returns:
+            The first pass's loss.
+        """
+        step = super().training_step
+        if self.sam_arguments.sam == "none":
+            return step(model, inputs, num_items_in_batch)
+        if self._run is None:  # a subclass created the optimizer in its own way
+            assert self.optimizer is not None
+            self._run = Run(self.sam_arguments, self.optimizer)
+        again = functools.partial(
+            self._step_again,
+            step,
+            model,
+            independent_copy(inputs),
+            num_items_in_batch,
+            self.current_gradient_accumulation_steps,
+        )
+        return self._run.step(self, model, functools.partial(step, model, inputs, num_items_in_batch), again)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log what the Trainer logs; beside a training loss, also what the latest step measured.
+
+        Args:
+            logs: As for ``Trainer.log``.
+            start_time: As for ``Trainer.log``.
+        """
+        if "loss" in logs and self._run is not None:
+            logs.update(self._run.metrics())
+        super().log(logs, start_time)
+
+    def _step_again(
+        self,
+        step: Callable[..., Tensor],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None,
+        accumulation_steps: int,
+    ) -> Tensor:
+        self.current_gradient_accumulation_steps = accumulation_steps
+        return step(model, inputs, num_items_in_batch)
+
+
+class SAMTrainer(SAMTrainerMixin, Trainer):
+    """``transformers.Trainer`` with SAM and its relatives as arguments.
+
+    Args:
+        *args: As for ``Trainer``; ``args`` are ``SAMTrainingArguments``.
+        **kwargs: As for ``Trainer``.
+
+    Raises:
+        TypeError: If the arguments have no sharpness-aware fields.
+        ValueError: If the optimizer or the parallelism cannot run a second pass.
+    """
+
+
+def make_sharpness_aware(trainer: Trainer, **options: Any) -> Trainer:
+    """Make an existing Trainer instance sharpness-aware, whatever its class.
+
+    Args:
+        trainer: A Trainer that is not sharpness-aware yet, before ``train()``. Its class is replaced by a subclass.
+        **options: The fields of ``SAMArguments``: ``sam="asam", sam_rho=0.5``. May be left out if the Trainer's
+            arguments have them.
+
+    Returns:
+        The same instance.
+
+    Raises:
+        TypeError: If there are no options, neither here nor in the Trainer's arguments.
+        ValueError: If an option is out of range, the Trainer is sharpness-aware already, or it cannot run a second
+            pass.
+    """
+    kind = type(trainer)
+    if isinstance(trainer, SAMTrainerMixin):
+        raise ValueError(f"{kind.__name__} is sharpness-aware already; set the fields of its arguments instead")
+    if options:
+        arguments = SAMArguments(**options)
+    elif isinstance(trainer.args, SAMArguments):
+        arguments = trainer.args
+    else:
+        raise TypeError(
+            f"make_sharpness_aware needs options, since {type(trainer.args).__name__} has none of them; as in "
+            'make_sharpness_aware(trainer, sam="sam", sam_rho=0.05)'
+        )
+    if arguments.sam != "none":
+        refuse_unsupported(trainer)
+    trainer.__class__ = type(f"SharpnessAware{kind.__name__}", (SAMTrainerMixin, kind), {})
+    vars(trainer)["_attached_arguments"] = arguments
+    return trainer
