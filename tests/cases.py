@@ -28,6 +28,8 @@ class Variant:
     wrap: Callable[..., samopt.SharpnessAwareOptimizer]
     epsilon: Epsilon
     rho: float
+    scale_invariant: bool = True
+    """Whether a multiple of the gradient gives the same perturbation, as it meets under a ``GradScaler``."""
 
 
 def sam_epsilon(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float]) -> list[Tensor]:
@@ -53,9 +55,38 @@ def asam_epsilon(
     return [rho * t * t * g / norm if norm > 0 else g for t, g, rho in zip(lengths, wide, rhos, strict=True)]
 
 
+def fisher_epsilon(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float], eta: float = 0.1
+) -> list[Tensor]:
+    """``rho F^-1 g / sqrt(g F^-1 g)`` in fp64 with ``F = 1 + eta g^2`` (Kim et al. 2022, algorithm 1)."""
+    wide = [
+        torch.zeros_like(w, dtype=torch.float64) if g is None else g.double()
+        for w, g in zip(weights, gradients, strict=True)
+    ]
+    natural = [g / (1 + eta * g * g) for g in wide]
+    norm = sum(float((g * n).sum()) for g, n in zip(wide, natural, strict=True)) ** 0.5
+    return [rho * n / norm if norm > 0 else n for n, rho in zip(natural, rhos, strict=True)]
+
+
+DISTANCE = 0.75  # what the trust region of the table's TRAM answers
+
+
+def tram(params: Any, base_optimizer: Any = None, *, rho: float = 1.0, **options: Any) -> samopt.TRAM:
+    """TRAM in a trust region of constant distance, where it has ASAM's formula."""
+    distance = torch.tensor(DISTANCE, dtype=torch.float64)
+    return samopt.TRAM(params, base_optimizer, scale=rho, trust_region=lambda: distance, **options)
+
+
+def tram_epsilon(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float]) -> list[Tensor]:
+    """``d T^2 g / ||T g||`` in fp64 with ASAM's ``T`` (Sherborne et al. 2024, equation 7)."""
+    return asam_epsilon(weights, gradients, [rho * DISTANCE for rho in rhos])
+
+
 VARIANTS = [
     Variant("sam", samopt.SAM, sam_epsilon, 0.05),
     Variant("asam", samopt.ASAM, asam_epsilon, 0.5),
+    Variant("fisher", samopt.FisherSAM, fisher_epsilon, 0.1, scale_invariant=False),
+    Variant("tram", tram, tram_epsilon, 0.6),
 ]
 
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

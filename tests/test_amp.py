@@ -87,7 +87,9 @@ def scaled_passes(
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("clip", [None, CLIP])
 @pytest.mark.parametrize("base", ["sgd-momentum", "adamw", "adamw-fused"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", [variant for variant in VARIANTS if variant.scale_invariant], ids=lambda variant: variant.name
+)
 def test_scaled_explicit_form_equals_the_unscaled_loop(
     variant: Variant, base: str, clip: float | None, micro_batches: int
 ) -> None:

@@ -13,6 +13,8 @@ from tests.pages import REPOSITORY, Block, Heading, read
 PUBLIC = [
     "ASAM",
     "SAM",
+    "TRAM",
+    "FisherSAM",
     "RhoScheduler",
     "SecondPass",
     "SharpnessAwareOptimizer",
