@@ -13,7 +13,7 @@ from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block
 from samopt.kernels.reference import vector_norm
 
-__all__ = ["Perturbation", "Region", "Target", "gradient_norm", "largest_radius"]
+__all__ = ["Perturbation", "Placement", "Region", "Target", "gradient_norm", "largest_radius"]
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -149,6 +149,53 @@ class Perturbation:
         largest = torch.finfo(torch.float32).max
         scale = torch.where(usable, region.sign * size, torch.zeros_like(norm)).clamp(-largest, largest)
         return scale.to(device, non_blocking=True)
+
+
+class Placement:
+    """Weights anywhere for a while: saved once, placed as often as needed, put back bit for bit.
+
+    Memory: one copy of the weights.
+
+    Args:
+        weights: Leaf tensors; what is written is written into them.
+
+    Attributes:
+        origin: The saved values, one tensor for each weight.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._backups = [Backup(weight, None, weight.detach().clone()) for weight in weights]
+        self.origin = [backup.values for backup in self._backups]
+
+    def put(self, index: int, values: Tensor) -> None:
+        """Write ``values`` into a weight.
+
+        Args:
+            index: Which weight.
+            values: Of its shape.
+        """
+        with torch.no_grad():
+            self._backups[index].weight.copy_(values)
+
+    def move(self, index: int, offset: Tensor, noise: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Write ``origin + offset`` into a weight, computed in at least fp32.
+
+        Args:
+            index: Which weight.
+            offset: Of its shape.
+            noise: As for ``Perturbation.apply``.
+        """
+        weight = self._backups[index].weight
+        block = Block([weight], [offset], None, 0.0, False)
+        self.put(index, self.origin[index])
+        with torch.no_grad():
+            backend = kernels.select(block, "auto")
+            backend.ascend(block, torch.ones((), device=weight.device), noise)
+
+    def undo(self) -> None:
+        """Write every saved weight back, bit for bit; may be called any number of times."""
+        with torch.no_grad():
+            kernels.BACKENDS["reference"].restore(self._backups)
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:

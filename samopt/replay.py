@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PassObserver", "Replay", "RngState"]
+from samopt.observation import is_observed
+
+__all__ = ["PassObserver", "Replay", "RngState", "SavedBuffer", "save_buffers"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Replay:
         self._calls = _CallRecorder(())
         self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
         self.use_devices(devices)
-        self._buffers: list[_SavedBuffer] = []
+        self._buffers: list[SavedBuffer] = []
         self._end: RngState | None = None
         self._is_blind = False
         self._has_warned = False
@@ -118,7 +120,7 @@ class Replay:
         Args:
             start: Random state at the start of the first pass, where known.
         """
-        self._buffers = [] if self.model is None else _save_buffers(self.model)
+        self._buffers = [] if self.model is None else save_buffers(self.model)
         self._end = self.capture()
         self._is_blind = self.model is not None and start is None and self._calls.is_empty
         for observer in self._observers:
@@ -175,7 +177,7 @@ class _CallRecorder:
         self.clear()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or self.devices is None or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or self.devices is None or not torch.is_grad_enabled() or not is_observed():
             return
         if not self.replaying:
             if self._superseded:
@@ -207,13 +209,16 @@ class _CallRecorder:
 
 
 @dataclass(frozen=True)
-class _SavedBuffer:
+class SavedBuffer:
+    """A buffer's tensor and its values, to be put back where it was registered; ``value`` is None if read-only."""
+
     owner: nn.Module
     name: str
     buffer: Tensor | None
     value: Tensor | None
 
     def restore(self) -> None:
+        """Register the same tensor again, if another took its place, and write its values back."""
         if self.owner._buffers.get(self.name) is not self.buffer:
             self.owner._buffers[self.name] = self.buffer
         if self.buffer is not None and self.value is not None:
@@ -221,9 +226,14 @@ class _SavedBuffer:
                 self.buffer.copy_(self.value)
 
 
-def _save_buffers(model: nn.Module) -> list[_SavedBuffer]:
+def save_buffers(model: nn.Module) -> list[SavedBuffer]:
+    """Return copies of every buffer of ``model``.
+
+    Args:
+        model: The module.
+    """
     return [
-        _SavedBuffer(module, name, buffer, None if buffer is None or _is_read_only(buffer) else buffer.detach().clone())
+        SavedBuffer(module, name, buffer, None if buffer is None or _is_read_only(buffer) else buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
