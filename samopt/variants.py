@@ -104,8 +104,8 @@ class ASAM(SharpnessAwareOptimizer):
 class FisherSAM(SharpnessAwareOptimizer):
     """Fisher SAM: a ball in the geometry of the model's output distribution, thin where the loss is steep.
 
-    The base optimizer gets the gradient at ``w + rho T^2 g / ||T g||_2`` with ``T^2 = 1 / (1 + eta g^2)``: the inverse of
-    the diagonal empirical Fisher information, with the batch gradient in place of each example's. Source: Kim et al.
+    The base optimizer gets the gradient at ``w + rho T^2 g / ||T g||_2`` with ``T^2 = 1 / (1 + eta g^2)``: the inverse
+    of the diagonal empirical Fisher information, with the batch gradient in place of each example's. Source: Kim et al.
     2022, "Fisher SAM: Information Geometry and Sharpness Aware Minimisation", equation 9 and algorithm 1.
 
     Cost: as ``SAM``. The metric depends on the scale of the gradient, so a ``GradScaler`` changes it.
