@@ -8,30 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from samopt import kernels
 from samopt.amp import calling_scaler_stage, is_unscaling
 from samopt.geometry import Metric
-from samopt.gradients import any_nonzero, poison_unless
-from samopt.metrics import StepMetrics, as_scalar
+from samopt.metrics import StepMetrics
 from samopt.perturbation import Region, Target
-from samopt.replay import PassObserver, Replay, RngState
+from samopt.replay import PassObserver
 from samopt.rounding import RoundingNoise
 from samopt.second_pass import SecondPass
 from samopt.stall import StallDetector
+from samopt.two_pass import TWO_WAYS, TwoPass
 from samopt.validation import build_base, check_model, check_nonnegative
 from samopt.wrapper import OptimizerWrapper, with_step_hooks
 
 __all__ = ["SharpnessAwareOptimizer"]
-
-_TWO_WAYS = (
-    "Write either 'loss.backward()', 'with optimizer.perturbed(): criterion(model(x), y).backward()', "
-    "'optimizer.step()'; or 'optimizer.step(closure)' with a closure that clears the gradients, computes the loss, "
-    "calls backward and returns the loss"
-)
 
 
 class SharpnessAwareOptimizer(OptimizerWrapper):
@@ -107,7 +100,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups."""
         if is_unscaling():
-            self._unscaled = True
+            self._passes.note_unscaling()
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -118,12 +111,12 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     @property
     def last_step(self) -> StepMetrics:
         """Measurements of the latest pair of passes; every field None before the first."""
-        return self._last_step
+        return self._passes.metrics
 
     @property
     def is_perturbed(self) -> bool:
         """Whether the second pass is running: for code that must not act twice in a step."""
-        return self._current is not None
+        return self._passes.is_perturbed
 
     @with_step_hooks
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -144,17 +137,15 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 ``GradScaler`` would let wrongly scaled gradients through.
             TypeError: If ``closure`` cannot be called.
         """
-        self._require_unperturbed("step()")
+        self._passes.require_unperturbed("step()")
         stage = calling_scaler_stage()
         if closure is None:
-            self._require_second_gradient(stage)
-            self._ready = False
-            self._replay.forget()
-            self._before_update()
+            self._passes.require_second_gradient(stage)
+            self.hand_over()
             self.base_optimizer.step()
             return None
         if not callable(closure):
-            raise TypeError(f"step() takes a closure or nothing, got {type(closure).__name__}. {_TWO_WAYS}")
+            raise TypeError(f"step() takes a closure or nothing, got {type(closure).__name__}. {TWO_WAYS}")
         if stage is not None:
             raise RuntimeError(
                 "GradScaler.step was given a closure, whose gradients it would neither unscale nor check; run the "
@@ -181,7 +172,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: If the weights are perturbed already.
         """
-        with self._second_pass(loss) as second:
+        with self._passes.second_pass(loss) as second:
             yield second
         self._watch_for_stall()
 
@@ -191,7 +182,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: If the weights are perturbed already.
         """
-        self._begin(None)
+        self._passes.ascend()
 
     def restore(self) -> None:
         """Put the weights back, bit for bit, keeping the second pass's gradients for ``step``.
@@ -199,15 +190,15 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: If the weights are not perturbed.
         """
-        if self._current is None:
-            raise RuntimeError(
-                "restore() was called, but the weights are not perturbed; call ascend() first, or use "
-                "'with optimizer.perturbed():', which does both"
-            )
-        try:
-            self._put_back(failed=False)
-        finally:
-            self._put_back(failed=False)  # does nothing unless an interrupt hit the first one
+        self._passes.restore()
+
+    def hand_over(self) -> None:
+        """Do all of ``step()`` but the base optimizer's step, for a loop that steps the base itself.
+
+        Call it after the second pass, just before the base's step; ``base_optimizer.register_step_pre_hook`` is a way.
+        """
+        self._passes.reset()
+        self._before_update()
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Do ``ascend()``, under the name that existing SAM training code uses.
@@ -237,145 +228,21 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             set_to_none: As for ``torch.optim.Optimizer.zero_grad``.
         """
         super().zero_grad(set_to_none=set_to_none)
-        self._replay.gradients_cleared()
-        self._ready = False
+        self._passes.gradients_cleared()
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._require_unperturbed("copying or pickling")
-        return super().__getstate__() | {
-            "metric": self.metric,
-            "norm": self.norm,
-            "backend": self.backend,
-            "measure_grad_norms": self.measure_grad_norms,
-            "_rounding": self._rounding,
-            "_stall": self._stall,
-            "model": self._replay.model,
-        }
+    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
+        """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        model = state.pop("model")
-        super().__setstate__(state)
-        self._set_up_passes(model)
-
-    def _set_up_passes(self, model: nn.Module | None) -> None:
-        self._replay = Replay(model, self._devices(), self._observers(model))
-        self._current: SecondPass | None = None
-        self._ready = False  # whether the gradients are a second pass's
-        self._unscaled = False  # whether a GradScaler divided them since that pass began
-        self._last_step = StepMetrics()
-
-    def _observers(self, model: nn.Module | None) -> Iterable[PassObserver]:
-        """Return what else wants to know when passes begin and end."""
-        return ()
-
-    def _before_update(self) -> None:
-        """Act on the weights as the base optimizer is about to find them; the gradients are the final ones."""
-
-    def _measure(self, second: SecondPass) -> StepMetrics:
-        """Return what the step measured, once both passes are over."""
-        return second.measure()
-
-    def _own_state(self) -> dict[str, Any]:
-        return {} if self._rounding is None else {"rounding": self._rounding.position}
-
-    def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        if self._rounding is not None:
-            self._rounding.position = (own or {}).get("rounding", 0)
-        self._ready = False
-
-    def _step_with(self, closure: Callable[[], Any]) -> Any:
-        """Give the base optimizer a closure that delivers the perturbed gradient at ``w``, as often as it asks."""
-        self._validated_groups()
-        first_losses: list[Any] = []
-
-        def oracle() -> Any:
-            loss = self._run_passes(closure, first_losses)
-            self._before_update()
-            return loss
-
-        self.base_optimizer.step(oracle)
-        self._ready = False
-        self._watch_for_stall()
-        return first_losses[0] if first_losses else None
-
-    def _run_passes(self, closure: Callable[[], Any], first_losses: list[Any]) -> Any:
-        """Leave the perturbed gradient in place, and return the loss that goes with it."""
-        self._replay.forget()
-        start = self._replay.capture()
-        with torch.enable_grad():
-            first_losses.append(closure())
-        if not self._may_move():
-            self._replay.forget()
-            self._last_step = StepMetrics(loss=as_scalar(first_losses[-1]), radius=torch.zeros(()))
-            return first_losses[-1]
-        with self._second_pass(first_losses[-1], start) as second:
-            if not second.is_needed:
-                return first_losses[-1]
-            with torch.enable_grad():
-                second.loss = closure()
-        return second.loss
-
-    @contextmanager
-    def _second_pass(self, first_loss: Any, start: RngState | None = None) -> Generator[SecondPass]:
-        self._require_unperturbed("perturbed()")
-        failed = True
-        try:
-            try:
-                yield self._begin(first_loss, start)
-                failed = False
-            finally:
-                self._put_back(failed)
-        finally:
-            self._put_back(failed)  # does nothing unless an interrupt hit the first one
-
-    def _begin(self, first_loss: Any, start: RngState | None = None) -> SecondPass:
-        """Move the weights; whatever was done when this is interrupted, ``_put_back`` undoes."""
-        self._require_unperturbed("ascend()")
-        gradients, targets = self._take_stock(self._validated_groups())
-        second = SecondPass(
-            gradients,
-            targets,
-            self.metric,
-            linf=self.norm == "linf",
-            backend=self.backend,
-            first_loss=first_loss,
-            measure_grad_norms=self.measure_grad_norms,
-        )
-        self._replay.use_devices(self._devices())
-        self._ready = False
-        self._unscaled = False
-        self._current = second
-        second.enter(self._replay, start, None if self._rounding is None else self._rounding.next())
-        return second
-
-    def _put_back(self, failed: bool) -> None:
-        """Undo ``_begin`` and set up what ``step`` needs; a no-op with nothing to undo, so that it can be retried."""
-        second = self._current
-        if second is None:
-            return
-        if failed:
-            self.base_optimizer.zero_grad()
-        second.leave(self._replay)
-        if not failed:
-            finite = second.first_gradients_finite()
-            if finite is not None:
-                poison_unless(finite, self.param_groups)
-            self._last_step = self._measure(second)
-            self._ready = True
-        self._current = None
-
-    def _watch_for_stall(self) -> None:
-        if self._stall is not None:
-            self._stall.observe(self._last_step)
-
-    def _take_stock(self, groups: list[dict[str, Any]]) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
-        """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is."""
+        Raises:
+            ValueError: If a group's option is out of range.
+        """
+        self.validate_groups()
         taken: list[tuple[Tensor, Tensor | None]] = []
         targets = []
-        moving = self._may_move()
-        for group in groups:
+        moving = self.may_move()
+        for group in self.param_groups:
             sign = -1 if group.get("maximize", False) else 1
-            region = Region(self._radius(group), self.option(group, "eta"), sign)
+            region = Region(self.radius(group), self.option(group, "eta"), sign)
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
@@ -384,25 +251,101 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                     targets.append(Target(parameter, parameter.grad.detach(), region))
         return taken if any(gradient is not None for _, gradient in taken) else [], targets
 
-    def _radius(self, group: dict[str, Any]) -> float | Tensor:
-        """Return the radius of a group's ball: a number, or a 0-dim tensor that is never read on the host."""
+    def radius(self, group: dict[str, Any]) -> float | Tensor:
+        """Return the radius of a group's ball: a number, or a 0-dim tensor that is never read on the host.
+
+        Args:
+            group: One of ``param_groups``.
+        """
         radius: float | Tensor = self.option(group, "rho")
         return radius
 
-    def _may_move(self) -> bool:
-        """Whether any group moves, as far as the host can tell."""
+    def may_move(self) -> bool:
+        """Return whether any group moves, as far as the host can tell."""
         return any(
-            self.option(group, "perturb") and (isinstance(radius := self._radius(group), Tensor) or radius > 0)
+            self.option(group, "perturb") and (isinstance(radius := self.radius(group), Tensor) or radius > 0)
             for group in self.param_groups
         )
 
-    def _devices(self) -> list[torch.device]:
+    def measured(self, second: SecondPass) -> StepMetrics:
+        """Return what the step measured, once both passes are over.
+
+        Args:
+            second: The pass.
+        """
+        return second.measure()
+
+    def next_rounding_noise(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the numbers that the next ascent rounds with; None rounds to nearest."""
+        return None if self._rounding is None else self._rounding.next()
+
+    def devices(self) -> list[torch.device]:
+        """Return the devices of the parameters."""
         return list(dict.fromkeys(p.device for group in self.param_groups for p in group["params"]))
 
-    def _validated_groups(self) -> list[dict[str, Any]]:
+    def validate_groups(self) -> None:
+        """Raise if an option of a group is out of range.
+
+        Raises:
+            TypeError: If one is not a number.
+            ValueError: If one is negative or not finite.
+        """
         for index, group in enumerate(self.param_groups):
             self._check_group(group, index)
-        return self.param_groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._passes.require_unperturbed("copying or pickling")
+        return super().__getstate__() | {
+            "metric": self.metric,
+            "norm": self.norm,
+            "backend": self.backend,
+            "measure_grad_norms": self.measure_grad_norms,
+            "_rounding": self._rounding,
+            "_stall": self._stall,
+            "model": self._passes.model,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state.pop("model")
+        super().__setstate__(state)
+        self._set_up_passes(model)
+
+    def _set_up_passes(self, model: nn.Module | None) -> None:
+        self._passes = TwoPass(self, model, self._observers(model))
+
+    def _observers(self, model: nn.Module | None) -> Iterable[PassObserver]:
+        """Return what else wants to know when passes begin and end."""
+        return ()
+
+    def _before_update(self) -> None:
+        """Act on the weights as the base optimizer is about to find them; the gradients are the final ones."""
+
+    def _own_state(self) -> dict[str, Any]:
+        return {} if self._rounding is None else {"rounding": self._rounding.position}
+
+    def _load_own_state(self, own: dict[str, Any] | None) -> None:
+        if self._rounding is not None:
+            self._rounding.position = (own or {}).get("rounding", 0)
+        self._passes.reset()
+
+    def _step_with(self, closure: Callable[[], Any]) -> Any:
+        """Give the base optimizer a closure that delivers the perturbed gradient at ``w``, as often as it asks."""
+        self.validate_groups()
+        first_losses: list[Any] = []
+
+        def oracle() -> Any:
+            loss = self._passes.run(closure, first_losses)
+            self._before_update()
+            return loss
+
+        self.base_optimizer.step(oracle)
+        self._passes.reset()
+        self._watch_for_stall()
+        return first_losses[0] if first_losses else None
+
+    def _watch_for_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.observe(self._passes.metrics)
 
     def _check_group(self, group: dict[str, Any], index: int) -> None:
         where = f" in param group {index}"
@@ -410,23 +353,3 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         if not isinstance(rho, Tensor):
             check_nonnegative(self.option_key("rho"), rho, where)
         check_nonnegative(self.option_key("eta"), eta, where)
-
-    def _require_unperturbed(self, what: str) -> None:
-        if self._current is not None:
-            raise RuntimeError(
-                f"{what} was called while the weights are perturbed; leave 'with optimizer.perturbed():' first, or "
-                "call restore() after ascend()"
-            )
-
-    def _require_second_gradient(self, stage: OptState | None) -> None:
-        """Raise unless the gradients are a second pass's, or there is nothing that an ascent would change."""
-        if self._ready:
-            if stage is OptState.UNSCALED and not self._unscaled:
-                raise RuntimeError(
-                    "the gradients of the second pass are still multiplied by the GradScaler's scale: "
-                    "scaler.unscale_(optimizer) was called before the second pass; call it after the 'with "
-                    "optimizer.perturbed():' block (the ascent needs no unscaling), or leave it to scaler.step"
-                )
-            return
-        if self._may_move() and any_nonzero(self.param_groups):
-            raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {_TWO_WAYS}")

@@ -191,3 +191,28 @@ def test_step_without_closure_returns_none_and_with_one_its_first_value() -> Non
     assert float(optimizer.last_step.loss) == 25.0
     w.grad = None
     assert optimizer.step() is None
+
+
+def test_a_loop_that_steps_the_base_itself() -> None:
+    def passes(w: torch.nn.Parameter, optimizer: samopt.SAM) -> None:
+        loss_of = quadratic(w, torch.ones(2, dtype=torch.float64))
+        optimizer.zero_grad()
+        loss_of().backward()
+        with optimizer.perturbed():
+            loss_of().backward()
+
+    ours, theirs = (torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64)) for _ in range(2))
+    stepped = samopt.SAM([ours], torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+    handed = samopt.SAM([theirs], torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
+    handed.base_optimizer.register_step_pre_hook(lambda *_: handed.hand_over())
+    for _ in range(3):
+        passes(ours, stepped)
+        stepped.step()
+        passes(theirs, handed)
+        handed.base_optimizer.step()
+    assert torch.equal(ours, theirs)
+    ours.grad = torch.ones_like(ours)
+    theirs.grad = torch.ones_like(theirs)
+    for optimizer in (stepped, handed):  # the second gradient is used up in both
+        with pytest.raises(RuntimeError, match="no perturbed pass since the last step"):
+            optimizer.step()
