@@ -67,7 +67,8 @@ class TwoPasses:
             What ``once`` returned.
         """
         start = RngState.capture([self._accelerator.device])
-        with self._unsynced() if self._per_rank else nullcontext():
+        # Only gradients that a second pass replaces may stay unexchanged.
+        with self._unsynced() if self._per_rank and self.optimizer._may_move() else nullcontext():
             loss = once()
         self._window.append(_MicroBatch(again, loss.detach(), start))
         if self._accelerator.sync_gradients:

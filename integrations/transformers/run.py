@@ -9,6 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]  # accelerate ships no types
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from samopt import RhoScheduler, SharpnessAwareOptimizer
 
@@ -46,9 +47,10 @@ class Run:
         self._groups = [{key: group[key] for key in group if key != "params"} for group in self._base.param_groups]
         self._entry = CheckpointEntry(self._base)
         if previous is not None:
-            previous._entry.remove()
+            previous._end()
             if previous._base is self._base:  # its groups have our options by now, and these are not the user's
                 self._groups = previous._groups
+        self._handle: RemovableHandle | None = None
         self._passes: TwoPasses | None = None
         self._schedule: RhoScheduler | None = None
         self._gradient_scale: Tensor | None = None
@@ -84,6 +86,7 @@ class Run:
     def _start(self, trainer: Trainer, model: nn.Module) -> TwoPasses:
         optimizer = self._arguments.build_optimizer(self._base, model, trainer.args.seed)
         self._entry.belongs_to(optimizer)
+        self._handle = self._base.register_step_pre_hook(lambda *_: optimizer.hand_over())
         for group, own in zip(optimizer.param_groups, self._groups, strict=False):
             for name in ("rho", "eta", "perturb"):
                 key = optimizer.option_key(name)
@@ -93,6 +96,11 @@ class Run:
         )
         self.optimizer = optimizer
         return TwoPasses(trainer.accelerator, optimizer, model, sync_perturbation=self._arguments.sam_sync_perturbation)
+
+    def _end(self) -> None:
+        self._entry.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     def _follow_schedule(self, step: int) -> None:
         schedule = self._schedule
