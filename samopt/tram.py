@@ -16,7 +16,8 @@ from torch.optim.optimizer import ParamsT
 from samopt.geometry import Adaptive, Euclidean, Fisher, Metric
 from samopt.metrics import StepMetrics
 from samopt.optimizer import SharpnessAwareOptimizer
-from samopt.replay import PassObserver, RngState
+from samopt.perturbation import Target
+from samopt.replay import PassObserver
 from samopt.second_pass import SecondPass
 from samopt.trust_region import (
     TRUST_REGIONS,
@@ -157,13 +158,19 @@ class TRAM(SharpnessAwareOptimizer):
         return () if self._watch is None else (self._watch,)
 
     def _devices_if_moving(self) -> tuple[torch.device, ...] | None:
-        return tuple(self._devices()) if self._may_move() else None
+        return tuple(self.devices()) if self.may_move() else None
 
-    def _begin(self, first_loss: Any, start: RngState | None = None) -> SecondPass:
+    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
+        """Return what ``SharpnessAwareOptimizer.take_stock`` does, with a newly measured distance in the radii."""
         self._distance = None
-        return super()._begin(first_loss, start)
+        return super().take_stock()
 
-    def _radius(self, group: dict[str, Any]) -> float | Tensor:
+    def radius(self, group: dict[str, Any]) -> float | Tensor:
+        """Return ``scale`` times the distance of this first pass, at most ``max_radius``.
+
+        Args:
+            group: One of ``param_groups``.
+        """
         scale = self.option(group, "rho")
         if not isinstance(scale, Tensor) and scale == 0:
             return 0.0
@@ -171,7 +178,8 @@ class TRAM(SharpnessAwareOptimizer):
             self._distance = self._measured_distance()
         return _bounded(scale * self._distance, self.max_radius)
 
-    def _may_move(self) -> bool:
+    def may_move(self) -> bool:
+        """Return whether any group has a positive scale; the distance is not asked for."""
         scales = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
         return any(isinstance(scale, Tensor) or scale > 0 for scale in scales)
 
@@ -179,7 +187,7 @@ class TRAM(SharpnessAwareOptimizer):
         if self._watch is None:
             source = cast(RadiusSource, self.trust_region)
             return source()
-        model = self._replay.model
+        model = self._passes.model
         if model is None or (measured := self._watch.total()) is None:
             raise RuntimeError(
                 f"TRAM saw no forward call of model={type(model).__name__} in this first pass, so there is no distance "
@@ -190,9 +198,14 @@ class TRAM(SharpnessAwareOptimizer):
         mean: Tensor = total / weight.clamp(min=1)
         return mean
 
-    def _measure(self, second: SecondPass) -> StepMetrics:
+    def measured(self, second: SecondPass) -> StepMetrics:
+        """Return what the step measured, the trust-region distance included.
+
+        Args:
+            second: The pass.
+        """
         distance = self._distance if isinstance(self._distance, Tensor | None) else torch.tensor(float(self._distance))
-        return replace(super()._measure(second), distance=distance)
+        return replace(super().measured(second), distance=distance)
 
     def _before_update(self) -> None:
         if isinstance(self.trust_region, StatefulTrustRegion):
