@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.replay import RngState
+from samopt.second_pass import SecondPass
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]  # accelerate ships no types
@@ -68,7 +69,7 @@ class TwoPasses:
         """
         start = RngState.capture([self._accelerator.device])
         # Only gradients that a second pass replaces may stay unexchanged.
-        with self._unsynced() if self._per_rank and self.optimizer._may_move() else nullcontext():
+        with self._unsynced() if self._per_rank and self.optimizer.may_move() else nullcontext():
             loss = once()
         self._window.append(_MicroBatch(again, loss.detach(), start))
         if self._accelerator.sync_gradients:
@@ -79,7 +80,7 @@ class TwoPasses:
     def _run_again(self, window: list[_MicroBatch]) -> None:
         first_loss = sum(micro_batch.loss for micro_batch in window)
         with self.optimizer.perturbed(first_loss) as second:
-            if not second.is_needed:
+            if isinstance(second, SecondPass) and not second.is_needed:
                 return
             self._model.zero_grad()  # a parameter that the optimizer does not have must not count twice
             losses = []

@@ -248,6 +248,7 @@ def make_trainer(
     arguments: type[TrainingArguments] = SAMTrainingArguments,
     base: Callable[[nn.Module], torch.optim.Optimizer] | None = adamw,
     callbacks: Sequence[TrainerCallback] = (),
+    seeded: bool = True,
     trainer_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
@@ -270,7 +271,7 @@ def make_trainer(
         model,
         args=arguments(str(folder), **(settings | options)),
         train_dataset=rows,
-        callbacks=[SeedEachStep(), *callbacks],
+        callbacks=[*([SeedEachStep()] if seeded else []), *callbacks],
         **({} if base is None else {"optimizers": (base(model), None)}),
         **(trainer_options or {}),
     )

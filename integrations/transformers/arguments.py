@@ -131,7 +131,7 @@ class SAMArguments:
                 return samopt.RhoScheduler.cosine(optimizer, max_steps)
             case "proportional_to_lr":
                 return samopt.RhoScheduler.proportional_to_lr(optimizer, max_lr=learning_rate)
-        return None
+        return samopt.RhoScheduler(optimizer, lambda step: 1.0) if self.sam_every > 1 else None
 
 
 @dataclass
