@@ -1,0 +1,210 @@
+"""Sharpness during training, at a bounded share of its time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from samopt.sharpness.batches import read_batches
+from samopt.sharpness.budget import Budget, OverBudget
+from samopt.sharpness.losses import LossFn
+from samopt.sharpness.results import Result, plain
+from samopt.sharpness.worst_case import worst_case
+
+__all__ = ["SharpnessMonitor"]
+
+MeasureFn = Callable[..., Result]
+
+
+class SharpnessMonitor:
+    """Measures a model every so many steps, keeps a history, and says what to log.
+
+    Belongs to no framework: call ``step()`` after each optimizer step. At every ``every``-th call it runs the measures
+    on the same batches and returns numbers to log; the model, its gradients and all random streams stay as they are, so
+    a monitored run is the unmonitored one, bit for bit. It never takes more than ``max_fraction`` of the time since the
+    first ``step()``: a measure that would is left out, and the record says so. What is left of the budget accumulates,
+    so that an expensive measure runs less often rather than never.
+
+    In a loop::
+
+        monitor = SharpnessMonitor(model, sharpness.cross_entropy, batches, every=200, optimizer=optimizer)
+        for batch in loader:
+            ...
+            optimizer.step(closure)
+            logger.log(monitor.step())
+
+    In a callback: make one where the model is on its device (first training batch), call ``values =
+    monitor.step(global_step)`` once an optimizer step, log ``values`` if it is not empty, and save and load
+    ``state_dict()`` with the checkpoint. In distributed training make it in one process; it never communicates.
+
+    Args:
+        model: The model in training; compiled and data-parallel wrappers are looked into.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; ``sharpness.cross_entropy`` or ``sharpness.hf_loss`` often fit.
+        batches: What to measure on, the same ones every time; read once, here, and kept. A few hundred examples do.
+        every: Steps between measurements, >= 1.
+        measures: Functions called as ``measure(model, loss_fn, batches, progress=...)`` and returning a ``Result``, by
+            name; or a list of such functions, named by their ``__name__``. Bind arguments with ``functools.partial``.
+            None is SAM's one-step sharpness at radius 0.05.
+        optimizer: A samopt optimizer, whose ``last_step`` joins each record; it costs nothing but reading it.
+        path: File to append each record to, as a line of JSON.
+        max_fraction: Largest share of the time that measuring may take, in (0, 1]; None for no limit.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range.
+
+    Attributes:
+        history: One dict a record: ``step``; ``seconds`` since the first step; ``measures``, each measure's
+            ``to_dict()``; ``skipped``, why a measure was left out; ``metrics``, the optimizer's.
+
+    Example:
+        >>> import torch, samopt
+        >>> from functools import partial
+        >>> from samopt import sharpness
+        >>> model = torch.nn.Linear(4, 3)
+        >>> batch = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> monitor = sharpness.SharpnessMonitor(
+        ...     model,
+        ...     sharpness.cross_entropy,
+        ...     [batch],
+        ...     every=2,
+        ...     measures={"sharpness": partial(sharpness.worst_case, rho=0.1, steps=5)},
+        ...     max_fraction=None,
+        ... )
+        >>> [sorted(monitor.step()) for _ in range(2)]
+        [[], ['sharpness/sharpness']]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        *,
+        every: int = 500,
+        measures: Mapping[str, MeasureFn] | Iterable[MeasureFn] | None = None,
+        optimizer: Any = None,
+        path: str | Path | None = None,
+        max_fraction: float | None = 0.05,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if optimizer is not None and not hasattr(optimizer, "last_step"):
+            raise TypeError(
+                f"optimizer must be a samopt optimizer, which has last_step, got {type(optimizer).__name__}; leave it "
+                "out for any other"
+            )
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batches = read_batches(batches)
+        self.every = every
+        self.measures = _named(measures)
+        self.optimizer = optimizer
+        self.path = None if path is None else Path(path)
+        self.history: list[dict[str, Any]] = []
+        self._budget = Budget(max_fraction, time.perf_counter)
+        self._steps = 0
+
+    def step(self, step: int | None = None) -> dict[str, float]:
+        """Note that the optimizer has stepped, and measure where it is time to.
+
+        Args:
+            step: Number of optimizer steps so far, for the record and for when to measure; None counts the calls.
+
+        Returns:
+            What to log, if this call measured anything: ``"sharpness/NAME"`` for each measure and ``"sam/NAME"`` for
+            each metric of the optimizer. Otherwise an empty dict.
+        """
+        self._budget.start()
+        self._steps = self._steps + 1 if step is None else step
+        if self._steps % self.every:
+            return {}
+        return self.measure(within_budget=True)
+
+    def measure(self, *, within_budget: bool = False) -> dict[str, float]:
+        """Measure now.
+
+        Args:
+            within_budget: Leave out what would take more than its share of the time.
+
+        Returns:
+            As ``step``.
+        """
+        self._budget.start()
+        record: dict[str, Any] = {"step": self._steps, "seconds": self._budget.elapsed, "measures": {}}
+        skipped: dict[str, str] = {}
+        for name, measure in self.measures.items():
+            try:
+                with self._budget.spend(name, limited=within_budget) as progress:
+                    result = measure(self.model, self.loss_fn, self.batches, progress=progress)
+                record["measures"][name] = plain(result)
+            except OverBudget as reason:
+                skipped[name] = str(reason)
+        if skipped:
+            record["skipped"] = skipped
+        if self.optimizer is not None:
+            record["metrics"] = self.optimizer.last_step.to_dict()
+        self._append(record)
+        return self.to_log(record)
+
+    @staticmethod
+    def to_log(record: Mapping[str, Any]) -> dict[str, float]:
+        """Return the numbers of a record under flat names.
+
+        Args:
+            record: An entry of ``history``.
+        """
+        values = {f"sharpness/{name}": float(result["value"]) for name, result in record["measures"].items()}
+        return values | {f"sam/{name}": float(value) for name, value in record.get("metrics", {}).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history, the number of steps and the time used so far."""
+        return {"steps": self._steps, "history": list(self.history), "budget": self._budget.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue a history; records are not written to ``path`` again.
+
+        Args:
+            state_dict: What ``state_dict`` returned.
+        """
+        self._steps = state_dict["steps"]
+        self.history = list(state_dict["history"])
+        self._budget.load_state_dict(state_dict["budget"])
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _named(measures: Mapping[str, MeasureFn] | Iterable[MeasureFn] | None) -> dict[str, MeasureFn]:
+    if measures is None:
+        return {"one_step": _one_step}
+    named: dict[str, MeasureFn] = {}
+    pairs: Iterable[tuple[str, MeasureFn]] = (
+        measures.items() if isinstance(measures, Mapping) else (("", measure) for measure in measures)
+    )
+    for name, measure in pairs:
+        if not callable(measure):
+            raise TypeError(
+                f"a measure must be a function such as sharpness.worst_case, got {measure!r}; bind its arguments with "
+                "functools.partial(sharpness.worst_case, rho=0.1)"
+            )
+        key = name or getattr(getattr(measure, "func", measure), "__name__", type(measure).__name__)
+        if key in named:
+            raise ValueError(f"two measures are called {key!r}; give a dict with a name for each")
+        named[key] = measure
+    if not named:
+        raise ValueError("measures is empty; leave it out for the default, SAM's one-step sharpness")
+    return named
+
+
+def _one_step(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], **options: Any) -> Result:
+    return worst_case(model, loss_fn, batches, rho=0.05, steps=1, **options)

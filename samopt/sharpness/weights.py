@@ -1,0 +1,97 @@
+"""Which of a model's weights a measure moves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+__all__ = ["Selection", "select", "trainable_layers", "unwrap"]
+
+Selection = str | Iterable[str] | None
+"""Parameter names, module names or patterns such as "layers.*.weight"; None is every trainable parameter."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile``'s and data-parallel wrappers.
+
+    What is inside holds the same parameters, communicates with no other process and can be differentiated twice.
+
+    Args:
+        model: The module.
+
+    Raises:
+        TypeError: If it is no module, or its parameters are sharded over processes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    _refuse_shards(model)
+    return model
+
+
+def select(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters that ``selection`` names, by name; tied ones once.
+
+    Args:
+        model: The module.
+        selection: A name selects the parameter, or every parameter of the module, that is called so; a pattern, with
+            ``*``, ``?`` or ``[...]``, every parameter whose full name it matches.
+
+    Raises:
+        ValueError: If a name or pattern selects nothing; says what there is.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter; set requires_grad=True on what the measure should move"
+        )
+    if selection is None:
+        return trainable
+    patterns = [selection] if isinstance(selection, str) else list(selection)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in trainable if _matches(name, pattern)}
+        if not hits:
+            shown = ", ".join(list(trainable)[:12])
+            raise ValueError(
+                f"parameters={pattern!r} selects none of the {len(trainable)} trainable parameters of "
+                f"{type(model).__name__}; there are {shown}{', ...' if len(trainable) > 12 else ''}"
+            )
+        chosen |= hits
+    return {name: parameter for name, parameter in trainable.items() if name in chosen}
+
+
+def trainable_layers(model: nn.Module) -> list[str]:
+    """Return the names of the modules that hold trainable parameters themselves, in the model's order.
+
+    Args:
+        model: The module.
+    """
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in select(model))
+    return [name for name in owners if name]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    sharded = tensors is not None and any(isinstance(parameter, tensors.DTensor) for parameter in model.parameters())
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    flat = fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
+    if sharded or flat:
+        raise TypeError(
+            f"the parameters of {type(model).__name__} are sharded over processes (FSDP or tensor parallel), which "
+            "the sharpness measures do not support; load the full state dict into a plain copy of the model, and "
+            "measure that"
+        )
