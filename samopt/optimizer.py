@@ -13,8 +13,11 @@ from torch.optim.optimizer import ParamsT
 
 from samopt import kernels
 from samopt.amp import calling_scaler_stage, is_unscaling
+from samopt.direction import Direction, named_direction
 from samopt.geometry import Metric
 from samopt.metrics import StepMetrics
+from samopt.one_pass import OnePass
+from samopt.passes import Passes, PassHandle
 from samopt.perturbation import Region, Target
 from samopt.replay import PassObserver
 from samopt.rounding import RoundingNoise
@@ -45,6 +48,9 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         rho: Radius of the ball, >= 0, in the metric's norm. 0 is the base optimizer alone.
         eta: Stabiliser of the metric, >= 0.
         norm: "l2", or "linf" for ``epsilon = rho T sign(g)``.
+        direction: "gradient": this batch's, which takes a pass of its own. "momentum", or an object from
+            ``samopt.direction``: known before the batch, so that a step is one pass and the training loop stays as it
+            is (``loss.backward(); optimizer.step()``); needs ``model``, or the closure form.
         model: The module that the passes run. When given, the second pass replays dropout masks, and buffers such as
             normalisation statistics are left as by the first pass. Give the outermost module that your loop calls
             (the ``torch.compile``d or DDP one).
@@ -71,6 +77,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         rho: float,
         eta: float,
         norm: str = "l2",
+        direction: str | Direction = "gradient",
         model: nn.Module | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -94,6 +101,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self.measure_grad_norms = measure_grad_norms
         self._rounding = RoundingNoise(seed) if stochastic_rounding else None
         self._stall = StallDetector() if warn_on_stall else None
+        self.direction = named_direction(direction)
         self._set_up_passes(model)
 
     @property
@@ -115,7 +123,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the second pass is running: for code that must not act twice in a step."""
+        """Whether the weights are at ``w + epsilon`` now: in two-pass form, whether the second pass is running."""
         return self._passes.is_perturbed
 
     @with_step_hooks
@@ -137,10 +145,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 ``GradScaler`` would let wrongly scaled gradients through.
             TypeError: If ``closure`` cannot be called.
         """
-        self._passes.require_unperturbed("step()")
+        self._passes.settle("step()")
         stage = calling_scaler_stage()
         if closure is None:
-            self._passes.require_second_gradient(stage)
+            self._passes.require_gradient(stage)
             self.hand_over()
             self.base_optimizer.step()
             return None
@@ -155,7 +163,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         return self._step_with(closure)
 
     @contextmanager
-    def perturbed(self, loss: Any = None) -> Generator[SecondPass]:
+    def perturbed(self, loss: Any = None) -> Generator[PassHandle]:
         """Run the second pass inside this context: at ``w + epsilon`` within, exactly at ``w`` after.
 
         Entering takes the gradients at ``w`` (``.grad`` is None inside, so clearing it is optional), moves the weights
@@ -172,7 +180,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: If the weights are perturbed already.
         """
-        with self._passes.second_pass(loss) as second:
+        with self._passes.at_perturbed(loss) as second:
             yield second
         self._watch_for_stall()
 
@@ -275,9 +283,36 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """
         return second.measure()
 
-    def next_rounding_noise(self) -> Callable[[Tensor], Tensor] | None:
-        """Return the numbers that the next ascent rounds with; None rounds to nearest."""
-        return None if self._rounding is None else self._rounding.next()
+    def targets_along(self, direction: Direction) -> list[Target]:
+        """Return every parameter that moves along ``direction``; those without a direction yet do not.
+
+        Args:
+            direction: Where uphill is.
+
+        Raises:
+            ValueError: If a group's option is out of range, or the base has no such direction.
+        """
+        self.validate_groups()
+        if not self.may_move():
+            return []
+        targets = []
+        for group in self.param_groups:
+            region = Region(self.radius(group), self.option(group, "eta"), 1)
+            for parameter in group["params"] if self.option(group, "perturb") else []:
+                towards = direction.of(parameter, group, self.base_optimizer) if parameter.requires_grad else None
+                if towards is not None:
+                    # Autograd need not see this move: it is undone and repeated around one and the same graph.
+                    targets.append(Target(parameter.data, towards, region))
+        return targets
+
+    def rounding_noise(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the numbers that the present ascent rounds with; None rounds to nearest."""
+        return None if self._rounding is None else self._rounding.source()
+
+    def advance_rounding(self) -> None:
+        """Go on to the numbers of the next ascent."""
+        if self._rounding is not None:
+            self._rounding.advance()
 
     def devices(self) -> list[torch.device]:
         """Return the devices of the parameters."""
@@ -294,9 +329,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             self._check_group(group, index)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._passes.require_unperturbed("copying or pickling")
+        self._passes.settle("copying or pickling")
         return super().__getstate__() | {
             "metric": self.metric,
+            "direction": self.direction,
             "norm": self.norm,
             "backend": self.backend,
             "measure_grad_norms": self.measure_grad_norms,
@@ -311,7 +347,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self._set_up_passes(model)
 
     def _set_up_passes(self, model: nn.Module | None) -> None:
-        self._passes = TwoPass(self, model, self._observers(model))
+        self._passes: Passes
+        if self.direction is None:
+            self._passes = TwoPass(self, model, self._observers(model))
+        else:
+            self._passes = OnePass(self, model, self.direction)
 
     def _observers(self, model: nn.Module | None) -> Iterable[PassObserver]:
         """Return what else wants to know when passes begin and end."""

@@ -21,16 +21,24 @@ class RoundingNoise:
         seed: Which stream of streams.
 
     Attributes:
-        position: How many ascents have drawn so far; the only state.
+        position: Which ascent's numbers ``source`` gives; the only state.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self.position = 0
 
-    def next(self) -> Callable[[Tensor], Tensor]:
-        """Return the next ascent's source: from a tensor to fp32 numbers in [0, 1), shaped and placed like it."""
+    def advance(self) -> None:
+        """Go on to the next ascent's numbers."""
         self.position += 1
+
+    def next(self) -> Callable[[Tensor], Tensor]:
+        """Advance, and return the new ascent's source."""
+        self.advance()
+        return self.source()
+
+    def source(self) -> Callable[[Tensor], Tensor]:
+        """Return this ascent's source: from a tensor to fp32 numbers in [0, 1), shaped and placed like it."""
         seed = (self._seed * _STRIDE + self.position) % 2**63
         generators: dict[torch.device, torch.Generator] = {}
 

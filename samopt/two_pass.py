@@ -68,7 +68,7 @@ class TwoPass:
         self._replay.gradients_cleared()
         self._is_ready = False
 
-    def require_second_gradient(self, stage: OptState | None) -> None:
+    def require_gradient(self, stage: OptState | None) -> None:
         """Raise unless the gradients are a second pass's, or there is nothing that an ascent would change.
 
         Args:
@@ -93,12 +93,12 @@ class TwoPass:
         self._is_ready = False
         self._replay.forget()
 
-    def run(self, closure: Callable[[], Any], first_losses: list[Any]) -> Any:
+    def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
         """Run both passes.
 
         Args:
             closure: Computes a gradient and returns its loss.
-            first_losses: Gets what the closure returned in the first pass.
+            results: Gets what the closure returned in the first pass.
 
         Returns:
             What the closure returned in the pass whose gradient is left in place.
@@ -106,20 +106,20 @@ class TwoPass:
         self._replay.forget()
         start = self._replay.capture()
         with torch.enable_grad():
-            first_losses.append(closure())
+            results.append(closure())
         if not self._optimizer.may_move():
             self._replay.forget()
-            self.metrics = StepMetrics(loss=as_scalar(first_losses[-1]), radius=torch.zeros(()))
-            return first_losses[-1]
-        with self.second_pass(first_losses[-1], start) as second:
+            self.metrics = StepMetrics(loss=as_scalar(results[-1]), radius=torch.zeros(()))
+            return results[-1]
+        with self.at_perturbed(results[-1], start) as second:
             if not second.is_needed:
-                return first_losses[-1]
+                return results[-1]
             with torch.enable_grad():
                 second.loss = closure()
         return second.loss
 
     @contextmanager
-    def second_pass(self, first_loss: Any, start: RngState | None = None) -> Generator[SecondPass]:
+    def at_perturbed(self, first_loss: Any, start: RngState | None = None) -> Generator[SecondPass]:
         """Be at ``w + epsilon`` inside this context.
 
         Args:
@@ -129,7 +129,7 @@ class TwoPass:
         Yields:
             The pass.
         """
-        self.require_unperturbed("perturbed()")
+        self.settle("perturbed()")
         failed = True
         try:
             try:
@@ -150,7 +150,7 @@ class TwoPass:
         Returns:
             The pass.
         """
-        self.require_unperturbed("ascend()")
+        self.settle("ascend()")
         optimizer = self._optimizer
         gradients, targets = optimizer.take_stock()
         second = SecondPass(
@@ -166,7 +166,8 @@ class TwoPass:
         self._is_ready = False
         self._is_unscaled = False
         self._current = second
-        second.enter(self._replay, start, optimizer.next_rounding_noise())
+        optimizer.advance_rounding()
+        second.enter(self._replay, start, optimizer.rounding_noise())
         return second
 
     def restore(self) -> None:
@@ -185,7 +186,7 @@ class TwoPass:
         finally:
             self._put_back(failed=False)  # does nothing unless an interrupt hit the first one
 
-    def require_unperturbed(self, what: str) -> None:
+    def settle(self, what: str) -> None:
         """Raise if the second pass is running.
 
         Args:

@@ -1,0 +1,271 @@
+"""The passes of a direction that needs no first one: ascent at a training forward, exact weights after its backward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
+
+from samopt.direction import Direction
+from samopt.gradients import any_nonzero
+from samopt.metrics import StepMetrics, as_scalar
+from samopt.observation import is_observed
+from samopt.perturbation import Perturbation, gradient_norm, largest_radius
+
+if TYPE_CHECKING:
+    from samopt.optimizer import SharpnessAwareOptimizer
+
+__all__ = ["OnePass"]
+
+_Reference: TypeAlias = Callable[[], Callable[[], None] | None]
+
+
+class OnePass:
+    """Moves the weights to ``w + epsilon`` for exactly as long as a gradient is being taken.
+
+    With a model, hooks do it: a forward that trains (``model.training`` and gradients enabled) moves the weights, the
+    end of its backward pass moves them back. Between two steps the direction does not change, so moving them again (for
+    the next micro-batch, or for a second backward through the same graph) reproduces every bit. Any other forward, and
+    reading or loading a state dict, finds the exact weights. Without a model, the closure form or the user says when.
+
+    Args:
+        optimizer: The optimizer whose groups, metric and radius are used.
+        model: The module whose forward calls to follow, or None.
+        direction: Where uphill is.
+    """
+
+    def __init__(self, optimizer: SharpnessAwareOptimizer, model: nn.Module | None, direction: Direction) -> None:
+        self._optimizer: SharpnessAwareOptimizer = weakref.proxy(optimizer)
+        self._direction = direction
+        self._perturbation: Perturbation | None = None
+        self._has_ascended = False
+        self._moved = StepMetrics()
+        self.metrics = StepMetrics()
+        self.model = model
+        self.loss: Any = None
+        if model is not None:
+            follower = _Follower(weakref.WeakMethod(self.enter), weakref.WeakMethod(self.leave))
+            for handle in follower.attach(model):
+                weakref.finalize(self, handle.remove)
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at ``w + epsilon`` now."""
+        return self._perturbation is not None
+
+    def enter(self) -> None:
+        """Move the weights to ``w + epsilon``; does nothing where they are, or while there is no direction yet."""
+        if self._perturbation is not None:
+            return
+        optimizer = self._optimizer
+        targets = optimizer.targets_along(self._direction)
+        self._has_ascended = True
+        with torch.no_grad():
+            perturbation = Perturbation(
+                targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend
+            )
+        if perturbation.is_empty or perturbation.usable is False:
+            self._moved = StepMetrics(radius=largest_radius(targets), applied_radius=torch.zeros(()))
+            return
+        self._perturbation = perturbation
+        try:
+            applied = perturbation.apply(optimizer.rounding_noise())
+        except BaseException:
+            self.leave()
+            raise
+        self._moved = StepMetrics(radius=largest_radius(targets), applied_radius=applied)
+        perturbation.release_directions()
+        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
+
+    def leave(self) -> None:
+        """Put every weight back, bit for bit; does nothing where they are exact."""
+        if self._perturbation is None:
+            return
+        try:
+            self._perturbation.undo()
+        finally:
+            self._perturbation.undo()  # does nothing unless an interrupt hit the first one
+        self._perturbation = None
+        torch.clear_autocast_cache()
+
+    def ascend(self, first_loss: Any = None) -> None:
+        """Move the weights to ``w + epsilon`` and keep the gradients: they may hold earlier micro-batches.
+
+        Args:
+            first_loss: Ignored: there is no first pass.
+
+        Raises:
+            RuntimeError: If the weights are perturbed already.
+        """
+        if self._perturbation is not None:
+            raise RuntimeError("ascend() was called while the weights are perturbed; call restore() or step() first")
+        self.enter()
+
+    def restore(self) -> None:
+        """Put the weights back; without a direction yet, they never moved."""
+        self.leave()
+
+    @contextmanager
+    def at_perturbed(self, first_loss: Any = None) -> Generator[OnePass]:
+        """Be at ``w + epsilon`` inside this context.
+
+        Args:
+            first_loss: Ignored: there is no first pass.
+
+        Yields:
+            A handle whose ``loss`` may be set, for ``last_step``.
+        """
+        try:
+            try:
+                self.enter()
+                yield self
+            finally:
+                self.leave()
+        finally:
+            self.leave()  # does nothing unless an interrupt hit the first one
+
+    def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
+        """Run the one pass.
+
+        Args:
+            closure: Computes a gradient and returns its loss.
+            results: Gets what the closure returned.
+
+        Returns:
+            The same.
+        """
+        with torch.enable_grad(), self.at_perturbed():
+            results.append(closure())
+        self.loss = results[-1]
+        self._measure()
+        return results[-1]
+
+    def settle(self, what: str) -> None:
+        """Have the weights exact.
+
+        Args:
+            what: What for.
+        """
+        self.leave()
+
+    def require_gradient(self, stage: OptState | None) -> None:
+        """Raise if there are gradients, but none was taken at ``w + epsilon``.
+
+        Args:
+            stage: How far the calling ``GradScaler`` got; it does not matter in one pass.
+
+        Raises:
+            RuntimeError: If the gradients are those of another point.
+        """
+        optimizer = self._optimizer
+        if not self._has_ascended and optimizer.targets_along(self._direction) and any_nonzero(optimizer.param_groups):
+            seen = "model=None" if self.model is None else f"no training forward of {type(self.model).__name__}"
+            raise RuntimeError(
+                f"step() found gradients that were not taken at the perturbed weights ({seen} since the last step). "
+                "Pass the module that your loop calls (the torch.compile'd or DDP one) as model=, in train() mode; or "
+                "write 'with optimizer.perturbed(): criterion(model(x), y).backward()' before 'optimizer.step()'"
+            )
+        self._measure()
+
+    def gradients_cleared(self) -> None:
+        """Do nothing: weights move with the forward passes, whatever becomes of the gradients."""
+
+    def note_unscaling(self) -> None:
+        """Do nothing: gradients are scaled and unscaled once."""
+
+    def reset(self) -> None:
+        """Be ready for the next step's ascent, whose direction the update changes."""
+        self.leave()
+        if self._has_ascended:
+            self._optimizer.advance_rounding()
+        self._has_ascended = False
+        self.loss = None
+
+    def _measure(self) -> None:
+        optimizer = self._optimizer
+        gradients = (
+            [p for group in optimizer.param_groups if optimizer.option(group, "perturb") for p in group["params"]]
+            if optimizer.measure_grad_norms
+            else []
+        )
+        self.metrics = replace(
+            self._moved,
+            perturbed_loss=as_scalar(self.loss),
+            perturbed_grad_norm=gradient_norm(gradients) if gradients else None,
+        )
+
+
+class _Follower:
+    """The hooks; copies of a hooked model get inert ones."""
+
+    def __init__(self, enter: _Reference | None, leave: _Reference | None) -> None:
+        self._enter = enter
+        self._leave = leave
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Register every hook and return the handles."""
+        return [
+            model.register_forward_pre_hook(self.before_forward),
+            model.register_forward_hook(self.after_forward, always_call=True),
+            model.register_state_dict_pre_hook(self.exact),  # type: ignore[no-untyped-call]  # torch has no types here
+            model.register_load_state_dict_pre_hook(self.exact),  # type: ignore[no-untyped-call]  # nor here
+        ]
+
+    def before_forward(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if module.training and torch.is_grad_enabled() and is_observed():
+            self._call(self._enter)
+        else:
+            self._call(self._leave)
+
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_observed():
+            return
+        tensors = [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
+        for tensor in tensors:
+            tensor.register_hook(self.before_backward)  # type: ignore[no-untyped-call]  # torch has no types here
+        if not tensors:
+            self._call(self._leave)  # the forward raised, or nothing can be differentiated
+
+    def before_backward(self, gradient: Tensor) -> None:
+        self._call(self._enter)
+        if torch.is_grad_enabled():
+            return  # create_graph=True: a backward through this one will read the weights again, so they stay
+        # The engine has no public way to say "when this backward is over"; DDP and FSDP use the same call.
+        torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
+
+    def after_backward(self) -> None:
+        self._call(self._leave)
+
+    def exact(self, *args: Any) -> None:
+        self._call(self._leave)
+
+    def __reduce__(self) -> tuple[type[_Follower], tuple[None, None]]:
+        return _Follower, (None, None)
+
+    @staticmethod
+    def _call(reference: _Reference | None) -> None:
+        method = reference() if reference is not None else None
+        if method is not None:
+            method()
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors_in(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors_in(value)
+    elif hasattr(output, "__dict__"):
+        for value in vars(output).values():
+            yield from _tensors_in(value)

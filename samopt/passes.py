@@ -1,0 +1,69 @@
+"""What an optimizer asks of the structure of its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import nn
+from torch.amp.grad_scaler import OptState
+
+from samopt.metrics import StepMetrics
+
+__all__ = ["PassHandle", "Passes"]
+
+
+class PassHandle(Protocol):
+    """What ``perturbed()`` yields.
+
+    Attributes:
+        loss: Set it to the loss at ``w + epsilon`` to have it in ``last_step``.
+    """
+
+    loss: Any
+
+
+class Passes(Protocol):
+    """Where an optimizer is between one update and the next.
+
+    It is one object, shared by anything that copies the optimizer's attributes (as Lightning's wrapper does).
+    """
+
+    metrics: StepMetrics
+    """What the latest step measured."""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module that the passes run."""
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at ``w + epsilon`` now."""
+
+    def ascend(self, first_loss: Any = None) -> object:
+        """Move the weights to ``w + epsilon``."""
+
+    def restore(self) -> None:
+        """Put the weights back, bit for bit; raise if they are not perturbed."""
+
+    def at_perturbed(self, first_loss: Any) -> AbstractContextManager[PassHandle]:
+        """Be at ``w + epsilon`` inside the context, exactly at ``w`` after."""
+
+    def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
+        """Leave the gradient at ``w + epsilon`` in place; append what the closure first returned to ``results``."""
+
+    def settle(self, what: str) -> None:
+        """Have the weights exact for ``what``, or raise where that would cut a pass short."""
+
+    def require_gradient(self, stage: OptState | None) -> None:
+        """Raise unless the gradients may be applied; ``stage`` is how far the calling ``GradScaler`` got."""
+
+    def gradients_cleared(self) -> None:
+        """Note that the gradients were cleared."""
+
+    def note_unscaling(self) -> None:
+        """Note that a ``GradScaler`` divides the present gradients."""
+
+    def reset(self) -> None:
+        """Be ready for the next pair of passes: the gradients are about to be applied, or were dropped."""
