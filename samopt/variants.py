@@ -44,7 +44,7 @@ class SAM(SharpnessAwareOptimizer):
         ...     loss = 0.5 * (w * w).sum()
         ...     loss.backward()
         ...     return loss
-        >>> float(optimizer.step(closure))
+        >>> optimizer.step(closure).item()
         12.5
         >>> w.data  # w - 0.1 * (w + 0.5 * w / 5)
         tensor([2.6700, 3.5600])
