@@ -7,7 +7,7 @@ from torch import nn
 __all__ = ["conv_net"]
 
 
-def conv_net(image_size: int, classes: int, width: int = 16) -> nn.Sequential:
+def conv_net(image_size: int, classes: int, width: int = 8) -> nn.Sequential:
     """Return three 3x3 convolutions with BatchNorm and ReLU, two halvings of the image, and a linear layer.
 
     Args:

@@ -1,7 +1,8 @@
 """The optimizers that are compared; importing this module registers them.
 
-The settings are the papers' and torch's defaults: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4 as in
-the SAM and ASAM papers' small-image experiments, their radii 0.05 and 0.5, and AdamW as torch has it.
+Radii, momentum and weight decay are the SAM and ASAM papers', and AdamW's settings torch's. The learning rate is the best
+for the base alone among 0.01, 0.02, 0.05, 0.1 (SGD) and 0.0003, 0.001, 0.003 (AdamW), on held-out training data of digits
+with and without label noise; nothing was chosen for the sharpness-aware ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from benchmarks.registry import OPTIMIZERS, OptimizerCase
 
 __all__ = ["ADAMW", "ADAMW_SAM", "ASAM", "SAM", "SGD"]
 
-_SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+_SGD = {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
 _ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
 _SAM = {"rho": 0.05, "rho_warmup": 0.0}
 _ASAM = {"rho": 0.5, "eta": 0.01, "rho_warmup": 0.0}

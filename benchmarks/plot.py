@@ -20,6 +20,7 @@ __all__ = ["draw", "plot_panels"]
 # Okabe and Ito's colours, which people with any common colour blindness can tell apart, darkest first.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "-", "-", "--", "--", "-.", "-.")
+_DPI = 115
 _QUANTITIES = {
     "accuracy": "{evaluated_on} accuracy",
     "sharpness": "sharpness: rise of training loss\nafter one ascent step, radius {sharpness_rho:g}",
@@ -40,7 +41,7 @@ def plot_panels(panels: Sequence[Panel], folder: Path) -> list[Path]:
         for quantity in _QUANTITIES:
             paths.append(folder / f"{task}-{quantity}{suffix}.png")
             figure = draw(chosen, quantity)
-            figure.savefig(paths[-1], dpi=130)
+            figure.savefig(paths[-1], dpi=_DPI)
     return paths
 
 
@@ -99,5 +100,9 @@ def _set_scale(ax: Axes, panel: Panel, quantity: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     if quantity == "accuracy":
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    else:
+        return
+    values = np.concatenate([row.curves[quantity] for runs in panel.runs.values() for row in runs])
+    positive = values[values > 0]
+    if positive.size:  # the band of one standard deviation may reach below 0, where a logarithmic axis cannot follow
         ax.set_yscale("log")
+        ax.set_ylim(bottom=0.8 * positive.min())
