@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from samopt import SharpnessAwareOptimizer
 
 from ..parallelism import refuse_unsupported_parallelism
+from .arguments import SAMArguments
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -20,15 +21,18 @@ _STEPPED_IN_BACKWARD = ("lomo", "adalomo")
 _RUN_IN_A_STEP = ("training_step", "get_batch_samples", "_prepare_inputs", "compute_loss")
 
 
-def refuse_unsupported(trainer: Trainer) -> None:
+def refuse_unsupported(trainer: Trainer, arguments: SAMArguments) -> None:
     """Raise if a second pass cannot be run in this Trainer.
 
     Args:
         trainer: A constructed Trainer.
+        arguments: Its sharpness-aware fields; nothing is refused where they ask for nothing.
 
     Raises:
         ValueError: If it cannot; the message has the reason.
     """
+    if arguments.sam == "none":
+        return
     name = type(trainer).__name__
     refuse_unsupported_parallelism(trainer.accelerator, name)
     if isinstance(trainer.optimizer, SharpnessAwareOptimizer):
@@ -42,6 +46,11 @@ def refuse_unsupported(trainer: Trainer) -> None:
         raise ValueError(
             f'{name} cannot run a second pass with optim="{optim}", which moves the weights during the backward pass, '
             "before the second one could start; choose an optimizer that steps after it"
+        )
+    if trainer.accelerator.scaler is not None and "fisher" in (arguments.sam, arguments.sam_metric):
+        raise ValueError(
+            f"{name} cannot take the Fisher metric under a GradScaler, which multiplies the gradients that the metric "
+            "is made of; use bf16=True, or another metric"
         )
     path = next(_paths_to_generation(type(trainer)), None)
     if path is not None:

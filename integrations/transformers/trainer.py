@@ -49,8 +49,7 @@ class SAMTrainerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.sam_arguments.sam != "none":
-            refuse_unsupported(self)
+        refuse_unsupported(self, self.sam_arguments)
 
     @property
     def sam_arguments(self) -> SAMArguments:
@@ -186,8 +185,7 @@ def make_sharpness_aware(trainer: Trainer, **options: Any) -> Trainer:
             f"make_sharpness_aware needs options, since {type(trainer.args).__name__} has none of them; as in "
             'make_sharpness_aware(trainer, sam="sam", sam_rho=0.05)'
         )
-    if arguments.sam != "none":
-        refuse_unsupported(trainer)
+    refuse_unsupported(trainer, arguments)
     trainer.__class__ = type(f"SharpnessAware{kind.__name__}", (SAMTrainerMixin, kind), {})
     vars(trainer)["_attached_arguments"] = arguments
     return trainer
