@@ -13,6 +13,7 @@ from torch import nn
 
 import samopt
 from samopt.integrations.transformers import SAMArguments, SAMTrainer, SAMTrainerMixin, SAMTrainingArguments
+from samopt.trust_region import InputNoise
 from tests import cases, hf
 
 pytestmark = pytest.mark.hf
@@ -108,15 +109,21 @@ def test_clipping_by_value(tmp_path):
         ({"sam": "asam"}, samopt.ASAM),
         ({"sam": "asam", "sam_rho": 0.2, "sam_eta": 0.1}, functools.partial(samopt.ASAM, rho=0.2, eta=0.1)),
         ({"sam": "sam", "sam_rho": 0.01, "sam_norm": "linf"}, functools.partial(samopt.SAM, rho=0.01, norm="linf")),
+        ({"sam": "fisher", "sam_rho": 0.2}, functools.partial(samopt.FisherSAM, rho=0.2)),
+        ({"sam": "tram"}, samopt.TRAM),
+        (
+            {"sam": "tram", "sam_trust_region": "input_noise", "sam_noise_std": 0.3, "sam_scale": 5.0, "seed": 7},
+            functools.partial(samopt.TRAM, trust_region=InputNoise(0.3, seed=7), scale=5.0),
+        ),
     ],
-    ids=["asam", "asam-options", "linf"],
+    ids=["asam", "asam-options", "linf", "fisher", "tram", "tram-input-noise"],
 )
 def test_the_arguments_choose_the_optimizer(options, sam, tmp_path):
     data = hf.points()
     model, by_hand = hf.norms(), hf.norms()
-    trainer = hf.make_trainer(tmp_path, model, data, **options)
+    trainer = hf.make_trainer(tmp_path, model, data, gradient_accumulation_steps=2, **options)
     trainer.train()
-    assert_same(trainer, model, by_hand, hf.train_by_hand(by_hand, hf.batches_of(data), sam=sam))
+    assert_same(trainer, model, by_hand, hf.train_by_hand(by_hand, hf.batches_of(data), sam=sam, accumulate=2))
 
 
 def test_the_optimizer_that_the_arguments_name_is_the_base(tmp_path):

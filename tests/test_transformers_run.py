@@ -57,6 +57,19 @@ def test_resuming_inside_an_epoch_is_bit_identical(build, accumulate, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("region", ["previous", "ema", "pretrained"])
+def test_resuming_keeps_the_reference_of_tram(region, tmp_path):
+    options = {"sam": "tram", "sam_trust_region": region, "sam_scale": 10.0, "save_strategy": "steps", "save_steps": 3}
+    whole, resumed = hf.bert(), hf.bert()
+    trainer = hf.make_trainer(tmp_path, whole, hf.classification(), **options)
+    trainer.train()
+    again = hf.make_trainer(tmp_path, resumed, hf.classification(), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same_model(whole, resumed)
+    assert hf.logged(again, "sharpness/distance") == hf.logged(trainer, "sharpness/distance")
+    assert hf.logged(again, "sharpness/distance")[-1] > 0
+
+
 def test_a_checkpoint_is_the_base_optimizers(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
     data = hf.points()
