@@ -162,15 +162,22 @@ def _undisturbed(module: nn.Module, start: Surroundings) -> Generator[None]:
     end = RngState.capture(start.devices)
     attributes = [(each, dict(each.__dict__)) for each in module.modules()]
     caching = torch.is_autocast_cache_enabled()
-    try:
-        torch.set_autocast_cache_enabled(False)  # a cast made without a graph must not serve the training passes
-        start.random.restore()
-        yield
-    finally:
-        end.restore()
+
+    def put_back() -> None:
         torch.set_autocast_cache_enabled(caching)
+        end.restore()
         for each, saved in attributes:
             _put_back(each, saved)
+
+    try:
+        try:
+            torch.set_autocast_cache_enabled(False)  # a cast made without a graph must not serve the training passes
+            start.random.restore()
+            yield
+        finally:
+            put_back()
+    finally:
+        put_back()  # changes nothing unless an interrupt hit the first one
 
 
 def _put_back(module: nn.Module, saved: dict[str, Any]) -> None:
@@ -179,5 +186,5 @@ def _put_back(module: nn.Module, saved: dict[str, Any]) -> None:
     for name in now.keys() - saved.keys():
         del now[name]
     for name, value in saved.items():
-        if now.get(name) is not value:
+        if name not in now or now[name] is not value:
             now[name] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class Comparison:
                 f"{[tuple(tensor.shape) for tensor in call.logits]}; pass logits=, a callable that takes the same "
                 "tensor from both"
             )
-        with torch.no_grad(), torch.autocast(references[0].device.type, enabled=False):
+        with torch.no_grad(), _full_precision(references[0].device.type):
             distances = [
                 _mean(between(self.divergence, reference, current, mask), mask)
                 for reference, current, mask in zip(references, call.logits, call.masks, strict=True)
@@ -110,6 +111,12 @@ class Comparison:
 
     def _classes_last(self, logits: Tensor) -> Tensor:
         return logits.unsqueeze(-1) if logits.dim() == 1 else logits.movedim(self.class_dim, -1)
+
+
+def _full_precision(device_type: str) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _find_logits(output: Any) -> list[Tensor]:
