@@ -6,6 +6,7 @@ A new optimizer joins every conformance test by adding a row to ``VARIANTS``.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ DISTANCE = 0.75  # what the trust region of the table's TRAM answers
 
 def tram(params: Any, base_optimizer: Any = None, *, rho: float = 1.0, **options: Any) -> samopt.TRAM:
     """TRAM in a trust region of constant distance, where it has ASAM's formula."""
-    distance = torch.tensor(DISTANCE, dtype=torch.float64)
-    return samopt.TRAM(params, base_optimizer, scale=rho, trust_region=lambda: distance, **options)
+    distance = functools.partial(torch.tensor, DISTANCE, dtype=torch.float64)
+    return samopt.TRAM(params, base_optimizer, scale=rho, trust_region=distance, **options)
 
 
 def tram_epsilon(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float]) -> list[Tensor]:
