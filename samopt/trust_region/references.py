@@ -60,7 +60,8 @@ class ParameterReference:
             call: A forward call of the first pass.
         """
         if not self._held.tensors:
-            return torch.zeros((), device=call.logits[0].device)
+            logits = call.logits[0]
+            return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         return call.distance_to(call.rerun(self._held.for_use(self._parameters())))
 
     def advance(self) -> None:
