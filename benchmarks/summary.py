@@ -52,10 +52,10 @@ class Summary:
     Attributes:
         optimizer: Its name.
         accuracy: Fraction of the test examples classified rightly.
-        gain: Its accuracy minus its base's for the same seed; None where the base was not run, or is itself.
+        gain: Its accuracy minus its base's for the same seed; None where that base was not run, or it is a base.
         train_loss: Mean over the last epoch's steps.
         seconds_per_step: Median of a run's steps.
-        cost: That divided by its base's for the same seed; None where the base was not run.
+        cost: That divided by its base's for the same seed; None where that base was not run.
         sharpness: See ``one_step_sharpness``.
     """
 
@@ -108,13 +108,25 @@ def summarise(panel: Panel) -> list[Summary]:
     Args:
         panel: What ``panels`` returned.
     """
-    return [_summarise(runs, panel.runs.get(runs[0].base, [])) for runs in panel.runs.values()]
+    return [_summarise(runs, _base_runs(runs[0], panel)) for runs in panel.runs.values()]
+
+
+def _base_runs(row: Row, panel: Panel) -> list[Row]:
+    """Return the runs of the base that a row's optimizer wraps: that optimizer with the very settings it has there."""
+    for runs in panel.runs.values():
+        if _case(runs[0]) == row.base and runs[0].settings.items() <= row.settings.items():
+            return runs
+    return []
+
+
+def _case(row: Row) -> str:
+    return row.optimizer.partition(":")[0]
 
 
 def _summarise(runs: list[Row], base_runs: list[Row]) -> Summary:
     bases = {row.seed: row for row in base_runs}
     pairs = [(row, bases[row.seed]) for row in runs if row.seed in bases]
-    is_base = runs[0].optimizer == runs[0].base
+    is_base = _case(runs[0]) == runs[0].base
     return Summary(
         optimizer=runs[0].optimizer,
         accuracy=_over(runs, "accuracy"),

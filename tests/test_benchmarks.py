@@ -423,6 +423,18 @@ def test_gain_and_cost_are_paired_by_seed():
     assert (adamw_sam.gain, adamw_sam.cost) == (None, None)
 
 
+def test_the_base_is_the_one_with_the_same_settings():
+    def with_lr(optimizer, lr, accuracy, **own):
+        return row(optimizer, accuracy=accuracy, settings={"lr": lr, "epochs": 2, "sharpness_rho": 0.05, **own})
+
+    rows = [with_lr("sgd", 0.1, 0.3), with_lr("sgd:lr=0.2", 0.2, 0.4), with_lr("sam:lr=0.2", 0.2, 0.9, rho=0.05)]
+    rows.append(with_lr("sam:lr=0.3", 0.3, 0.9, rho=0.05))
+    (panel,) = panels(rows)
+    plain, other, sam, alone = summarise(panel)
+    assert (plain.gain, other.gain, alone.gain, alone.cost) == (None, None, None, None)
+    assert sam.gain.mean == pytest.approx(0.5)
+
+
 def test_rows_that_must_not_be_averaged_are_refused():
     with pytest.raises(BenchmarkError, match="sgd on digits with label noise 0 cannot be averaged: they differ in lr"):
         panels([row(seed=0), row(seed=1, settings={"lr": 0.2, "epochs": 2, "sharpness_rho": 0.05})])
