@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,6 +73,23 @@ class Subject:
         self.progress.advance(FORWARD)
         return loss
 
+    def evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
+        """Return another number that a function computes from the model and one batch; costs a forward pass.
+
+        Args:
+            function: Called as ``function(model, batch)``; returns a scalar.
+            batch: The batch.
+        """
+        with torch.no_grad():
+            self._rewind()
+            number = float(function(self.model, batch))
+        self.progress.advance(FORWARD)
+        return number
+
+    def keep_buffers(self) -> None:
+        """Let evaluations start from the buffers' present values; they are put back in the end all the same."""
+        self._buffers = save_buffers(self.model)
+
     def loss_in_graph(self, batch: Any) -> Tensor:
         """Return the loss of one batch, detached, from a forward pass that could have been differentiated.
 
@@ -94,22 +111,24 @@ class Subject:
         """
         with torch.enable_grad():
             loss = self.call(batch)
-        gradient = self.differentiate(loss, self.weights)
+        gradient = self.differentiate([loss], self.weights)
         self.progress.advance(GRADIENT)
         return loss.detach(), list(gradient)
 
-    def differentiate(self, output: Tensor, inputs: Sequence[Tensor], **options: Any) -> tuple[Tensor | None, ...]:
-        """Return ``torch.autograd.grad`` of an output, outside any autocast; the parameters' ``.grad`` stays as it is.
+    def differentiate(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Return ``torch.autograd.grad``, outside any autocast; the parameters' ``.grad`` stays as it is.
 
         Args:
-            output: What to differentiate.
-            inputs: With respect to what.
+            outputs: What to differentiate.
+            inputs: With respect to what; None is returned for what the outputs do not depend on.
             **options: As for ``torch.autograd.grad``.
         """
         with ExitStack() as plain:
-            for device_type in {output.device.type, "cpu"}:
+            for device_type in {outputs[0].device.type, "cpu"}:
                 plain.enter_context(torch.autocast(device_type, enabled=False))
-            gradient: tuple[Tensor | None, ...] = torch.autograd.grad(output, inputs, allow_unused=True, **options)
+            gradient: tuple[Tensor | None, ...] = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
         return gradient
 
     @contextmanager
@@ -157,11 +176,7 @@ class Subject:
             TypeError: If it is no scalar tensor.
             ValueError: If a graph is being built and the loss has none.
         """
-        torch.clear_autocast_cache()  # the weights may have moved
-        self._start.restore()
-        if self._may_update_buffers:
-            for saved in self._buffers:
-                saved.restore()
+        self._rewind()
         loss = self._loss_fn(self.model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -176,6 +191,14 @@ class Subject:
             )
         return loss.reshape(())
 
+    def _rewind(self) -> None:
+        """Go back to the common starting state."""
+        torch.clear_autocast_cache()  # the weights may have moved
+        self._start.restore()
+        if self._may_update_buffers:
+            for saved in self._buffers:
+                saved.restore()
+
 
 @contextmanager
 def measuring(
@@ -188,6 +211,7 @@ def measuring(
     mode: str = "eval",
     m: int | None = None,
     normalize_logits: bool = False,
+    frozen: bool = False,
     cost_per_batch: float | None = None,
     progress: ProgressOption = None,
 ) -> Generator[Subject]:
@@ -205,6 +229,7 @@ def measuring(
         mode: "eval", "train", or "keep" for the mode that each module is in.
         m: Examples a piece, or None.
         normalize_logits: Whether the model's outputs are normalised.
+        frozen: Whether parameters that are not trainable count, too.
         cost_per_batch: Expected cost in gradients, or None where it cannot be known.
         progress: See ``ProgressOption``.
 
@@ -220,7 +245,7 @@ def measuring(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function loss_fn(model, batch), got {type(loss_fn).__name__}")
     model = unwrap(model)
-    weights = select(model, parameters)
+    weights = select(model, parameters, frozen=frozen)
     with ExitStack() as stack:
         start = RngState.capture({parameter.device for parameter in model.parameters()})
         stack.callback(start.restore)

@@ -38,18 +38,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def select(model: nn.Module, selection: Selection = None) -> dict[str, nn.Parameter]:
+def select(model: nn.Module, selection: Selection = None, *, frozen: bool = False) -> dict[str, nn.Parameter]:
     """Return the trainable parameters that ``selection`` names, by name; tied ones once.
 
     Args:
         model: The module.
         selection: A name selects the parameter, or every parameter of the module, that is called so; a pattern, with
             ``*``, ``?`` or ``[...]``, every parameter whose full name it matches.
+        frozen: Take parameters that are not trainable, too.
 
     Raises:
         ValueError: If a name or pattern selects nothing; says what there is.
     """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {name: parameter for name, parameter in model.named_parameters() if frozen or parameter.requires_grad}
     if not trainable:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter; set requires_grad=True on what the measure should move"
