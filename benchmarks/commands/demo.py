@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import arguments
 from benchmarks.choice import parse_choice
-from benchmarks.commands.train import SHARPNESS_RHO
+from benchmarks.commands.train import SHARPNESS_RHO, THREADS
 from benchmarks.experiment import Experiment
 from benchmarks.registry import COMMANDS, TASKS, Command
 from benchmarks.results import run_and_render
@@ -31,6 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(THREADS)
     task = TASKS["digits"]
     experiment = Experiment(
         task=task,
