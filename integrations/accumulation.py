@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.replay import RngState
-from samopt.second_pass import SecondPass
+
+from .window import MicroBatch, run_again
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]  # accelerate ships no types
 
 __all__ = ["TwoPasses"]
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    again: Callable[[], Tensor]
-    loss: Tensor
-    start: RngState
 
 
 class TwoPasses:
@@ -55,7 +48,7 @@ class TwoPasses:
         self._accelerator = accelerator
         self._model = model
         self._per_rank = accelerator.num_processes > 1 and not sync_perturbation
-        self._window: list[_MicroBatch] = []
+        self._window: list[MicroBatch] = []
 
     def run(self, once: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor:
         """Run the first pass of a micro-batch and, if it completes the window, the second pass of all of them.
@@ -71,28 +64,16 @@ class TwoPasses:
         # Only gradients that a second pass replaces may stay unexchanged.
         with self._unsynced() if self._per_rank and self.optimizer.may_move() else nullcontext():
             loss = once()
-        self._window.append(_MicroBatch(again, loss.detach(), start))
+        self._window.append(MicroBatch(again, loss.detach(), start))
         if self._accelerator.sync_gradients:
             window, self._window = self._window, []
-            self._run_again(window)
+            run_again(window, self.optimizer, self._model, self._exchange, per_rank=self._per_rank)
         return loss
 
-    def _run_again(self, window: list[_MicroBatch]) -> None:
-        first_loss = sum(micro_batch.loss for micro_batch in window)
-        with self.optimizer.perturbed(first_loss) as second:
-            if isinstance(second, SecondPass) and not second.is_needed:
-                return
-            self._model.zero_grad()  # a parameter that the optimizer does not have must not count twice
-            losses = []
-            for micro_batch in window:
-                micro_batch.start.restore()
-                with nullcontext() if micro_batch is window[-1] or self._syncs_each() else self._unsynced():
-                    losses.append(micro_batch.again().detach())
-            second.loss = sum(losses)
+    def _exchange(self, is_last: bool) -> AbstractContextManager[None]:
+        syncs_each = bool(self._accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+        return nullcontext() if is_last or syncs_each else self._unsynced()
 
     def _unsynced(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self._accelerator.no_sync(model=self._model)
         return context
-
-    def _syncs_each(self) -> bool:
-        return bool(self._accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))

@@ -12,8 +12,8 @@ from transformers import Trainer
 
 from samopt import SharpnessAwareOptimizer
 
+from ..inputs import independent_copy
 from .arguments import SAMArguments
-from .inputs import independent_copy
 from .refusals import refuse_unsupported
 from .run import Run
 
