@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.utils import counters
 
 import samopt
 from samopt.integrations.transformers import SAMArguments, SAMTrainer, SAMTrainerMixin, SAMTrainingArguments
@@ -404,3 +405,27 @@ def test_the_class_alone_changes_nothing(tmp_path):
     ).train()
     assert cases.same_bits(model, cases.bits(plain))
     assert isinstance(SAMTrainingArguments(str(tmp_path)), transformers.TrainingArguments)
+
+
+def test_a_compiled_model_is_compiled_as_often_as_without_sam(tmp_path):
+    class Frames(transformers.TrainerCallback):
+        def __init__(self):
+            self.compiled = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.compiled.append(counters["frames"]["ok"])
+
+    def run(model, sam, **options):
+        torch._dynamo.reset()
+        counters.clear()
+        frames = Frames()
+        hf.make_trainer(tmp_path, model, hf.classification(24), sam=sam, callbacks=[frames], **options).train()
+        return frames.compiled
+
+    compiling = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain = run(hf.bert(), "none", **compiling)
+    compiled, eager = hf.bert(), hf.bert()
+    frames = run(compiled, "sam", **compiling)
+    assert frames[-1] == frames[0] == plain[-1] > 0
+    assert run(eager, "sam")[-1] == 0
+    assert cases.same_bits(compiled, cases.bits(eager))
