@@ -366,6 +366,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         if self._rounding is not None:
             self._rounding.position = (own or {}).get("rounding", 0)
+        if self._stall is not None and self.state:
+            self._stall.dismiss()  # a run that goes on is past its start
         self._passes.reset()
 
     def _step_with(self, closure: Callable[[], Any]) -> Any:

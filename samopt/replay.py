@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import warnings
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from samopt.notice import warn_user
 from samopt.observation import is_observed
 
 __all__ = ["PassObserver", "Replay", "RngState", "SavedBuffer", "save_buffers"]
@@ -141,12 +141,11 @@ class Replay:
             self._warn()
 
     def _warn(self) -> None:
-        warnings.warn(
+        warn_user(
             f"the second pass drew random numbers, but no forward call of model={type(self.model).__name__} was seen "
             "in the first, so dropout masks differed between the passes. Give model= the module that your loop calls, "
             "such as the one that torch.compile(model) returned (calls inside a compiled module, and those of one "
-            "compiled in place by model.compile(), cannot be seen); or use optimizer.step(closure), which replays them",
-            stacklevel=2,
+            "compiled in place by model.compile(), cannot be seen); or use optimizer.step(closure), which replays them"
         )
 
     def gradients_cleared(self) -> None:
