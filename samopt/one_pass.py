@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -129,6 +129,10 @@ class OnePass:
                 self.leave()
         finally:
             self.leave()  # does nothing unless an interrupt hit the first one
+
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Do nothing in the context: the gradients are those for the update."""
+        return nullcontext()
 
     def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
         """Run the one pass.

@@ -50,6 +50,9 @@ class Passes(Protocol):
     def at_perturbed(self, first_loss: Any) -> AbstractContextManager[PassHandle]:
         """Be at ``w + epsilon`` inside the context, exactly at ``w`` after."""
 
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Keep gradients that only decide the perturbation on their rank, in the context."""
+
     def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
         """Leave the gradient at ``w + epsilon`` in place; append what the closure first returned to ``results``."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samopt.distributed import runs_on_several_ranks
 from samopt.geometry import Metric
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.perturbation import Perturbation, Target, gradient_norm, largest_radius
@@ -50,8 +51,13 @@ class SecondPass:
         with torch.no_grad():
             self._perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
             norm = self._perturbation.gradient_norm() if measure_grad_norms else None
-        self.is_needed = self._perturbation.usable is not False
-        """False where the host knows that nothing moves: the first gradients are all zero, or not all finite."""
+        self._is_alone = not runs_on_several_ranks()
+        self.is_needed = not self._is_alone or self._perturbation.usable is not False
+        """False where the host knows that nothing moves: the first gradients are all zero, or not all finite.
+
+        Always True among several ranks: one that left out its second pass would leave the others waiting for it. Its
+        weights stay where they are then, so that the pass repeats the first one's gradients for everybody.
+        """
         self._gradients = gradients
         self._moving = [target.weight for target in targets]
         self._measure_grad_norms = measure_grad_norms
@@ -101,5 +107,5 @@ class SecondPass:
         return replace(self._metrics, perturbed_loss=as_scalar(self.loss), perturbed_grad_norm=norm)
 
     def first_gradients_finite(self) -> Tensor | None:
-        """Return whether the first gradients were finite, on their device; None where the host saw to it already."""
-        return torch.isfinite(self._perturbation.norm) if self._perturbation.usable is None else None
+        """Return whether the first gradients were finite, on their device; None where the second pass has seen to it."""
+        return torch.isfinite(self._perturbation.norm) if self._is_alone and self._perturbation.usable is None else None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import OptState
 
+from samopt.distributed import unsynced
 from samopt.gradients import any_nonzero, poison_unless
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.replay import PassObserver, Replay, RngState
@@ -93,6 +94,11 @@ class TwoPass:
         self._is_ready = False
         self._replay.forget()
 
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Keep the gradients on their rank in the context, if they decide no more than this rank's perturbation."""
+        optimizer = self._optimizer
+        return nullcontext() if optimizer.sync_perturbation or not optimizer.may_move() else unsynced(self.model)
+
     def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
         """Run both passes.
 
@@ -105,7 +111,7 @@ class TwoPass:
         """
         self._replay.forget()
         start = self._replay.capture()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.first_pass():
             results.append(closure())
         if not self._optimizer.may_move():
             self._replay.forget()

@@ -1,0 +1,41 @@
+"""Replicas of one model, whose gradients ``DistributedDataParallel`` averages inside backward."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["data_parallel_modules", "runs_on_several_ranks", "unsynced"]
+
+
+def runs_on_several_ranks() -> bool:
+    """Return whether this process belongs to a group of several, which must make the same calls in the same order."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def data_parallel_modules(model: nn.Module | None) -> list[DistributedDataParallel]:
+    """Return the DDP modules in ``model``: itself, inside ``torch.compile``'s or another wrapper, or several parts.
+
+    Args:
+        model: Any module; None has none.
+    """
+    modules = () if model is None else model.modules()
+    return [module for module in modules if isinstance(module, DistributedDataParallel)]
+
+
+@contextmanager
+def unsynced(model: nn.Module | None) -> Generator[None]:
+    """Keep the gradients of every forward and backward in this context on their rank.
+
+    Args:
+        model: A module with DDP modules in it; for any other, nothing changes.
+    """
+    with ExitStack() as stack:
+        for module in data_parallel_modules(model):
+            stack.enter_context(module.no_sync())
+        yield
