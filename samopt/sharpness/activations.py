@@ -46,6 +46,7 @@ class ActiveUnits(Result):
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_xlabel("fraction")
+        axes.set_ylabel("layer")
         axes.legend(frameon=False)
 
 

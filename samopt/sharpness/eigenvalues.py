@@ -50,7 +50,7 @@ class Eigenvalues(Result):
             axes: Where.
         """
         ranks = range(1, len(self.values) + 1)
-        axes.errorbar(ranks, self.values, yerr=self.residuals, fmt="o", color="#0072B2", capsize=3)
+        axes.bar(ranks, self.values, yerr=self.residuals, color="#0072B2", width=0.6)
         if self.threshold is not None:
             axes.axhline(self.threshold, color="#D55E00", linestyle="--", label=f"stable below {self.threshold:.4g}")
             axes.legend(frameon=False)

@@ -81,7 +81,7 @@ def accuracy(model: nn.Module, batch: Any) -> Tensor:
 
 def _pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, tuple | list) or len(batch) < 2:
-        found = f"{type(batch).__name__} with {len(batch)} entries" if hasattr(batch, "__len__") else repr(type(batch))
+        found = type(batch).__name__ + (f" with {len(batch)} entries" if isinstance(batch, tuple | list) else "")
         raise TypeError(
             f"a batch must be a pair (inputs, labels), got {found}; use sharpness.hf_loss for a Hugging Face batch, or "
             "write loss_fn(model, batch)"

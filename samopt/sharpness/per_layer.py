@@ -40,6 +40,7 @@ class PerLayer(Result):
         errors = [result.standard_error or 0.0 for result in self.layers.values()]
         axes.barh(names, [result.value for result in self.layers.values()], xerr=errors, color="#0072B2")
         axes.invert_yaxis()
+        axes.set_ylabel("layer")
         axes.set_xlabel(next(iter(self.layers.values())).measure.replace("_", " "))
 
 

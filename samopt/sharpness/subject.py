@@ -247,13 +247,13 @@ def measuring(
     model = unwrap(model)
     weights = select(model, parameters, frozen=frozen)
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
         start = RngState.capture({parameter.device for parameter in model.parameters()})
         stack.callback(start.restore)
         read = read_batches(batches, m)
         buffers = save_buffers(model)
         stack.callback(_restore_buffers, buffers)
         stack.enter_context(_in_mode(model, mode))
-        stack.enter_context(torch.inference_mode(False))
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(unobserved())
         if normalize_logits:

@@ -46,6 +46,7 @@ class Trace(Result):
         errors = [error or 0.0 for _, error in running]
         axes.errorbar(counts, [mean for mean, _ in running], yerr=errors, fmt="o-", color="#0072B2")
         axes.set_xlabel("probes")
+        axes.locator_params(axis="x", integer=True)
         axes.set_ylabel("trace: mean over probes ± standard error")
 
 

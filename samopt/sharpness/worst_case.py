@@ -46,7 +46,8 @@ class WorstCase(Result):
         axes.plot(range(1, len(self.curve) + 1), self.curve, marker="o", color="#0072B2")
         axes.set_xlabel("ascent steps")
         axes.set_ylabel(f"largest rise of the loss found\n({self.settings['norm']} ball, rho {self.settings['rho']:g})")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(self.curve) or None)
+        axes.locator_params(axis="x", integer=True)
 
 
 def worst_case(
