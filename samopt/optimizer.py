@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +57,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         stochastic_rounding: Round perturbed bf16 and fp16 weights stochastically, so that perturbations below half an
             ulp survive in expectation.
         seed: Seed of that rounding; no global random stream is used.
+        sync_perturbation: Under ``DistributedDataParallel``: perturb along the gradient averaged over all ranks, which
+            makes two exchanges of gradients a step. By default each rank perturbs along its own (m-sharpness, the
+            papers' setting), and only the second pass's are exchanged; that takes ``model``, and in explicit form
+            ``first_pass()``. Sharded parameters have one perturbation in either case.
         backend: Kernel backend, a name in ``samopt.kernels.BACKENDS`` or "auto".
         measure_grad_norms: Measure both gradient norms for ``last_step`` (one read of the gradients each where the
             metric does not give them for free).
@@ -81,6 +85,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         model: nn.Module | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
+        sync_perturbation: bool = False,
         backend: str = "auto",
         measure_grad_norms: bool = True,
         warn_on_stall: bool = True,
@@ -97,6 +102,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         super().__init__(base, {"rho": rho, "eta": eta, "perturb": True})
         self.metric = metric
         self.norm = norm
+        self.sync_perturbation = sync_perturbation
         self.backend = backend
         self.measure_grad_norms = measure_grad_norms
         self._rounding = RoundingNoise(seed) if stochastic_rounding else None
@@ -183,6 +189,18 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         with self._passes.at_perturbed(loss) as second:
             yield second
         self._watch_for_stall()
+
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Run the first pass, forward and backward, inside this context: its gradients stay on their rank.
+
+        That is ``DistributedDataParallel.no_sync()`` where ``model`` is, or holds, a DDP module and each rank perturbs
+        along its own gradient; anywhere else nothing changes, so a loop may have it on one device too. Without it, the
+        gradients are averaged as ever, and so is the perturbation. ``step(closure)`` does this by itself.
+
+        Returns:
+            The context.
+        """
+        return self._passes.first_pass()
 
     def ascend(self) -> None:
         """Move the weights to ``w + epsilon`` and take the gradients; ``perturbed`` does this and guards the way back.
@@ -334,6 +352,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             "metric": self.metric,
             "direction": self.direction,
             "norm": self.norm,
+            "sync_perturbation": self.sync_perturbation,
             "backend": self.backend,
             "measure_grad_norms": self.measure_grad_norms,
             "_rounding": self._rounding,
