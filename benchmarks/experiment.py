@@ -14,6 +14,7 @@ from benchmarks.data import Pool, Split, make_split
 from benchmarks.environment import describe
 from benchmarks.registry import Task
 from benchmarks.rows import Row
+from benchmarks.summary import SHARED_SETTINGS
 from benchmarks.training import Run
 
 __all__ = ["Experiment", "Watcher", "run_experiment"]
@@ -148,9 +149,7 @@ def _row(experiment: Experiment, run: Run, split: Split, label_noise: float, env
         evaluated_on=experiment.evaluate_on,
         settings={
             **run.choice.settings,
-            "epochs": experiment.epochs,
-            "batch_size": experiment.batch_size,
-            "sharpness_rho": experiment.sharpness_rho,
+            **{name: getattr(experiment, name) for name in SHARED_SETTINGS},
         },
         examples={"train": len(split.labels), "randomised": split.randomised, "test": len(split.test_labels)},
         metrics={name: curve[-1] for name, curve in curves.items()}

@@ -21,6 +21,7 @@ __all__ = ["draw", "plot_panels"]
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "-", "-", "--", "--", "-.", "-.")
 _DPI = 115
+_LEAST_SPAN = 0.05  # of accuracy: a closer look would make much of single test examples
 _QUANTITIES = {
     "accuracy": "{evaluated_on} accuracy",
     "sharpness": "sharpness: rise of training loss\nafter one ascent step, radius {sharpness_rho:g}",
@@ -98,11 +99,14 @@ def _set_scale(ax: Axes, panel: Panel, quantity: str) -> None:
     ax.tick_params(labelsize=10)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
+    curves = np.array([row.curves[quantity] for runs in panel.runs.values() for row in runs])
     if quantity == "accuracy":
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        return
-    values = np.concatenate([row.curves[quantity] for runs in panel.runs.values() for row in runs])
-    positive = values[values > 0]
-    if positive.size:  # the band of one standard deviation may reach below 0, where a logarithmic axis cannot follow
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.yaxis.set_major_locator(MaxNLocator(6))
+        later = curves[:, curves.shape[1] // 4 :]  # the steep first quarter would squeeze what there is to compare
+        span = max(later.max() - later.min(), _LEAST_SPAN)
+        ax.set_ylim(later.max() - 1.05 * span, later.max() + 0.05 * span)
+    elif (curves > 0).any():
+        # A band of one standard deviation may reach below 0, where a logarithmic axis cannot follow.
         ax.set_yscale("log")
-        ax.set_ylim(bottom=0.8 * positive.min())
+        ax.set_ylim(bottom=0.8 * curves[curves > 0].min())

@@ -76,6 +76,7 @@ def render(rows: Sequence[Row], folder: Path, console: Console) -> None:
     for panel in found:
         console.print()
         console.print(terminal_table(panel))
+    console.print()
     for note in notes(found):
         console.print(f"- {note}", markup=False, highlight=False, style="dim")
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.rows import Row
 
-__all__ = ["Estimate", "Panel", "Summary", "estimate", "panels", "summarise"]
+__all__ = ["SHARED_SETTINGS", "Estimate", "Panel", "Summary", "estimate", "panels", "summarise"]
+
+SHARED_SETTINGS = ("epochs", "batch_size", "sharpness_rho")
+"""What every run of a panel has in common, whatever its optimizer."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         rows: Any rows.
 
     Raises:
-        BenchmarkError: If a mean over them would mix different settings, or count a seed twice.
+        BenchmarkError: If they are not comparable: other data or settings, or a seed twice.
     """
     found: dict[tuple[str, str, float], Panel] = {}
     for row in rows:
@@ -97,7 +100,8 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
     for panel in found.values():
         for runs in panel.runs.values():
             runs.sort(key=lambda row: row.seed)
-            _check(runs)
+            _check_averageable(runs)
+        _check_comparable(panel)
     tasks = list(dict.fromkeys((panel.task, panel.evaluated_on) for panel in found.values()))
     return sorted(found.values(), key=lambda p: (tasks.index((p.task, p.evaluated_on)), p.label_noise))
 
@@ -146,24 +150,37 @@ def _paired(pairs: list[tuple[Row, Row]], metric: str, compare: Callable[[float,
     return estimate([compare(row.metrics[metric], base.metrics[metric]) for row, base in pairs]) if pairs else None
 
 
-def _check(runs: list[Row]) -> None:
+def _check_comparable(panel: Panel) -> None:
+    """Raise unless every run of the panel had the same data and training settings."""
+    rows = [row for runs in panel.runs.values() for row in runs]
+    shared = [{name: row.settings[name] for name in SHARED_SETTINGS} | row.examples for row in rows]
+    for row, values in zip(rows, shared, strict=True):
+        differing = _differing(shared[0], values)
+        if differing:
+            raise BenchmarkError(
+                f"{rows[0].optimizer} and {row.optimizer} on {panel.task} with label noise {panel.label_noise:g} "
+                f"cannot be compared: they differ in {differing}; report them one by one"
+            )
+
+
+def _check_averageable(runs: list[Row]) -> None:
+    """Raise unless the runs of one optimizer differ in their seeds, and only there."""
     first = runs[0]
     where = f"{first.optimizer} on {first.task} with label noise {first.label_noise:g}"
-    for row in runs[1:]:
-        differing = sorted(
-            name
-            for name in first.settings.keys() | row.settings.keys()
-            if first.settings.get(name) != row.settings.get(name)
-        )
-        if differing or first.examples != row.examples:
-            what = ", ".join(differing) or "the number of examples"
+    for row in runs:
+        differing = _differing(first.settings, row.settings)
+        if differing:
             raise BenchmarkError(
-                f"the rows of {where} cannot be averaged: they differ in {what}; put them in separate files"
+                f"the runs of {where} cannot be averaged: they differ in {differing}; report them one by one"
             )
     seeds = [row.seed for row in runs]
     if len(set(seeds)) < len(seeds):
         twice = next(seed for seed in seeds if seeds.count(seed) > 1)
         raise BenchmarkError(
-            f"the rows of {where} hold seed {twice} {seeds.count(twice)} times, which would hide the spread; remove "
-            "the repetitions"
+            f"seed {twice} is there {seeds.count(twice)} times among the runs of {where}, which would hide the spread; "
+            "remove the repetitions"
         )
+
+
+def _differing(first: Mapping[str, float], second: Mapping[str, float]) -> str:
+    return ", ".join(sorted({name for name, _ in first.items() ^ second.items()}))

@@ -31,10 +31,10 @@ def terminal_table(panel: Panel) -> Table:
     Args:
         panel: What to show.
     """
-    table = Table(title=_title(panel), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=_title(panel), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in _HEADINGS:
         if heading == "Optimizer":
-            table.add_column(heading, overflow="fold")
+            table.add_column(heading, overflow="fold", min_width=len(heading))
         else:
             table.add_column(heading, justify="right", no_wrap=True)
     for summary in summarise(panel):
@@ -76,10 +76,9 @@ def notes(panels: Sequence[Panel]) -> list[str]:
 
 def _title(panel: Panel) -> str:
     row = next(iter(panel.runs.values()))[0]
-    measured = f"{row.examples['test']} {panel.evaluated_on} examples"
     return (
-        f"{panel.task}, {labels_text(panel.label_noise)}: {row.examples['train']} training examples, "
-        f"{row.settings['epochs']:g} epochs, {measured}"
+        f"{panel.task}, {labels_text(panel.label_noise)}: {row.examples['train']} training and "
+        f"{row.examples['test']} {panel.evaluated_on} examples, {row.settings['epochs']:g} epochs"
     )
 
 
@@ -92,7 +91,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         format(summary.train_loss.mean, ".3f"),
         format(1000 * summary.seconds_per_step.mean, ".2f"),
         "" if summary.cost is None else format(summary.cost.mean, ".2f"),
-        _spread(summary.sharpness, ".2g"),
+        _spread(summary.sharpness, f".{_decimals(summary.sharpness.mean)}f"),
     )
 
 
@@ -101,10 +100,15 @@ def _spread(value: Estimate, style: str, factor: float = 1.0) -> str:
     return mean if math.isnan(value.sd) else f"{mean} ± {format(factor * value.sd, style.removeprefix('+'))}"
 
 
+def _decimals(value: float) -> int:
+    """Return how many decimals show at least two significant digits."""
+    return max(3, 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 3
+
+
 def _machines(rows: Sequence[Row]) -> list[str]:
     environments = {tuple(sorted(row.environment.items())): row.environment for row in rows}
     return [
-        f"measured on {e['device']}, {e['threads']} threads, {e['dtype']}, torch {e['torch']}, python {e['python']}, "
+        f"measured on {e['device']}, threads: {e['threads']}, {e['dtype']}, torch {e['torch']}, python {e['python']}, "
         f"samopt {e['samopt']} at commit {e['commit']}"
         for e in environments.values()
     ]
