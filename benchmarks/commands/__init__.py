@@ -1,5 +1,5 @@
 """The commands; importing this package registers them."""
 
-from benchmarks.commands import demo, report, train
+from benchmarks.commands import demo, report, train, wordnet
 
-__all__ = ["demo", "report", "train"]
+__all__ = ["demo", "report", "train", "wordnet"]
