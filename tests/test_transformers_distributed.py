@@ -7,10 +7,13 @@ import socket
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 import samopt
+from samopt.integrations.transformers import SAMTrainer
 from tests import cases, hf
+from tests.test_transformers_scaler import Scaled
 
 pytestmark = [pytest.mark.hf, pytest.mark.slow]
 
@@ -27,7 +30,17 @@ SCENARIOS = {
     "per-rank every second step": {"sam_every": 2},
     "asam": {"sam": "asam"},
     "without sam": {"sam": "none"},
+    "per-rank, one without gradients": {"kind": "SilentOnOneRank"},
 }
+SCALED = {"inf on one rank": {(2, False), (2, True)}, "inf on one rank's second pass": {(1, True), (3, True)}}
+
+
+class SilentOnOneRank(SAMTrainer):
+    """Rank 1 has nothing to learn from at step 1."""
+
+    def compute_loss(self, *args, **options):
+        loss = super().compute_loss(*args, **options)
+        return loss * 0 if (self.args.process_index, self.state.global_step) == (1, 1) else loss
 
 
 def train(rank, port, folder):
@@ -43,11 +56,23 @@ def train(rank, port, folder):
     for name, options in SCENARIOS.items():
         model = hf.gpt2()
         trainer = hf.make_trainer(
-            folder / "run", model, hf.language(32), ddp_backend="gloo", base=hf.momentum_sgd, **options
+            folder / "run",
+            model,
+            hf.language(32),
+            ddp_backend="gloo",
+            base=hf.momentum_sgd,
+            **options | {"kind": SilentOnOneRank if "kind" in options else SAMTrainer},
         )
         assert trainer.accelerator.num_processes == RANKS
         trainer.train()
         torch.save({"weights": cases.bits(model), "loss": hf.logged(trainer, "loss")}, folder / f"{name}-{rank}.pt")
+    for name, overflow in SCALED.items():
+        AcceleratorState._reset_state(True)
+        model = hf.gpt2()
+        trainer = hf.make_trainer(folder / "run", model, hf.language(32), kind=Scaled, ddp_backend="gloo")
+        trainer.overflow = overflow if rank == 1 else set()
+        trainer.train()
+        torch.save({"weights": cases.bits(model), "scales": trainer.scales}, folder / f"{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -60,7 +85,7 @@ def results(tmp_path_factory):
     torch.multiprocessing.start_processes(train, (port, folder), nprocs=RANKS, start_method="spawn")
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
-        for name in SCENARIOS
+        for name in [*SCENARIOS, *SCALED]
     }
 
 
@@ -91,6 +116,8 @@ def by_hand(options):
             total = 0.0
             for batch in windows[rank]:
                 loss = model(**batch, num_items_in_batch=count)["loss"] * RANKS
+                if "kind" in options and (rank, step) == (1, 1):
+                    loss = loss * 0
                 loss.backward()
                 total += float(loss.detach())
             return total
@@ -134,6 +161,17 @@ def test_two_processes(name, results):
     assert first["loss"] == pytest.approx(losses, rel=1e-5)
     for ours, theirs in zip(first["weights"], model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)  # sums over ranks round once more
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_an_overflow_on_one_rank_skips_the_step_on_both(name, results):
+    first, second = results[name]
+    assert first["scales"] == second["scales"]
+    for ours, theirs in zip(first["weights"], second["weights"], strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.isfinite().all()
+    halved = [after < before for before, after in zip(first["scales"], first["scales"][1:], strict=False)]
+    assert sum(halved) == len({step for step, _ in SCALED[name]})
 
 
 def test_per_rank_and_synced_differ(results):
