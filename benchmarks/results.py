@@ -36,20 +36,23 @@ def run_and_render(experiment: Experiment, folder: Path, console: Console, *, ov
         BenchmarkError: If the folder cannot be written or holds earlier runs, or the experiment is not possible.
     """
     path = folder / "runs.jsonl"
-    if path.exists() and not overwrite:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        size = path.stat().st_size
+    except OSError as error:
+        raise BenchmarkError(f"--output {folder} cannot be written: {error}; give another folder") from error
+    if size and not overwrite:
         raise BenchmarkError(
             f"{path} exists and holds earlier runs; give another --output, or --overwrite to replace them"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
-    except OSError as error:
-        raise BenchmarkError(f"--output {folder} cannot be written: {error}; give another folder") from error
     rows: list[Row] = []
     code = 0
     try:
         with ProgressDisplay(experiment, console) as display:
             for row in run_experiment(experiment, display):
+                if not rows:  # earlier runs go when there is something to replace them
+                    path.write_text("", encoding="utf-8")
                 append_row(path, row)
                 rows.append(row)
     except KeyboardInterrupt:

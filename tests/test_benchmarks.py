@@ -592,6 +592,8 @@ def test_earlier_results_are_replaced_only_on_request(tmp_path, capsys):
     assert main(arguments) == 2
     assert "holds earlier runs; give another --output, or --overwrite" in capsys.readouterr().err
     assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == "precious\n"
+    assert main([*arguments, "--overwrite", "--batch-size", "1000"]) == 2
+    assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == "precious\n"
     assert main([*arguments, "--overwrite"]) == 0
     assert len(read_rows(tmp_path / "runs.jsonl")) == 1
 
@@ -657,7 +659,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
 
     calls[:] = calls[:3]
     assert main([*arguments, "--overwrite"]) == 130
-    assert (tmp_path / "runs.jsonl").read_text(encoding="utf-8") == ""
+    assert len(read_rows(tmp_path / "runs.jsonl")) == 2, "nothing new is finished, so the earlier runs stay"
 
 
 def test_a_missing_package_names_the_extra():
