@@ -128,6 +128,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         return self._passes.metrics
 
     @property
+    def model(self) -> nn.Module | None:
+        """The module that the passes run, if one was given."""
+        return self._passes.model
+
+    @property
     def is_perturbed(self) -> bool:
         """Whether the weights are at ``w + epsilon`` now: in two-pass form, whether the second pass is running."""
         return self._passes.is_perturbed
