@@ -1,0 +1,81 @@
+"""Runs in which the callback could not run a second pass, found before training starts."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from samopt import SharpnessAwareOptimizer
+
+__all__ = ["refuse_unsupported_optimizer", "refuse_unsupported_run"]
+
+_MANUAL = """\
+SharpnessAwareTraining runs the second pass where Lightning calls the optimizer, but {module} has \
+automatic_optimization=False and calls it itself; leave the callback out, return samopt.SAM(optimizer, rho=0.05, \
+model=self) from configure_optimizers, and write in training_step:
+    optimizer = self.optimizers()
+    optimizer.zero_grad()
+    self.manual_backward(self.loss(batch))
+    with optimizer.perturbed():
+        self.manual_backward(self.loss(batch))
+    optimizer.step()"""
+
+_STRATEGIES = {
+    "DeepSpeedStrategy": "its engine owns the gradients, which it reduces, partitions and steps inside backward",
+    "FSDPStrategy": "its flat parameters hide each weight's gradient, and every process would take the norm of its own "
+    "shard alone",
+    "XLAStrategy": "samopt was never run on XLA devices",
+}
+
+
+def refuse_unsupported_run(trainer: Trainer, module: LightningModule) -> None:
+    """Raise if a second pass cannot be run with this trainer and module.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it is about to fit.
+
+    Raises:
+        TypeError: If the module's training step cannot be repeated.
+        ValueError: If the strategy has no place for a second pass.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise TypeError(_MANUAL.format(module=name))
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise TypeError(
+            f"SharpnessAwareTraining runs each batch twice, but {name}.training_step(dataloader_iter) takes batches "
+            "from the iterator itself; write training_step(batch, batch_idx) instead"
+        )
+    for kind in type(trainer.strategy).__mro__:
+        if kind.__name__ in _STRATEGIES:
+            raise ValueError(
+                f"SharpnessAwareTraining cannot run a second pass under {type(trainer.strategy).__name__}: "
+                f'{_STRATEGIES[kind.__name__]}; use Trainer(strategy="ddp") instead'
+            )
+
+
+def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
+    """Raise if the optimizer that ``configure_optimizers`` returned cannot be driven by the callback.
+
+    Args:
+        optimizer: The optimizer.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.direction is not None:
+        raise ValueError(
+            f"SharpnessAwareTraining runs a second pass, which {type(optimizer).__name__}(direction=...) does not "
+            "need; leave the callback out"
+        )
+    base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
+    if isinstance(base, torch.optim.LBFGS):
+        raise ValueError(
+            "SharpnessAwareTraining cannot drive LBFGS, which runs the training step several times in one step and "
+            "compares losses at w that Lightning returns with gradients at w + epsilon; use manual optimization with "
+            "samopt.SAM(torch.optim.LBFGS(...)).step(closure), or another optimizer"
+        )

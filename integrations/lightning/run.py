@@ -1,0 +1,184 @@
+"""Both passes of every optimizer step of one fit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from samopt import SharpnessAwareOptimizer, StepMetrics
+from samopt.replay import RngState, save_buffers
+
+from ..inputs import independent_copy
+from ..window import MicroBatch, run_again
+from .attributes import AttributeKeeper
+from .quiet import REPORTS, quiet
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the training step, with arguments of its own, as one of ``parts`` of a window."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parts: int
+    put_attributes_back: Callable[[], None]
+
+
+class Run:
+    """Remembers the training steps of an accumulation window, and repeats them at ``w + epsilon``.
+
+    From ``install`` to ``remove`` every call of the strategy's training step is remembered with a copy of its batch and
+    the random state before it. The trainer steps the base optimizer, and knows of no other.
+
+    Args:
+        trainer: The trainer, whose strategy is set up.
+        module: The module in training.
+        optimizer: The optimizer around the trainer's.
+        sync_perturbation: With several processes: perturb along the averaged gradient instead of each process's own.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, optimizer: SharpnessAwareOptimizer, *, sync_perturbation: bool
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._optimizer = optimizer
+        self._per_rank = trainer.world_size > 1 and not sync_perturbation
+        self._strategy = trainer.strategy
+        self._training_step = self._strategy.training_step
+        self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+        self._scale: Tensor | None = None  # what the latest gradients were multiplied by
+        self._attributes = AttributeKeeper(module, ignored=REPORTS)
+        self._latest: MicroBatch | None = None
+        self._window: list[MicroBatch] = []
+        self._is_handed_over = True
+        self.is_second_pass = False
+        """Whether the second pass is running."""
+
+    @property
+    def last_step(self) -> StepMetrics:
+        """The optimizer's measurements, with gradient norms that no ``GradScaler`` has multiplied."""
+        step = self._optimizer.last_step
+        if self._scale is None:
+            return step
+        norms = {"perturbed_grad_norm": step.perturbed_grad_norm}
+        if self._base_unscales:
+            norms["grad_norm"] = step.grad_norm
+        scale = self._scale
+        return replace(step, **{name: norm if norm is None else norm / scale for name, norm in norms.items()})
+
+    def install(self) -> None:
+        """Take part in the trainer's steps."""
+        self._strategy.training_step = self._run_once  # type: ignore[method-assign]  # restored by ``remove``
+        self._handle = self._optimizer.base_optimizer.register_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        """Take no part in them any more."""
+        vars(self._strategy).pop("training_step", None)
+        self._handle.remove()
+        self._latest, self._window = None, []
+
+    def gradients_cleared(self) -> None:
+        """Note that the gradients were cleared: a window begins with the latest training step."""
+        self._window = []
+
+    def backward_begins(self) -> None:
+        """Note that the latest training step is differentiated, and so belongs to the window."""
+        if self._latest is not None:
+            self._window.append(self._latest)
+
+    def replace_gradients(self, optimizer: Optimizer) -> None:
+        """Replace the accumulated gradients of a window by those at ``w + epsilon``.
+
+        Args:
+            optimizer: The trainer's optimizer.
+        """
+        window, self._window = self._window, []
+        if not window or (self._scaler is not None and self._latest is None):
+            return  # there is nothing to step, or Lightning will not do so
+        one = torch.ones((), device=self._strategy.root_device)
+        self._scale = None if self._scaler is None else self._scaler.scale(one)
+        with self._uncounted() if self._optimizer.may_move() else nullcontext():
+            has_run = run_again(window, self._optimizer, self._module, self._exchange, per_rank=self._per_rank)
+        self._is_handed_over = False
+        if self._scaler is None:
+            self._before_step()
+        elif has_run and not self._base_unscales:
+            self._scaler.update(
+                self._scaler.get_scale()
+            )  # forgets that it has unscaled the gradients of the first pass
+            self._scaler.unscale_(optimizer)
+
+    @property
+    def _base_unscales(self) -> bool:
+        return getattr(self._optimizer.base_optimizer, "_step_supports_amp_scaling", False)
+
+    def _before_step(self, *_: Any) -> None:
+        """Tell the optimizer that its base steps; called again, or where nothing was delivered, this does nothing."""
+        if not self._is_handed_over:
+            self._is_handed_over = True
+            self._optimizer.hand_over()
+
+    def _run_once(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._window:
+            self._attributes.begin()
+        parts = self._trainer.accumulate_grad_batches
+        call = _Call(independent_copy(args), independent_copy(kwargs), parts, self._attributes.save_bindings())
+        start = RngState.capture([self._strategy.root_device])
+        # Only gradients that a second pass replaces may stay unexchanged.
+        unexchanged = self._per_rank and self._optimizer.may_move()
+        with self._exchange(not unexchanged):
+            output = self._training_step(*args, **kwargs)
+        loss = _loss_in(output, call)
+        if loss is None:
+            self._latest = None
+        else:
+            self._latest = MicroBatch(functools.partial(self._run_again, call), loss.detach(), start)
+        return output
+
+    def _run_again(self, call: _Call) -> Tensor:
+        call.put_attributes_back()
+        with torch.enable_grad():
+            loss = _loss_in(self._training_step(*call.args, **call.kwargs), call)
+            if loss is None:
+                return torch.tensor(torch.nan, device=self._strategy.root_device)
+            scaled = loss if self._scaler is None else self._scaler.scale(loss)
+            self._strategy.precision_plugin.backward(scaled, self._module, self._optimizer.base_optimizer)
+        return loss
+
+    def _exchange(self, exchanged: bool) -> AbstractContextManager[None]:
+        """Return the context in which processes do or do not exchange gradients."""
+        block = getattr(self._strategy, "block_backward_sync", None)
+        context: AbstractContextManager[None] = nullcontext() if exchanged or block is None else block()
+        return context
+
+    @contextmanager
+    def _uncounted(self) -> Generator[None]:
+        """Let the module and its trainer be, after this context, as if nothing had been run in it."""
+        put_attributes_back = self._attributes.save()
+        buffers = save_buffers(self._module)
+        self.is_second_pass = True
+        try:
+            with quiet(self._trainer, self._module):
+                yield
+        finally:
+            self.is_second_pass = False
+            for buffer in buffers:
+                buffer.restore()
+            put_attributes_back()
+
+
+def _loss_in(output: Any, call: _Call) -> Tensor | None:
+    """Return the loss as Lightning differentiates it; None where the step is skipped."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    return loss / call.parts if isinstance(loss, Tensor) else None
