@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from samopt.perturbation import Placement
-from samopt.rounding import RoundingNoise
+from samopt.rounding import Noise, RoundingNoise
 from samopt.sharpness.ball import Ball, is_low_precision, widen
 from samopt.sharpness.batches import map_tensors
 from samopt.sharpness.streams import stream
@@ -206,7 +206,7 @@ class Climb:
             self._placement.move(index, offset, noise)
         self._hold(offsets)
 
-    def _next_noise(self) -> Callable[[Tensor], Tensor]:
+    def _next_noise(self) -> Noise:
         self._noise.advance()
         return self._noise.source()
 

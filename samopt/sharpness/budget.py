@@ -8,7 +8,8 @@ from typing import Any
 
 __all__ = ["Budget", "OverBudget"]
 
-_PATIENCE = 0.02  # of the expected cost; an estimate from less is too rough to give up on
+_ROUGH = 0.02  # of the expected cost: a forecast from less may be far off, the first evaluation being the slowest
+_SLACK = 4.0  # by how much a rough forecast must exceed what is left
 
 
 class OverBudget(Exception):
@@ -66,14 +67,15 @@ class Budget:
         """
         left = self.left if limited else float("inf")
         expected = self._expected.get(name, 0.0)
-        if expected > left:
+        if expected > left or left <= 0:
             raise OverBudget(self._explain(expected, left))
         begin = self._clock()
 
         def progress(done: float, total: float | None) -> None:
             used = self._clock() - begin
-            forecast = used * total / done if total and done >= _PATIENCE * total else used
-            if forecast > left:
+            forecast = used * total / done if total else used
+            slack = _SLACK if total and done < _ROUGH * total else 1.0
+            if forecast > slack * left or used > left:
                 self._expected[name] = max(forecast, 2 * used)
                 raise OverBudget(self._explain(forecast, left))
 

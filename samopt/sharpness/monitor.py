@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ class SharpnessMonitor:
         self.history: list[dict[str, Any]] = []
         self._budget = Budget(max_fraction, time.perf_counter)
         self._steps = 0
+        self._worked: set[str] = set()
 
     def step(self, step: int | None = None) -> dict[str, float]:
         """Note that the optimizer has stepped, and measure where it is time to.
@@ -134,6 +136,10 @@ class SharpnessMonitor:
 
         Returns:
             As ``step``.
+
+        Raises:
+            RuntimeError: If a measure fails on its first run.
+            ValueError: Likewise.
         """
         self._budget.start()
         record: dict[str, Any] = {"step": self._steps, "seconds": self._budget.elapsed, "measures": {}}
@@ -142,9 +148,16 @@ class SharpnessMonitor:
             try:
                 with self._budget.spend(name, limited=within_budget) as progress:
                     result = measure(self.model, self.loss_fn, self.batches, progress=progress)
-                record["measures"][name] = plain(result)
             except OverBudget as reason:
                 skipped[name] = str(reason)
+            except (RuntimeError, ValueError) as error:
+                if name not in self._worked:
+                    raise
+                skipped[name] = f"{type(error).__name__}: {error}"
+                warnings.warn(f"sharpness measure {name!r} failed at step {self._steps}: {error}", stacklevel=3)
+            else:
+                self._worked.add(name)
+                record["measures"][name] = plain(result)
         if skipped:
             record["skipped"] = skipped
         if self.optimizer is not None:
