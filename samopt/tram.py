@@ -127,6 +127,12 @@ class TRAM(SharpnessAwareOptimizer):
                 f"{type(model).__name__}; pass the module that the training loop calls, as in "
                 "samopt.TRAM(base_optimizer, model=model)"
             )
+        if isinstance(self.trust_region, TrustRegion) and options.get("direction", "gradient") != "gradient":
+            raise ValueError(
+                f"TRAM measures {type(self.trust_region).__name__} in the first pass, which "
+                f"direction={options['direction']!r} does without; leave direction= out, or give trust_region= a "
+                "callable without arguments"
+            )
         self.max_radius = max_radius
         self._comparison = Comparison(divergence, class_dim, logits, mask)
         self._distance: float | Tensor | None = None
