@@ -60,6 +60,8 @@ class TwoPasses:
         Returns:
             What ``once`` returned.
         """
+        if self.optimizer.direction is not None:  # the weights move and return by themselves, in one pass
+            return once()
         start = RngState.capture([self._accelerator.device])
         # Only gradients that a second pass replaces may stay unexchanged.
         with self._unsynced() if self._per_rank and self.optimizer.may_move() else nullcontext():

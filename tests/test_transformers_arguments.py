@@ -253,7 +253,10 @@ def test_trainers_that_generate_in_the_training_step_are_refused(tmp_path):
         make_sharpness_aware(plain, sam="sam")
 
 
-@pytest.mark.parametrize(("module", "missing"), [("transformers", "transformers"), ("transformers", "accelerate")])
+@pytest.mark.parametrize(
+    ("module", "missing"),
+    [("transformers", "transformers"), ("transformers", "accelerate"), ("accelerate", "accelerate")],
+)
 def test_a_missing_framework_is_named_with_its_extra(module, missing):
     code = f"import sys; sys.modules[{missing!r}] = None; import samopt.integrations.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
