@@ -15,6 +15,7 @@ from samopt import kernels
 from samopt.amp import calling_scaler_stage, is_unscaling
 from samopt.direction import Direction, named_direction
 from samopt.geometry import Metric
+from samopt.lightning_trainer import is_trainer_closure, refuse_without_callback
 from samopt.metrics import StepMetrics
 from samopt.one_pass import OnePass
 from samopt.passes import Passes, PassHandle
@@ -110,6 +111,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self.direction = named_direction(direction)
         self._set_up_passes(model)
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        refuse_without_callback(cls)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups."""
@@ -171,6 +176,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 "passes yourself: scaler.scale(loss).backward(), then 'with optimizer.perturbed(): "
                 "scaler.scale(criterion(model(x), y)).backward()', then scaler.step(optimizer)"
             )
+        if self.direction is None and is_trainer_closure(closure):
+            return self._step_after(closure)
         return self._step_with(closure)
 
     @contextmanager
@@ -229,6 +236,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         Call it after the second pass, just before the base's step; ``base_optimizer.register_step_pre_hook`` is a way.
         """
         self._passes.reset()
+        self._opt_called = True  # what learning rate schedules made for this optimizer look for
         self._before_update()
 
     def first_step(self, zero_grad: bool = False) -> None:
@@ -408,6 +416,19 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self._passes.reset()
         self._watch_for_stall()
         return first_losses[0] if first_losses else None
+
+    def _step_after(self, closure: Callable[[], Any]) -> Any:
+        """Step the base with a closure of Lightning's Trainer, which is called once and makes no second pass itself."""
+        results: list[Any] = []
+
+        def prepare() -> Any:
+            results.append(closure())
+            self._passes.require_gradient(None)
+            self.hand_over()
+            return results[-1]
+
+        self.base_optimizer.step(prepare)
+        return results[0] if results else None
 
     def _watch_for_stall(self) -> None:
         if self._stall is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from samopt import kernels
 from samopt.geometry import Euclidean, Metric
-from samopt.kernels import Backend, Backup, Block
+from samopt.kernels import Backend, Backup, Block, Saved
+from samopt.kernels.memory import lie_alike
 from samopt.kernels.reference import vector_norm
 
 __all__ = ["Perturbation", "Placement", "Region", "Target", "gradient_norm", "largest_radius"]
@@ -62,7 +64,7 @@ class Perturbation:
         self._parts = [
             _Part(block, region, kernels.select(block, backend)) for block, region in _group(targets, metric, linf)
         ]
-        self._saved: list[tuple[Backend, list[Backup]]] = []
+        self._saved: list[tuple[Backend[Any], Saved]] = []
         self._linf = linf
         lengths = [part.backend.norm(part.block) for part in self._parts]
         self._lengths = lengths
@@ -93,28 +95,30 @@ class Perturbation:
         ]
         return self._combine(plain)
 
-    def apply(self, noise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def apply(self, noise: Callable[[Tensor], Tensor] | None = None, *, consume: bool = False) -> Tensor:
         """Save every weight, then move all of them uphill.
 
         A norm that is zero, infinite or nan moves nothing.
 
         Args:
             noise: Uniform [0, 1) numbers for the stochastic rounding of bf16 and fp16 weights; None rounds to nearest.
+            consume: Whether the directions are of no further use, so that their memory may take the saved weights
+                where nobody else can reach it.
 
         Returns:
             The norm of what was really applied, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity), 0-dim:
             measured after rounding for low-precision weights, the radius asked for the others.
         """
-        saved = [(part.backend, part.backend.save(part.block)) for part in self._parts]
-        self._saved = saved
+        everything = [(part.backend, part.backend.save(part.block, consume)) for part in self._parts]
+        self._saved = everything
         applied = []
-        for part, length, (_, backups) in zip(self._parts, self._lengths, saved, strict=True):
+        for part, length, (_, saved) in zip(self._parts, self._lengths, everything, strict=True):
             scale = self._scale(part.region, length.device)
             weights = part.block.weights
             with torch.no_grad():
-                part.backend.ascend(part.block, scale, noise)
+                part.backend.ascend(part.block, scale, noise, saved)
             if weights[0].dtype in _LOW_PRECISION:
-                applied.append(_measure(part.block, backups, self._linf))
+                applied.append(_measure(part.block, saved.backups, self._linf))
             else:
                 applied.append(scale.abs() * (length > 0) if self._linf else scale.abs() * length.nan_to_num(0, 0, 0))
         return self._combine(applied, largest=self._linf)
@@ -126,8 +130,8 @@ class Perturbation:
     def undo(self) -> None:
         """Write every saved weight back, bit for bit."""
         with torch.no_grad():
-            for backend, backups in self._saved:
-                backend.restore(backups)
+            for backend, saved in reversed(self._saved):  # weights that share memory may have been saved in turn
+                backend.restore(saved)
         self._saved = []
 
     @staticmethod
@@ -164,8 +168,8 @@ class Placement:
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._backups = [Backup(weight, None, weight.detach().clone()) for weight in weights]
-        self.origin = [backup.values for backup in self._backups]
+        self._saved = Saved([Backup(weight, None, weight.detach().clone()) for weight in weights])
+        self.origin = [backup.values for backup in self._saved.backups]
 
     def put(self, index: int, values: Tensor) -> None:
         """Write ``values`` into a weight.
@@ -175,7 +179,7 @@ class Placement:
             values: Of its shape.
         """
         with torch.no_grad():
-            self._backups[index].weight.copy_(values)
+            self._saved.backups[index].weight.copy_(values)
 
     def move(self, index: int, offset: Tensor, noise: Callable[[Tensor], Tensor] | None = None) -> None:
         """Write ``origin + offset`` into a weight, computed in at least fp32.
@@ -185,7 +189,7 @@ class Placement:
             offset: Of its shape.
             noise: As for ``Perturbation.apply``.
         """
-        weight = self._backups[index].weight
+        weight = self._saved.backups[index].weight
         block = Block([weight], [offset], None, 0.0, False)
         self.put(index, self.origin[index])
         with torch.no_grad():
@@ -195,19 +199,20 @@ class Placement:
     def undo(self) -> None:
         """Write every saved weight back, bit for bit; may be called any number of times."""
         with torch.no_grad():
-            kernels.BACKENDS["reference"].restore(self._backups)
+            kernels.BACKENDS["reference"].restore(self._saved)
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor:
     """Return ``||g||_2`` over the gradients that ``parameters`` have: 0-dim, on the first one's device.
 
     Args:
         parameters: Parameters; those without a gradient do not count.
+        backend: Name of a kernel backend, or "auto".
     """
     region = Region(0.0, 0.0, 1)
     targets = [Target(p, p.grad.detach(), region) for p in parameters if p.grad is not None]
     with torch.no_grad():
-        return Perturbation(targets, Euclidean()).norm
+        return Perturbation(targets, Euclidean(), backend=backend).norm
 
 
 def largest_radius(targets: Iterable[Target]) -> Tensor:
@@ -227,7 +232,7 @@ def largest_radius(targets: Iterable[Target]) -> Tensor:
 class _Part:
     block: Block
     region: Region
-    backend: Backend
+    backend: Backend[Any]
 
 
 def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[Block, Region]]:
@@ -236,7 +241,8 @@ def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[
     for target in targets:
         weight, direction, region = target.weight, target.direction, target.region
         own = metric if metric.name != "euclidean" and metric.applies_to(weight) else None
-        key = (id(region), weight.device, weight.dtype, direction.layout, direction.dtype, own is None)
+        plain = type(direction) is Tensor and direction.layout is torch.strided and lie_alike(weight, direction)
+        key = (id(region), weight.device, weight.dtype, direction.layout, direction.dtype, plain, own is None)
         if key not in parts:
             parts[key] = (Block([], [], own, region.eta, linf), region)
         block, _ = parts[key]

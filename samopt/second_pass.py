@@ -24,7 +24,8 @@ class SecondPass:
     Making one measures and changes nothing. ``enter`` takes the gradients and moves the weights; ``leave`` undoes it.
 
     Args:
-        gradients: Every trainable parameter with its gradient of the first pass.
+        gradients: Every trainable parameter with its gradient of the first pass; emptied on entry where the gradients
+            are used up, so that their memory can hold the weights.
         targets: What moves.
         metric: The metric ``T``.
         linf: True for the l-infinity ball.
@@ -38,7 +39,7 @@ class SecondPass:
 
     def __init__(
         self,
-        gradients: Sequence[tuple[Tensor, Tensor | None]],
+        gradients: list[tuple[Tensor, Tensor | None]],
         targets: Sequence[Target],
         metric: Metric,
         *,
@@ -60,6 +61,7 @@ class SecondPass:
         """
         self._gradients = gradients
         self._moving = [target.weight for target in targets]
+        self._backend = backend
         self._measure_grad_norms = measure_grad_norms
         self._metrics = StepMetrics(
             loss=as_scalar(first_loss),
@@ -76,12 +78,12 @@ class SecondPass:
             start: Random state at the start of the first pass, where known.
             noise: Numbers for stochastic rounding, or None.
         """
-        for parameter, _ in self._gradients:
+        for parameter in [parameter for parameter, _ in self._gradients]:
             parameter.grad = None
         replay.begin(start)
         if self.is_needed:
-            self._metrics = replace(self._metrics, applied_radius=self._perturbation.apply(noise))
-            self._gradients = []
+            self._gradients.clear()  # now their memory is the perturbation's alone, unless the user holds them
+            self._metrics = replace(self._metrics, applied_radius=self._perturbation.apply(noise, consume=True))
         self._perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
@@ -103,7 +105,8 @@ class SecondPass:
 
     def measure(self) -> StepMetrics:
         """Return what both passes measured; call it after ``leave``, with the second gradients in place."""
-        norm = gradient_norm(self._moving) if self._measure_grad_norms and self.is_needed else None
+        measured = self._measure_grad_norms and self.is_needed
+        norm = gradient_norm(self._moving, self._backend) if measured else None
         return replace(self._metrics, perturbed_loss=as_scalar(self.loss), perturbed_grad_norm=norm)
 
     def first_gradients_finite(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from types import FrameType
@@ -73,7 +74,13 @@ def explicit_form(optimizer, model, data) -> None:
 
 @pytest.mark.parametrize("take_step", [closure_form, explicit_form])
 @pytest.mark.parametrize(
-    ("variant", "dtype"), [(samopt.SAM, torch.float32), (samopt.ASAM, torch.bfloat16)], ids=["sam-fp32", "asam-bf16"]
+    ("variant", "dtype"),
+    [
+        (samopt.SAM, torch.float32),
+        (functools.partial(samopt.ASAM, backend="swap"), torch.float32),
+        (samopt.ASAM, torch.bfloat16),
+    ],
+    ids=["sam-fp32", "asam-fp32-swap", "asam-bf16"],
 )
 def test_interrupt_at_every_line(variant, dtype, take_step) -> None:
     data = batch(dtype)
@@ -99,13 +106,13 @@ def test_interrupt_at_every_line(variant, dtype, take_step) -> None:
         assert model[1].num_batches_tracked <= 1, where
 
         if same_bits(model, before) and dtype is torch.float32:
-            assert_goes_on_like_new(model, optimizer, finished, take_step, data)
+            assert_goes_on_like_new(model, optimizer, variant, finished, take_step, data)
 
 
-def assert_goes_on_like_new(model, optimizer, weights: nn.Module, take_step, data) -> None:
+def assert_goes_on_like_new(model, optimizer, variant, weights: nn.Module, take_step, data) -> None:
     """From here on, the interrupted run is that of a fresh optimizer: no momentum, no recorded masks are left."""
     other = network(torch.float32)
-    fresh = samopt.SAM(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), model=other)
+    fresh = variant(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), model=other)
     for each_model, each_optimizer in ((model, optimizer), (other, fresh)):
         each_model.load_state_dict(weights.state_dict())
         torch.manual_seed(3)

@@ -40,8 +40,10 @@ LAYOUTS = {
 }
 # Which of these each backend runs, so that a row that starts refusing work is noticed; add a line for a new row.
 RUNS = {
-    "reference": lambda metric, linf, dtype: True,
-    "foreach": lambda metric, linf, dtype: metric != "fisher" and not linf and dtype not in LOW,
+    "reference": lambda layout, metric, linf, dtype: True,
+    "foreach": lambda layout, metric, linf, dtype: metric != "fisher" and not linf and dtype not in LOW,
+    "cpu": lambda layout, *rest: layout != "every-second" and RUNS["foreach"](layout, *rest),
+    "swap": lambda *case: RUNS["cpu"](*case),  # here in place; tests/test_kernels_memory.py has weights that can move
 }
 
 
@@ -108,7 +110,7 @@ def test_norm_ascend_and_restore_agree_with_fp64(name, layout, metric, linf, dty
     torch.manual_seed(0)
     weights, directions = cast(LAYOUTS[layout](), dtype), cast(LAYOUTS[layout](), dtype)
     block = Block(weights, directions, METRICS[metric], ETA, linf)
-    assert (BACKENDS[name].supports(block) is None) == RUNS[name](metric, linf, dtype)
+    assert (BACKENDS[name].supports(block) is None) == RUNS[name](layout, metric, linf, dtype)
     backend = chosen(name, block)
     before, strides, storage = [w.clone() for w in weights], [w.stride() for w in weights], storage_of(weights)
     fixed = storage_of(directions)
@@ -121,7 +123,7 @@ def test_norm_ascend_and_restore_agree_with_fp64(name, layout, metric, linf, dty
         assert torch.equal(backend.norm(block), measured)
 
         saved = backend.save(block)
-        backend.ascend(block, torch.tensor(scale, dtype=torch.float64), None)
+        backend.ascend(block, torch.tensor(scale, dtype=torch.float64), None, saved)
         work = max(UNIT[dtype], 2.0**-53) if dtype is torch.float64 else 2.0**-24
         for now, was, move in zip(weights, before, moves, strict=True):
             want = was.double() + move
@@ -215,7 +217,7 @@ def test_restore_brings_back_signed_zeros_denormals_and_nan_payloads(name, dtype
     backend = chosen(name, block)
     before = [w.clone() for w in weights]
     saved = backend.save(block)
-    backend.ascend(block, torch.tensor(0.5, dtype=torch.float64), RoundingNoise(0).next())
+    backend.ascend(block, torch.tensor(0.5, dtype=torch.float64), RoundingNoise(0).next(), saved)
     assert not same(weights, before)
     for _ in range(2):  # a restore that was interrupted is run again
         backend.restore(saved)

@@ -4,45 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from samopt.kernels import foreach, reference
-from samopt.kernels.block import Backup, Block, NoiseSource
+from samopt.kernels import cpu, foreach, reference, swap
+from samopt.kernels.block import Backup, Block, NoiseSource, Saved
 
-__all__ = ["BACKENDS", "Backend", "Backup", "Block", "NoiseSource", "select"]
+__all__ = ["BACKENDS", "Ascend", "Backend", "Backup", "Block", "NoiseSource", "Save", "Saved", "select"]
+
+_S = TypeVar("_S", bound=Saved)
+_S_co = TypeVar("_S_co", bound=Saved, covariant=True)
+_S_contra = TypeVar("_S_contra", bound=Saved, contravariant=True)
+
+
+class Save(Protocol[_S_co]):
+    """Makes what puts a block back; writes nothing."""
+
+    def __call__(self, block: Block, consume: bool = False) -> _S_co:
+        """Return it; ``consume`` allows to overwrite directions that nobody else can reach."""
+
+
+class Ascend(Protocol[_S_contra]):
+    """Writes the perturbed weights."""
+
+    def __call__(self, block: Block, scale: Tensor, noise: NoiseSource | None, saved: _S_contra | None = None) -> None:
+        """Write them; an interrupt at any moment leaves ``saved`` able to put the weights back."""
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(Generic[_S]):
     """One row of the table.
 
     Attributes:
         supports: Returns None where the backend can run a block, else the reason why not.
         norm: ``||T d||_2`` over the block, 0-dim fp64, on its device.
-        save: Copies of everything ``ascend`` will write.
+        save: What puts the block back.
         ascend: Writes the perturbed weights.
-        restore: Writes the saved weights back.
+        restore: Puts the weights back, bit for bit; may run again.
     """
 
     name: str
     supports: Callable[[Block], str | None]
     norm: Callable[[Block], Tensor]
-    save: Callable[[Block], list[Backup]]
-    ascend: Callable[[Block, Tensor, NoiseSource | None], None]
-    restore: Callable[[list[Backup]], None]
+    save: Save[_S]
+    ascend: Ascend[_S]
+    restore: Callable[[_S], None]
 
 
-BACKENDS = {
+BACKENDS: dict[str, Backend[Any]] = {
     "reference": Backend(
         "reference", reference.supports, reference.norm, reference.save, reference.ascend, reference.restore
     ),
     "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.save, foreach.ascend, foreach.restore),
+    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore),
+    "swap": Backend("swap", cpu.supports, cpu.norm, swap.save, swap.ascend, swap.restore),
 }
-_PREFERENCE = ("foreach", "reference")
+_PREFERENCE = ("cpu", "foreach", "reference")  # "swap" changes addresses, so it is there for those who ask
 
 
-def select(block: Block, backend: str) -> Backend:
+def select(block: Block, backend: str) -> Backend[Any]:
     """Return the backend that runs ``block``.
 
     Args:

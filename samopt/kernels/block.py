@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samopt.geometry import Metric
 
-__all__ = ["Backup", "Block", "NoiseSource"]
+__all__ = ["Backup", "Block", "NoiseSource", "Saved"]
 
 NoiseSource: TypeAlias = Callable[[Tensor], Tensor]
 """Returns numbers uniform in [0, 1), shaped and placed like its argument."""
@@ -22,7 +22,7 @@ class Block:
 
     Attributes:
         weights: Parameters to move.
-        directions: Uphill directions, one per weight, of its shape; dense or sparse COO.
+        directions: Uphill directions, one per weight, of its shape; all of one dtype, and dense or sparse COO.
         metric: The metric ``T``; None is the identity.
         eta: The metric's stabiliser.
         linf: True for the l-infinity ball, False for the l2 ball.
@@ -46,3 +46,14 @@ class Backup:
     weight: Tensor
     rows: tuple[Tensor, ...] | None
     values: Tensor
+
+
+@dataclass
+class Saved:
+    """What puts a block back, made before anything of it is written.
+
+    Attributes:
+        backups: One for each weight, in the block's order. A backend that saves while it ascends fills them then.
+    """
+
+    backups: list[Backup]

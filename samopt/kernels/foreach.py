@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samopt.kernels.block import Backup, Block, NoiseSource
+from samopt.kernels.block import Backup, Block, NoiseSource, Saved
 from samopt.kernels.reference import vector_norm
 
 __all__ = ["ascend", "norm", "restore", "save", "supports"]
@@ -40,12 +40,12 @@ def norm(block: Block) -> Tensor:
     return vector_norm(torch.stack(torch._foreach_norm(directions, 2, dtype=torch.float64)))
 
 
-def save(block: Block) -> list[Backup]:
+def save(block: Block, consume: bool = False) -> Saved:
     """Return copies of every weight."""
-    return [Backup(weight, None, weight.detach().clone()) for weight in block.weights]
+    return Saved([Backup(weight, None, weight.detach().clone()) for weight in block.weights])
 
 
-def ascend(block: Block, scale: Tensor, noise: NoiseSource | None) -> None:
+def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Saved | None = None) -> None:
     """Write ``w + scale T^2 d``; on the CPU the scale becomes a host number, elsewhere it stays on the device."""
     uphill = block.directions
     if block.metric is not None:
@@ -62,9 +62,9 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None) -> None:
     torch._foreach_add_(block.weights, moved)
 
 
-def restore(backups: list[Backup]) -> None:
+def restore(saved: Saved) -> None:
     """Copy the saved weights back, bit for bit."""
-    torch._foreach_copy_([backup.weight for backup in backups], [backup.values for backup in backups])
+    torch._foreach_copy_([backup.weight for backup in saved.backups], [backup.values for backup in saved.backups])
 
 
 def _lengths(block: Block) -> list[Tensor]:

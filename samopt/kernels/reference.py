@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samopt.kernels.block import Backup, Block, NoiseSource
+from samopt.kernels.block import Backup, Block, NoiseSource, Saved
 
 __all__ = ["ascend", "norm", "restore", "save", "supports", "vector_norm"]
 
@@ -31,22 +31,23 @@ def norm(block: Block) -> Tensor:
     return vector_norm(torch.stack(lengths))
 
 
-def save(block: Block) -> list[Backup]:
+def save(block: Block, consume: bool = False) -> Saved:
     """Return copies of every value that ``ascend`` will write."""
     backups = []
     for weight, direction in zip(block.weights, block.directions, strict=True):
         rows, _ = _split(direction)
         backups.append(Backup(weight, rows, _take(weight, rows).clone()))
-    return backups
+    return Saved(backups)
 
 
-def ascend(block: Block, scale: Tensor, noise: NoiseSource | None) -> None:
+def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Saved | None = None) -> None:
     """Write ``w + scale T^2 d`` (l2) or ``w + scale T sign(d)`` (l-infinity), computed in at least fp32.
 
     Args:
         block: Tensors to move; ``block.weights`` is written.
         scale: 0-dim tensor: ``r / ||T d||`` (l2) or ``r`` (l-infinity); 0 moves nothing, whatever ``d`` holds.
         noise: Uniform numbers for stochastic rounding of low-precision weights; None rounds to nearest.
+        saved: What ``save`` returned, for backends that save while they ascend.
     """
     for weight, direction in zip(block.weights, block.directions, strict=True):
         rows, values = _split(direction)
@@ -65,9 +66,9 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None) -> None:
             weight[rows] = target.to(weight.dtype)
 
 
-def restore(backups: list[Backup]) -> None:
+def restore(saved: Saved) -> None:
     """Copy the saved values back, bit for bit."""
-    for backup in backups:
+    for backup in saved.backups:
         if backup.rows is None:
             backup.weight.copy_(backup.values)
         else:

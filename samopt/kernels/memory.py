@@ -1,0 +1,64 @@
+"""Where the values of tensors lie, and who else can reach them there."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+__all__ = ["flat", "lie_alike", "owns_its_memory"]
+
+
+def lie_alike(weight: Tensor, direction: Tensor) -> bool:
+    """Return whether both tensors fill their memory without gaps, element beside element in the same order.
+
+    Args:
+        weight: A strided tensor.
+        direction: A strided tensor of the same shape.
+    """
+    if weight.is_contiguous():
+        return direction.is_contiguous()
+    dense: bool = torch.ops.aten.is_non_overlapping_and_dense(weight)
+    return dense and weight.stride() == direction.stride()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return a gapless tensor's values as a vector in the order of memory, sharing that memory.
+
+    Args:
+        tensor: A tensor that fills its memory without gaps.
+    """
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def owns_its_memory(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` fills its memory and nobody else can reach it.
+
+    Not so for a view (a DDP bucket's, a flat parameter's), for a tensor that somebody else still holds under another
+    name, and for memory that belongs to NumPy or to several processes.
+
+    Args:
+        tensor: A strided tensor.
+    """
+    storage = tensor.untyped_storage()
+    return (
+        storage.nbytes() == tensor.numel() * tensor.element_size()
+        and storage.resizable()  # which memory from or for NumPy is not
+        and not storage.is_shared()
+        and _holders(storage) == _one_holder()
+    )
+
+
+def _holders(storage: torch.UntypedStorage) -> int:
+    """Return how many tensors hold ``storage``, plus a constant for the Python object that asks."""
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+@functools.cache
+def _one_holder() -> int:
+    tensor = torch.empty(0)
+    return _holders(tensor.untyped_storage())

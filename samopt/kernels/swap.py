@@ -1,0 +1,91 @@
+"""The fewest bytes: weights move into the gradients' memory, and their own waits untouched until they move back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import compress, repeat
+
+import torch
+from torch import Tensor
+
+from samopt.kernels import cpu
+from samopt.kernels.block import Backup, Block, NoiseSource, Saved
+from samopt.kernels.memory import owns_its_memory
+
+__all__ = ["Move", "ascend", "restore", "save"]
+
+
+@dataclass
+class Move(Saved):
+    """A way back: pointers for the weights that leave their memory, values for those that others can see.
+
+    Attributes:
+        leaving: The weights that move elsewhere.
+        homes: Their own memory, one for each.
+        rooms: Where they move to.
+        staying: The weights that are written in place.
+        exchange: Their way back.
+    """
+
+    leaving: Block
+    homes: list[Tensor]
+    rooms: list[Tensor]
+    staying: Block
+    exchange: cpu.Exchange
+
+
+@torch.no_grad()
+def save(block: Block, consume: bool = False) -> Move:
+    """Return where every weight may go, and its way back.
+
+    A view, an alias, NumPy or another process would not see a weight move, so what they share stays where it is.
+    """
+    leaves = [owns_its_memory(weight) for weight in block.weights]
+    leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
+    exchange = cpu.save(staying, consume)
+    homes = [weight.data for weight in leaving.weights]
+    rooms = [
+        direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
+        for weight, direction in zip(leaving.weights, leaving.directions, strict=True)
+    ]
+    moves, stays = map(Backup, leaving.weights, repeat(None), homes), iter(exchange.backups)
+    backups = [next(moves if leave else stays) for leave in leaves]
+    return Move(backups, leaving, homes, rooms, staying, exchange)
+
+
+@torch.no_grad()
+def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move | None = None) -> None:
+    """Write ``w + scale T^2 d`` elsewhere and point each weight there; without ``saved``, in place."""
+    if saved is None:
+        cpu.ascend(block, scale, noise)
+        return
+    cpu.ascend(saved.staying, scale, noise, saved.exchange)
+    step = float(scale)
+    if step == 0:
+        return
+    scratch = cpu.scratch(saved.leaving)
+    for weight, direction, room in zip(saved.leaving.weights, saved.leaving.directions, saved.rooms, strict=True):
+        if block.metric is None:
+            torch.add(weight, direction, alpha=step, out=room)
+        else:
+            uphill, rooms = cpu.pieces([weight], [direction]), cpu.pieces([weight], [room])
+            for (w, d), (_, target) in zip(uphill, rooms, strict=True):
+                cpu.moved(w[0], d[0], block, step, scratch, target[0])
+        _point(weight, room)
+
+
+def restore(saved: Move) -> None:
+    """Point the weights back to their own memory, which nothing has written to, and copy the others back."""
+    for weight, home in zip(saved.leaving.weights, saved.homes, strict=True):
+        _point(weight, home)
+    cpu.restore(saved.exchange)
+
+
+def _part(block: Block, chosen: list[bool]) -> Block:
+    weights, directions = list(compress(block.weights, chosen)), list(compress(block.directions, chosen))
+    return replace(block, weights=weights, directions=directions)
+
+
+def _point(weight: Tensor, values: Tensor) -> None:
+    weight.data = values
+    torch.autograd.graph.increment_version(weight)  # a graph that saved the weight must notice, as after any write

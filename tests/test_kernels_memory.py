@@ -1,0 +1,337 @@
+"""The gradient's memory as the backup, and weights that move: only where nobody else can see it, and back exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import samopt
+from samopt.geometry import Adaptive
+from samopt.kernels import BACKENDS, Block, cpu, select
+from samopt.kernels.memory import flat, lie_alike, owns_its_memory
+from tests.cases import assert_equal, batch, bits, closure_form, explicit_form, mlp, same_bits, tensors
+
+IN_MEMORY = ["cpu", "swap"]  # the backends that use the gradient's memory
+METRICS = {"sam": None, "asam": Adaptive()}
+
+
+def test_a_tensor_owns_its_memory_until_somebody_else_can_reach_it():
+    tensor = torch.randn(6, 4)
+    assert owns_its_memory(tensor)
+    alias = tensor.detach()
+    assert not owns_its_memory(tensor) and not owns_its_memory(alias)
+    del alias
+    view = tensor[1:]
+    assert not owns_its_memory(view) and not owns_its_memory(tensor)
+    del view
+    assert owns_its_memory(tensor)
+    assert tensor.numpy() is not None  # an array lets resize nothing, from then on
+    assert not owns_its_memory(tensor)
+    assert not owns_its_memory(torch.from_numpy(np.zeros(3)))
+    assert not owns_its_memory(torch.zeros(3).share_memory_())
+    assert not owns_its_memory(torch.zeros(8).split(4)[0])
+
+
+@pytest.mark.parametrize(
+    ("weight", "direction", "alike"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 3), True),
+        (torch.zeros(3, 2).t(), torch.zeros(3, 2).t(), True),
+        (torch.zeros(3, 2).t(), torch.zeros(2, 3), False),
+        (torch.zeros(2, 3), torch.zeros(3, 2).t(), False),
+        (torch.zeros(4, 6)[:, ::2], torch.zeros(4, 6)[:, ::2], False),
+        (torch.zeros(3, 1).expand(3, 4), torch.zeros(3, 4), False),
+        (torch.zeros(()), torch.zeros(()), True),
+        (torch.zeros(0, 3), torch.zeros(0, 3), True),
+    ],
+    ids=["rows", "columns", "weight turned", "gradient turned", "gaps", "repeated", "scalar", "empty"],
+)
+def test_tensors_lie_alike_if_one_pass_over_both_memories_meets_equal_indices(weight, direction, alike):
+    assert lie_alike(weight, direction) == alike
+
+
+def test_flat_runs_through_the_memory_itself():
+    for tensor in (torch.randn(2, 3, 4), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)):
+        vector = flat(tensor)
+        assert vector.data_ptr() == tensor.data_ptr() and vector.shape == (tensor.numel(),)
+        assert vector.sort().values.equal(tensor.flatten().sort().values)
+
+
+def block_of(metric, *shapes):
+    weights, directions = (
+        [p.detach().clone() for p in tensors(*shapes, seed=seed, dtype=torch.float32)] for seed in (0, 1)
+    )
+    return Block(weights, directions, METRICS[metric], 0.1, False)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Large tensors in many pieces, several small ones in one: as for a real model, at test size."""
+    monkeypatch.setattr(cpu, "_PIECE", 64)
+    monkeypatch.setattr(cpu, "_PIECE_PER_THREAD", 1)
+
+
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_directions_are_overwritten_only_if_they_may_be(name, metric, consume, small_pieces):
+    block = block_of(metric, (9, 31), (5,), (0,), (7, 3))
+    held = block.directions[1]
+    kept = block.directions[2:]
+    view = block.directions[3][1:]  # somebody else can see this one
+    assert view.numel() and len(kept) == 2
+    addresses, before = [w.data_ptr() for w in block.weights], [w.clone() for w in block.weights]
+    directions = [d.clone() for d in block.directions]
+    backend = select(block, name)
+    saved = backend.save(block, consume)
+    backend.ascend(block, torch.tensor(0.5, dtype=torch.float64), None, saved)
+    reference = BACKENDS["reference"]
+    twin = Block([w.clone() for w in before], directions, block.metric, block.eta, False)
+    reference.ascend(twin, torch.tensor(0.5, dtype=torch.float64), None)
+    for moved, want in zip(block.weights, twin.weights, strict=True):
+        torch.testing.assert_close(moved, want, rtol=1e-6, atol=1e-7)
+    overwritten = [not torch.equal(a, b) for a, b in zip(block.directions, directions, strict=True)]
+    assert overwritten == [consume, consume, False, False]
+    assert held is block.directions[1]
+    backend.restore(saved)
+    assert all(torch.equal(w, b) for w, b in zip(block.weights, before, strict=True))
+    assert [w.data_ptr() for w in block.weights] == addresses
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_restore_after_any_number_of_pieces_is_exact(metric, small_pieces):
+    block = block_of(metric, (9, 31), (5,), (7, 3), (64,), (65,), (2, 2))
+    before, directions = [w.clone() for w in block.weights], [d.clone() for d in block.directions]
+    count = len(cpu.save(block).pieces)
+    assert count > 8
+    for pieces in range(count + 1):
+        for d, was in zip(block.directions, directions, strict=True):
+            d.copy_(was)
+        saved = cpu.save(block, consume=True)
+        cpu.ascend(block, torch.tensor(0.5, dtype=torch.float64), None, saved)
+        untouched = [[w.clone() for w in values] for _, values in saved.pieces[pieces:]]
+        for (weights, _), values in zip(saved.pieces[pieces:], untouched, strict=True):
+            torch._foreach_copy_(weights, values)  # as they are while the interrupt comes before them
+        for _, values in saved.pieces[pieces:]:
+            for value in values:
+                value.fill_(float("nan"))
+        saved.done = pieces
+        cpu.restore(saved)
+        assert all(torch.equal(w, b) for w, b in zip(block.weights, before, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.3712, 1e-3, 7.77, 12345.678])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_long_sum_of_equal_terms_keeps_its_digits(metric, value):
+    weight, direction = torch.full((1000, 1000), 0.25), torch.full((1000, 1000), value)
+    block = Block([weight], [direction], METRICS[metric], 0.1, False)
+    term = float(direction[0, 0]) * (1.0 if metric == "sam" else float(weight[0, 0].double() + 0.1))
+    assert float(cpu.norm(block)) == pytest.approx(term * 1000, rel=1e-6)
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_one_overflowing_or_vanishing_tensor_does_not_spoil_the_norm_of_the_others(others):
+    for size in (1e30, 1e-30, 0.0):
+        weights = [torch.zeros(300, 7) for _ in range(others + 1)]
+        directions = [torch.randn(300, 7) for _ in range(others)] + [torch.randn(300, 7) * size]
+        want = sum(float(d.double().square().sum()) for d in directions) ** 0.5
+        assert float(cpu.norm(Block(weights, directions, None, 0.0, False))) == pytest.approx(want, rel=1e-6)
+
+
+FORMS = {"closure": closure_form, "explicit": explicit_form}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrap", [samopt.SAM, samopt.ASAM])
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_training_is_that_of_the_reference(name, wrap, form):
+    models = [mlp(torch.float64) for _ in range(2)]
+    optimizers = [
+        wrap(torch.optim.AdamW(model.parameters(), lr=0.01), backend=backend)
+        for model, backend in zip(models, (name, "reference"), strict=True)
+    ]
+    addresses = [p.data_ptr() for p in models[0].parameters()]
+    for step in range(5):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            FORMS[form](optimizer, model, batch(torch.float64, seed=step))
+        assert [p.data_ptr() for p in models[0].parameters()] == addresses
+    assert_equal(models[0], models[1])
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_first_gradients_that_are_not_used_come_back_unchanged(name):
+    for slope in (0.0, float("inf"), float("nan")):
+        (w,) = tensors((4, 3), dtype=torch.float32)
+        optimizer = samopt.SAM([w], torch.optim.SGD, lr=0.1, backend=name)
+        w.grad = gradient = torch.full((4, 3), slope)
+        with optimizer.perturbed():
+            w.grad = torch.ones(4, 3)
+        assert w.grad is gradient
+        torch.testing.assert_close(gradient, torch.full((4, 3), slope), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("wrap", [samopt.SAM, samopt.ASAM])
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_gradients_that_the_user_holds_stay_as_they_are(name, wrap):
+    model = mlp()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), backend=name)
+    explicit = torch.nn.functional.cross_entropy(model(batch()[0]), batch()[1])
+    explicit.backward()
+    parameters = list(model.parameters())
+    held = [parameters[0].grad, parameters[1].grad.view(-1), parameters[2].grad.numpy(), parameters[3].grad.detach()]
+    values = [np.asarray(h).copy() for h in held]
+    before = bits(model)
+    with optimizer.perturbed():
+        assert not same_bits(model, before)
+        torch.nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    assert same_bits(model, before)
+    for now, was in zip(held, values, strict=True):
+        assert np.array_equal(np.asarray(now), was)
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+def test_no_copy_of_the_weights_is_made_where_the_gradients_can_hold_them(name):
+    shapes = [(700, 800), (300,), (64, 32, 3, 3)]
+    parameters = tensors(*shapes, dtype=torch.float32)
+    optimizer = samopt.SAM(torch.optim.SGD(parameters, lr=0.1), backend=name)
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    memory = {p.grad.data_ptr() for p in parameters}
+    with optimizer.perturbed():
+        saved = [saved for _, saved in optimizer._passes._current._perturbation._saved]
+        places = [b.values.data_ptr() if name == "cpu" else r.data_ptr() for s in saved for b, r in places_of(s)]
+        assert set(places) == memory
+
+
+def places_of(saved):
+    return zip(saved.backups, getattr(saved, "rooms", saved.backups), strict=True)
+
+
+@pytest.mark.parametrize("name", IN_MEMORY)
+@pytest.mark.parametrize("straddles", [True, False])
+def test_autograd_notices_that_the_weights_of_a_saved_graph_moved(straddles, name):
+    w, x = nn.Parameter(torch.randn(3, 3)), torch.ones(3, requires_grad=True)
+    optimizer = samopt.SAM([w], torch.optim.SGD, lr=0.1, backend=name)
+    (w @ x).square().sum().backward(retain_graph=True)
+    graph = (w @ x).sum()
+    if not straddles:
+        graph.backward()
+        return
+    with optimizer.perturbed():
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        graph.backward()
+
+
+SHARED = {
+    "a view": lambda w: w.detach()[1:],
+    "an alias": lambda w: w.detach(),
+    "numpy": lambda w: w.detach().numpy(),
+    "another parameter": lambda w: nn.Parameter(w.detach().view(-1)),
+}
+
+
+@pytest.mark.parametrize("wrap", [samopt.SAM, samopt.ASAM])
+@pytest.mark.parametrize("how", SHARED)
+def test_swap_leaves_weights_where_others_see_them(how, wrap):
+    alone, shared = (p.requires_grad_() for p in tensors((4, 3), (5, 2), dtype=torch.float32))
+    optimizer = wrap([alone, shared], torch.optim.SGD, lr=0.1, backend="swap")
+    seen = SHARED[how](shared)
+    before, addresses = [alone.detach().clone(), shared.detach().clone()], [alone.data_ptr(), shared.data_ptr()]
+    (alone.sum() + shared.sum()).backward()
+    was = np.asarray(seen.detach() if isinstance(seen, torch.Tensor) else seen).copy()
+    with optimizer.perturbed():
+        assert [alone.data_ptr() != addresses[0], shared.data_ptr() == addresses[1]] == [True, True]
+        assert not torch.equal(alone, before[0]) and not torch.equal(shared, before[1])
+        now = np.asarray(seen.detach() if isinstance(seen, torch.Tensor) else seen)
+        assert not np.array_equal(now, was)
+    assert torch.equal(alone, before[0]) and torch.equal(shared, before[1])
+    assert [alone.data_ptr(), shared.data_ptr()] == addresses
+
+
+@pytest.mark.parametrize("backend, moves", [("auto", False), ("cpu", False), ("swap", True)])
+def test_only_swap_changes_addresses_and_not_of_memory_between_processes(backend, moves):
+    shared, alone = nn.Parameter(torch.randn(4, 3).share_memory_()), nn.Parameter(torch.randn(4, 3))
+    optimizer = samopt.SAM([shared, alone], torch.optim.SGD, lr=0.1, backend=backend)
+    addresses = shared.data_ptr(), alone.data_ptr()
+    for p in (shared, alone):
+        p.grad = torch.ones(4, 3)
+    with optimizer.perturbed():
+        assert shared.data_ptr() == addresses[0] and (alone.data_ptr() != addresses[1]) == moves
+    assert (shared.data_ptr(), alone.data_ptr()) == addresses
+
+
+@pytest.mark.parametrize("wrap", [samopt.SAM, samopt.ASAM])
+def test_swap_moves_weights_while_perturbed_and_back(wrap):
+    model = mlp()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), backend="swap")
+    addresses = [p.data_ptr() for p in model.parameters()]
+    torch.nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    gradients = {p.grad.data_ptr() for p in model.parameters()}
+    with optimizer.perturbed():
+        assert {p.data_ptr() for p in model.parameters()} == gradients
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
+def recurrent():
+    torch.manual_seed(0)
+    return nn.LSTM(6, 5, num_layers=2)
+
+
+def tied():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    return model
+
+
+def parametrized():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)))
+
+
+@pytest.mark.parametrize("build", [recurrent, tied, parametrized])
+def test_swap_trains_models_that_look_at_their_weights_in_special_ways(build):
+    def loss_of(model, seed):
+        out = model(torch.randn(3, 6, generator=torch.Generator().manual_seed(seed)))
+        return (out[0] if isinstance(out, tuple) else out).square().mean()
+
+    models = [build().double() for _ in range(2)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for model, backend in zip(models, ("swap", "reference"), strict=True):
+            optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.2, backend=backend)
+            for seed in range(3):
+                optimizer.zero_grad()
+                loss_of(model, seed).backward()
+                with optimizer.perturbed():
+                    loss_of(model, seed).backward()
+                optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal(models[0], models[1])
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_swap_does_not_recompile_a_compiled_model(compiler):
+    torch._dynamo.reset()
+    model = mlp()
+    twin = mlp()
+    compiled = torch.compile(model, backend=compiler, fullgraph=True)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), backend="swap")
+    other = samopt.SAM(torch.optim.SGD(twin.parameters(), lr=0.1), backend="reference")
+    explicit_form(optimizer, compiled, batch(seed=0))
+    explicit_form(other, twin, batch(seed=0))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (1, 2):
+            explicit_form(optimizer, compiled, batch(seed=seed))
+            explicit_form(other, twin, batch(seed=seed))
+    assert_equal_fp32(model, twin)
+    torch._dynamo.reset()
+
+
+def assert_equal_fp32(model, twin):
+    for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-7)
