@@ -76,6 +76,5 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
     if isinstance(base, torch.optim.LBFGS):
         raise ValueError(
             "SharpnessAwareTraining cannot drive LBFGS, which runs the training step several times in one step and "
-            "compares losses at w that Lightning returns with gradients at w + epsilon; use manual optimization with "
-            "samopt.SAM(torch.optim.LBFGS(...)).step(closure), or another optimizer"
+            "compares losses at w that Lightning returns with gradients at w + epsilon; choose another optimizer"
         )

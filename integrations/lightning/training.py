@@ -65,6 +65,8 @@ class SharpnessAwareTraining(Callback):
         optimizer: The sharpness-aware optimizer around the module's; None before a fit.
     """
 
+    runs_second_pass = True  # what an optimizer that needs one looks for among the trainer's callbacks
+
     def __init__(
         self,
         variant: str | Callable[..., SharpnessAwareOptimizer] | None = None,
