@@ -44,7 +44,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=arguments.seeds, default="0,1,2", help="of the final runs (default: %(default)s)")
     add("--layers", type=arguments.positive_int, default=2, help="trained layers, from the top (default: %(default)s)")
-    add("--train-size", type=arguments.positive_int, default=4000, help="definitions (default: %(default)s)")
+    add("--train-size", type=arguments.positive_int, default=3200, help="definitions (default: %(default)s)")
     add(
         "--test-size",
         type=arguments.positive_int,

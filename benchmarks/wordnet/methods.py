@@ -65,11 +65,11 @@ METHODS = {
         Method(
             "fisher", "rho", (0.02, 0.05, 0.1), lambda m, lr, rho: samopt.FisherSAM(_adamw(m, lr), rho=rho, model=m)
         ),
-        _tram("tram-previous", lambda: "previous", (10.0, 30.0, 100.0)),
+        _tram("tram-previous", lambda: "previous", (50.0, 150.0, 500.0)),
         _tram("tram-ema", lambda: EMA(decay=0.95), (1.0, 3.0, 10.0)),
-        _tram("tram-pretrained", lambda: "pretrained", (0.1, 0.3, 1.0)),
-        _tram("tram-noise", lambda: InputNoise(std=0.1), (10.0, 30.0, 100.0)),
-        _tram("tram-fisher", lambda: InputNoise(std=0.1), (1.0, 3.0, 10.0), metric="fisher"),
+        _tram("tram-pretrained", lambda: "pretrained", (0.5, 1.5, 5.0)),
+        _tram("tram-noise", lambda: InputNoise(std=0.1), (100.0, 300.0, 1000.0)),
+        _tram("tram-fisher", lambda: InputNoise(std=0.1), (20.0, 60.0, 200.0), metric="fisher"),
     )
 }
 """By name, the base first."""

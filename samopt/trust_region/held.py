@@ -107,9 +107,8 @@ class HeldParameters:
 
     def saved(self) -> dict[str, Tensor]:
         """Return the tensors by name, once copies under way have arrived."""
-        for device_type in {tensor.device.type for tensor in self.tensors.values() if tensor.is_pinned()}:
-            if device_type == "cpu" and torch.accelerator.is_available():
-                torch.accelerator.synchronize()
+        if any(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in self.tensors.values()):
+            torch.cuda.synchronize()
         return dict(self.tensors)
 
     def load(self, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
