@@ -16,6 +16,14 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .arguments import SAMArguments, SAMTrainingArguments
+from .callback import SharpnessCallback
 from .trainer import SAMTrainer, SAMTrainerMixin, make_sharpness_aware
 
-__all__ = ["SAMArguments", "SAMTrainer", "SAMTrainerMixin", "SAMTrainingArguments", "make_sharpness_aware"]
+__all__ = [
+    "SAMArguments",
+    "SAMTrainer",
+    "SAMTrainerMixin",
+    "SAMTrainingArguments",
+    "SharpnessCallback",
+    "make_sharpness_aware",
+]

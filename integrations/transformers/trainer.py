@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from samopt import SharpnessAwareOptimizer
 
 from ..inputs import independent_copy
 from .arguments import SAMArguments
+from .callback import SharpnessCallback
 from .refusals import refuse_unsupported
 from .run import Run
 
@@ -50,6 +51,7 @@ class SAMTrainerMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_unsupported(self, self.sam_arguments)
+        _bind_callbacks(self)
 
     @property
     def sam_arguments(self) -> SAMArguments:
@@ -121,6 +123,15 @@ class SAMTrainerMixin(_Base):
         )
         return self._run.step(self, model, functools.partial(step, model, inputs, num_items_in_batch), again)
 
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """Add a callback as ever, and give a ``SharpnessCallback`` the way to log.
+
+        Args:
+            callback: As for ``Trainer.add_callback``.
+        """
+        super().add_callback(callback)
+        _bind_callbacks(self)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log what the Trainer logs; beside a training loss, also what the latest step measured.
 
@@ -188,4 +199,12 @@ def make_sharpness_aware(trainer: Trainer, **options: Any) -> Trainer:
     refuse_unsupported(trainer, arguments)
     trainer.__class__ = type(f"SharpnessAware{kind.__name__}", (SAMTrainerMixin, kind), {})
     vars(trainer)["_attached_arguments"] = arguments
+    _bind_callbacks(trainer)
     return trainer
+
+
+def _bind_callbacks(trainer: Trainer) -> None:
+    """Give each ``SharpnessCallback`` of a Trainer the way to log, which callbacks do not have."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SharpnessCallback):
+            callback.bind(trainer)

@@ -1,0 +1,260 @@
+"""Sharpness in a Trainer's logs, measured on a fixed sample while it trains."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]  # accelerate ships no types
+from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from samopt import StepMetrics
+from samopt.replay import RngState
+from samopt.sharpness import Result, SharpnessMonitor
+from samopt.sharpness.batches import map_tensors
+
+from ..inputs import independent_copy
+from .metrics import free_metrics
+
+__all__ = ["SharpnessCallback"]
+
+_logger = logging.getLogger(__name__)
+_DELAY = 2.0  # seconds before a bar appears
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+_T = TypeVar("_T", bound=Trainer)
+
+
+class SharpnessCallback(TrainerCallback):
+    """Logs sharpness as ``sharpness/...``: to the log history, TensorBoard and whatever ``report_to`` names.
+
+    In a sharpness-aware Trainer it is one of the ``callbacks``; any other gets it by ``SharpnessCallback().attach(
+    trainer)``, since only a Trainer can log. At each evaluation, or every so many steps, it runs measures of
+    ``samopt.sharpness`` on the same sample of the evaluation data. The model, its gradients and all random streams stay
+    as they are. In a run of several processes the first one measures. What the optimizer measured anyway is logged
+    beside the training loss.
+
+    Cost: at most ``max_fraction`` of the training time; a measure that would take more is left out, which a warning
+    says, and has a larger budget the next time.
+
+    Args:
+        measures: As for ``samopt.sharpness.SharpnessMonitor``; None is SAM's one-step sharpness at radius 0.05.
+        every: Optimizer steps between measurements, >= 1; None measures at each evaluation.
+        examples: Size of the sample, drawn from the evaluation data, >= 1.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; None is the Trainer's own ``compute_loss``.
+        max_fraction: Largest share of the training time, in (0, 1]; None for no limit.
+        seed: Of the sample.
+        path: File to append each record to, as a line of JSON.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        measures: Mapping[str, Callable[..., Result]] | Iterable[Callable[..., Result]] | None = None,
+        *,
+        every: int | None = None,
+        examples: int = 256,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        max_fraction: float | None = 0.05,
+        seed: int = 0,
+        path: str | Path | None = None,
+    ) -> None:
+        for name, value in (("every", every), ("examples", examples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.every = every
+        self.examples = examples
+        self.monitor: SharpnessMonitor | None = None
+        """Keeps the history of what was measured, and of what was left out and why; None before training."""
+        self._loss_fn = loss_fn
+        self._seed = seed
+        self._trainer: Trainer | None = None
+        self._make_monitor = functools.partial(
+            SharpnessMonitor, measures=measures, every=every or sys.maxsize, path=path, max_fraction=max_fraction
+        )
+
+    def attach(self, trainer: _T) -> _T:
+        """Add the callback to a Trainer.
+
+        Args:
+            trainer: Any Trainer.
+
+        Returns:
+            The Trainer.
+        """
+        self.bind(trainer)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return trainer
+
+    def bind(self, trainer: Trainer) -> None:
+        """Log through this Trainer; a sharpness-aware one calls this itself.
+
+        Args:
+            trainer: The Trainer that has this callback.
+        """
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the sample.
+
+        Args:
+            args: The run's arguments.
+            state: The run's state.
+            control: Not used.
+            **kwargs: Not used.
+
+        Raises:
+            RuntimeError: If the callback belongs to no Trainer, or its model is sharded.
+            ValueError: If there is no evaluation data.
+        """
+        trainer = self._bound()
+        if not state.is_world_process_zero:
+            return
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise RuntimeError(
+                f"SharpnessCallback measures in one process, but the model of this {type(trainer).__name__} is sharded "
+                "over several; leave the callback out, or train with distributed data parallel"
+            )
+        batches = map_tensors(self._sample(trainer), lambda tensor: tensor.to(args.device))
+        assert trainer.model is not None
+        monitor = self._make_monitor(trainer.model, self._loss_fn or _loss_of(trainer), batches)
+        monitor.measures = {
+            name: _with_bar(name, measure, disable=args.disable_tqdm) for name, measure in monitor.measures.items()
+        }
+        self.monitor = monitor
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure where ``every`` says so.
+
+        Args:
+            args: Not used.
+            state: The run's state.
+            control: Not used.
+            **kwargs: Not used.
+        """
+        if self.monitor is not None:
+            self._log(self.monitor.step(state.global_step), state)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure, unless ``every`` is given.
+
+        Args:
+            args: Not used.
+            state: The run's state.
+            control: Not used.
+            **kwargs: Not used.
+        """
+        if self.monitor is not None and self.every is None and self._bound().is_in_train:
+            self._log(self.monitor.measure(within_budget=True), state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Follow a training loss by what the optimizer measured, unless the Trainer has logged that itself.
+
+        Args:
+            args: Not used.
+            state: Not used.
+            control: Not used.
+            logs: What is logged.
+            **kwargs: The optimizer, among others.
+        """
+        step = getattr(_innermost(kwargs.get("optimizer")), "last_step", None)
+        if logs is not None and "loss" in logs and isinstance(step, StepMetrics):
+            values = free_metrics(step)
+            if values and not values.keys() <= logs.keys():
+                self._bound().log(values)
+
+    def _bound(self) -> Trainer:
+        if self._trainer is None:
+            raise RuntimeError(
+                "SharpnessCallback is among the callbacks of a Trainer that is not sharpness-aware, and has no way to "
+                "log there; write SharpnessCallback().attach(trainer) instead"
+            )
+        return self._trainer
+
+    def _log(self, values: dict[str, float], state: TrainerState) -> None:
+        if values:
+            trainer = self._bound()
+            pending = trainer.control.should_log  # logging clears it, and the training loss may be waiting for it
+            trainer.log(values)
+            trainer.control.should_log = pending
+        record = self.monitor.history[-1] if self.monitor is not None and self.monitor.history else {}
+        if record.get("step") == state.global_step:
+            for name, reason in record.get("skipped", {}).items():
+                _logger.warning("sharpness/%s left out at step %d: %s", name, state.global_step, reason)
+
+    def _sample(self, trainer: Trainer) -> list[Any]:
+        data = trainer.eval_dataset
+        if isinstance(data, dict):
+            data = next(iter(data.values()), None)
+        if data is None:
+            raise ValueError(
+                "SharpnessCallback measures on evaluation data, but the Trainer has no eval_dataset; give it one"
+            )
+        # The loader removes columns that the model does not take; drawing from its data set leaves its order alone.
+        loader = trainer.get_eval_dataloader(data)
+        before = RngState.capture([trainer.args.device])
+        try:
+            rows = _drawn(loader.dataset, self.examples, self._seed)
+        finally:
+            before.restore()
+        size = trainer.args.per_device_eval_batch_size
+        return [loader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _drawn(data: Any, count: int, seed: int) -> list[Any]:
+    """Return up to ``count`` rows: any of a data set with a length, the first of a stream."""
+    if not hasattr(data, "__len__"):
+        return list(itertools.islice(iter(data), count))
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+    return [data[index] for index in chosen.tolist()]
+
+
+def _loss_of(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with trainer.compute_loss_context_manager():
+            value = trainer.compute_loss(model, independent_copy(batch))
+        return value if isinstance(value, Tensor) else value[0]
+
+    return loss
+
+
+def _with_bar(name: str, measure: Callable[..., Result], *, disable: bool | None) -> Callable[..., Result]:
+    """Return the measure with a progress bar, for as long as it takes."""
+
+    def run(*args: Any, progress: Callable[[float, float | None], None]) -> Result:
+        with tqdm(
+            desc=f"sharpness/{name}", total=1.0, delay=_DELAY, leave=False, disable=disable, bar_format=_BAR
+        ) as bar:
+
+            def advance(done: float, total: float | None) -> None:
+                bar.update(done / total - bar.n if total else 0)
+                progress(done, total)
+
+            return measure(*args, progress=advance)
+
+    return run
+
+
+def _innermost(optimizer: Any) -> Any:
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
