@@ -108,7 +108,9 @@ def test_the_explicit_form_without_a_model_still_ends_where_a_plain_run_ends():
     assert not torch.equal(masks[0], masks[2])  # what model= is for
 
 
-@pytest.mark.parametrize("between", ["an evaluation", "a failed pass", "a copy's pass", "another optimizer's step"])
+@pytest.mark.parametrize(
+    "between", ["an evaluation", "a silent call", "a failed pass", "a copy's pass", "another optimizer's step"]
+)
 def test_calls_outside_the_step_do_not_shift_the_masks(between):
     model = dropout_model()
     optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
@@ -122,6 +124,9 @@ def test_calls_outside_the_step_do_not_shift_the_masks(between):
                 loss_of(model, data(seed))
                 torch.rand(1)  # the loader's shuffling, say
             model.train()
+        elif between == "a silent call":
+            with torch.no_grad():
+                loss_of(model, data(5))
         elif between == "a failed pass":
             loss_of(model, data(5))
             loss_of(model, data(6))
