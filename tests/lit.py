@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import samopt
 from samopt.integrations.lightning import SharpnessAwareTraining
 from samopt.replay import RngState
+from tests import cases
 
 Batch = Sequence[Tensor]
 Base = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -122,6 +123,27 @@ class Module(Shared, pl.LightningModule):
     """The test module for ``pytorch_lightning``."""
 
 
+class ByHand(Module):
+    """Both passes in ``backward``, without accumulation: what a run with the callback is to equal, whatever else runs."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        self.batch, self.start = batch, RngState.capture()
+        return super().training_step(batch, batch_idx)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        base = self.trainer.optimizers[0]
+        present = [set(group) for group in base.param_groups]
+        logits = self.logits
+        with samopt.SAM(base, model=self, warn_on_stall=False).perturbed():
+            self.start.restore()
+            self.loss(self.batch).backward()
+        self.logits = logits
+        for group, keys in zip(base.param_groups, present, strict=True):
+            for key in group.keys() - keys:
+                del group[key]
+
+
 @dataclass
 class History:
     """What the hand-written loop measured."""
@@ -215,15 +237,42 @@ def trainer(folder: Path, callbacks: Sequence[Any] = (), *, package: Any = pl, *
 
 
 def fit(
-    folder: Path, module: Any, callback: Any = None, *, data: Any = None, callbacks: Sequence[Any] = (), **options: Any
+    folder: Path,
+    module: Any,
+    callback: Any = None,
+    *,
+    data: Any = None,
+    validation: Any = None,
+    callbacks: Sequence[Any] = (),
+    ckpt_path: Any = None,
+    **options: Any,
 ) -> Any:
     """Train a module with the callback, SAM's unless told otherwise; returns the trainer."""
     callback = SharpnessAwareTraining() if callback is None else callback
     made = trainer(folder, [callback, *callbacks], **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(does not have many workers|No `test_step|validation_step).*")
-        made.fit(module, loader() if data is None else data)
+        made.fit(module, loader() if data is None else data, validation, ckpt_path=ckpt_path, weights_only=False)
     return made
+
+
+def fit_by_hand(folder: Path, module: Any, **options: Any) -> Any:
+    """Train a module without the callback; returns the trainer."""
+    return fit(folder, module, pl.Callback(), **options)
+
+
+def assert_same_run(trainer: Any, expected: Any) -> None:
+    """Two trainers that have fitted their modules agree in all that they know."""
+    assert_same_state(trainer.lightning_module, expected.lightning_module)
+    assert trainer.global_step == expected.global_step
+    assert trainer.current_epoch == expected.current_epoch
+    for logged in ("callback_metrics", "logged_metrics", "progress_bar_metrics"):
+        ours, theirs = getattr(trainer, logged), getattr(expected, logged)
+        assert {name: float(value) for name, value in ours.items()} == {n: float(v) for n, v in theirs.items()}
+    for name in ("losses", "seen", "steps_by_label", "calls"):
+        assert getattr(trainer.lightning_module, name) == getattr(expected.lightning_module, name), name
+    for ours, theirs in zip(trainer.optimizers, expected.optimizers, strict=True):
+        cases.assert_same(ours.state_dict(), theirs.state_dict())
 
 
 def assert_same_state(module: nn.Module, expected: nn.Module) -> None:
