@@ -124,7 +124,7 @@ class Module(Shared, pl.LightningModule):
 
 
 class ByHand(Module):
-    """Both passes in ``backward``, without accumulation: what a run with the callback is to equal, whatever else runs."""
+    """Both passes in ``backward``, without accumulation: what a run with the callback is to equal."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         self.batch, self.start = batch, RngState.capture()
@@ -161,7 +161,8 @@ def train_by_hand(
     epochs: int = 2,
     clip_norm: float = 0.0,
     clip_value: float = 0.0,
-    autocast: bool = False,
+    autocast: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     max_steps: int = -1,
 ) -> History:
     """Both passes over each window, clipping, step and schedule, in plain torch around ``samopt``'s engine."""
@@ -190,23 +191,29 @@ def train_by_hand(
                         noises.append(draw_noise(index, epoch))  # noqa: B023
                         starts.append(RngState.capture())  # noqa: B023
                     module.noise = noises[place]  # noqa: B023
-                    with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+                    with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
                         loss = module.loss(batches[index])
                     if not second:
                         history.losses.append(float(loss.detach()))
                     loss = loss / parts  # noqa: B023
-                    loss.backward()
+                    (loss if scaler is None else scaler.scale(loss)).backward()
                     total = total + loss.detach()
                 return total
 
             with optimizer.perturbed(one_pass(False)) as again:
                 again.loss = one_pass(True)
             history.sharpness.append(float(optimizer.last_step.sharpness))
+            if scaler is not None:
+                scaler.unscale_(optimizer)
             if clip_norm:
                 nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
             if clip_value:
                 nn.utils.clip_grad_value_(net.parameters(), clip_value)
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
             steps += 1
             if module.scheduler == "step":
                 schedule.step()

@@ -1,4 +1,4 @@
-"""A run that is saved and resumed is the uninterrupted one, and checkpoints hold the weights, never the perturbed ones."""
+"""A run that is saved and resumed is the uninterrupted one, and a checkpoint never holds perturbed weights."""
 
 from __future__ import annotations
 

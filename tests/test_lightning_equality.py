@@ -133,7 +133,7 @@ def test_the_hand_written_loop_is_the_textbook(accumulate, tmp_path):
 def test_mixed_bf16(tmp_path):
     module, expected = lit.Module(), lit.Module()
     lit.fit(tmp_path, module, accumulate_grad_batches=2, gradient_clip_val=0.3, precision="bf16-mixed")
-    lit.train_by_hand(expected, list(lit.loader()), accumulate=2, clip_norm=0.3, autocast=True)
+    lit.train_by_hand(expected, list(lit.loader()), accumulate=2, clip_norm=0.3, autocast=torch.bfloat16)
     lit.assert_same_state(module.net, expected.net)
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer
 
-__all__ = ["refuse_unsupported_optimizer", "refuse_unsupported_run"]
+__all__ = ["refuse_scaled_metric", "refuse_unsupported_optimizer", "refuse_unsupported_run"]
 
 _MANUAL = """\
 SharpnessAwareTraining runs the second pass where Lightning calls the optimizer, but {module} has \
@@ -77,4 +77,23 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
         raise ValueError(
             "SharpnessAwareTraining cannot drive LBFGS, which runs the training step several times in one step and "
             "compares losses at w that Lightning returns with gradients at w + epsilon; choose another optimizer"
+        )
+
+
+def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -> None:
+    """Raise if the metric is made of gradients that a ``GradScaler`` has multiplied.
+
+    Args:
+        trainer: The trainer.
+        optimizer: The optimizer around the trainer's.
+
+    Raises:
+        ValueError: If it is.
+    """
+    base = optimizer.base_optimizer
+    unscales = getattr(base, "_step_supports_amp_scaling", False)
+    if optimizer.metric.name == "fisher" and unscales and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"the Fisher metric depends on the size of the gradients, which the GradScaler multiplies and a fused "
+            f'{type(base).__name__} divides only in its step; use fused=False, or Trainer(precision="bf16-mixed")'
         )

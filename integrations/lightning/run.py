@@ -167,12 +167,16 @@ class Run:
         """Let the module and its trainer be, after this context, as if nothing had been run in it."""
         put_attributes_back = self._attributes.save()
         buffers = save_buffers(self._module)
+        stepped = {parameter for group in self._optimizer.param_groups for parameter in group["params"]}
+        others = [(parameter, parameter.grad) for parameter in self._module.parameters() if parameter not in stepped]
         self.is_second_pass = True
         try:
             with quiet(self._trainer, self._module):
                 yield
         finally:
             self.is_second_pass = False
+            for parameter, gradient in others:
+                parameter.grad = gradient
             for buffer in buffers:
                 buffer.restore()
             put_attributes_back()

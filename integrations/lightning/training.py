@@ -14,7 +14,7 @@ import samopt
 from samopt import SharpnessAwareOptimizer, StepMetrics
 
 from .packages import Callback
-from .refusals import refuse_unsupported_optimizer, refuse_unsupported_run
+from .refusals import refuse_scaled_metric, refuse_unsupported_optimizer, refuse_unsupported_run
 from .run import Run
 
 __all__ = ["SharpnessAwareTraining", "is_second_pass"]
@@ -140,6 +140,7 @@ class SharpnessAwareTraining(Callback):
             self.optimizer = self._build(given, self._watched(trainer, pl_module))
             self._added = [group.keys() - keys for group, keys in zip(given.param_groups, present, strict=True)]
         optimizer = self.optimizer
+        refuse_scaled_metric(trainer, optimizer)
         keys = [optimizer.option_key(name) for name in _OPTIONS]
         self._group_options = [{key: group[key] for key in keys} for group in optimizer.param_groups]
 
