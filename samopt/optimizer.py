@@ -165,7 +165,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         stage = calling_scaler_stage()
         if closure is None:
             self._passes.require_gradient(stage)
-            self.hand_over()
+            self._release()
             self.base_optimizer.step()
             return None
         if not callable(closure):
@@ -234,10 +234,12 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """Do all of ``step()`` but the base optimizer's step, for a loop that steps the base itself.
 
         Call it after the second pass, just before the base's step; ``base_optimizer.register_step_pre_hook`` is a way.
+
+        Raises:
+            RuntimeError: If there was no perturbed pass since the last step.
         """
-        self._passes.reset()
-        self._opt_called = True  # what learning rate schedules made for this optimizer look for
-        self._before_update()
+        self._passes.require_gradient(None)
+        self._release()
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Do ``ascend()``, under the name that existing SAM training code uses.
@@ -423,12 +425,16 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
         def prepare() -> Any:
             results.append(closure())
-            self._passes.require_gradient(None)
             self.hand_over()
             return results[-1]
 
         self.base_optimizer.step(prepare)
         return results[0] if results else None
+
+    def _release(self) -> None:
+        self._passes.reset()
+        self._opt_called = True  # what learning rate schedules made for this optimizer look for
+        self._before_update()
 
     def _watch_for_stall(self) -> None:
         if self._stall is not None:
