@@ -46,6 +46,6 @@ class RoundingNoise:
             device = like.device
             if device not in generators:
                 generators[device] = torch.Generator(device).manual_seed(seed)
-            return torch.rand(like.shape, generator=generators[device], device=device)
+            return torch.rand(like.shape, generator=generators[device], device=device, dtype=torch.float32)
 
         return uniform
