@@ -88,6 +88,7 @@ def test_arguments_are_kept_with_the_run(tmp_path):
         ({"sam": "sam", "sam_eta": 0.1}, 'sam_eta=0.1 has no effect with sam="sam"; leave it out, or use asam or'),
         ({"sam": "tram", "sam_rho": 0.1}, 'sam_rho=0.1 has no effect with sam="tram"'),
         ({"sam": "asam", "sam_trust_region": "ema"}, "sam_trust_region='ema' has no effect .* use tram"),
+        ({"sam": "tram", "sam_direction": "momentum"}, 'sam_direction="momentum" takes one pass, and sam="tram"'),
         ({"sam": "tram", "sam_ema_decay": 0.9}, 'sam_ema_decay=0.9 has no effect without .*sam_trust_region="ema"'),
         ({"sam": "tram", "sam_trust_region": "ema", "sam_ema_decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
         ({"sam": "tram", "sam_trust_region": "input_noise", "sam_noise_std": 0.0}, "std must be > 0"),

@@ -200,6 +200,15 @@ def test_records_go_to_a_file(tmp_path):
     assert records[0]["measures"]["worst"]["cost"] > 0
 
 
+def test_an_evaluation_on_two_data_sets_measures_once(tmp_path):
+    data = {"first": hf.points(20, seed=2), "second": hf.points(4, seed=3)}
+    options = evaluated(trainer_options={"eval_dataset": data}) | {"max_steps": 4}
+    trainer = hf.make_trainer(tmp_path, hf.norms(), hf.points(), callbacks=[make_callback()], **options)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "sharpness/worst" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+
+
 def test_what_a_sample_can_come_from(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -127,6 +127,47 @@ def test_the_arguments_choose_the_optimizer(options, sam, tmp_path):
     assert_same(trainer, model, by_hand, hf.train_by_hand(by_hand, hf.batches_of(data), sam=sam, accumulate=2))
 
 
+@pytest.mark.parametrize("sam", ["sam", "asam"])
+def test_one_pass_along_the_momentum(sam, tmp_path):
+    data = hf.classification()
+    model, unchanged, by_hand = hf.bert(), hf.bert(), hf.bert()
+    options = {"base": hf.momentum_sgd, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+    kind = {"sam": samopt.SAM, "asam": samopt.ASAM}[sam]
+
+    class Counting(SAMTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **options):
+            self.calls += 1
+            assert not self.is_second_pass
+            return super().compute_loss(*args, **options)
+
+    trainer = hf.make_trainer(tmp_path, model, data, kind=Counting, sam=sam, sam_direction="momentum", **options)
+    trainer.train()
+    assert trainer.calls == 14
+    assert hf.logged(trainer, "sharpness/radius")[1:] == pytest.approx([trainer.sam_optimizer.option({}, "rho")] * 7)
+    # An unchanged Trainer, given the optimizer.
+    options["base"] = lambda model: kind(hf.momentum_sgd(model), direction="momentum", model=model)
+    plain = {"kind": transformers.Trainer, "arguments": transformers.TrainingArguments}
+    hf.make_trainer(tmp_path, unchanged, data, **plain, **options).train()
+    assert cases.same_bits(model, cases.bits(unchanged))
+    # A loop by hand.
+    base = hf.momentum_sgd(by_hand)
+    optimizer = kind(base, direction="momentum", model=by_hand)
+    by_hand.train()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(base, lambda step: (8 - step) / 8)
+    batches = hf.batches_of(data)
+    for step, window in enumerate([batches[start : start + 2] for start in range(0, 7, 2)] * 2):
+        torch.manual_seed(1000 + step)
+        for batch in window:
+            by_hand(**batch)["loss"].backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 0.3)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert cases.same_bits(model, cases.bits(by_hand))
+
+
 def test_the_optimizer_that_the_arguments_name_is_the_base(tmp_path):
     data = hf.points()
     model, by_hand = hf.norms(), hf.norms()

@@ -51,6 +51,8 @@ class SAMArguments:
         sam_rho: Radius of the perturbation, >= 0; None for the optimizer's own default. TRAM has ``sam_scale`` instead.
         sam_eta: Stabiliser of the metric, >= 0; None for the optimizer's own default. SAM has none.
         sam_norm: "l2", or "linf" for the l-infinity ball.
+        sam_direction: "gradient", which takes a pass of its own; or "momentum", the base optimizer's, which is known
+            before the batch, so that a step costs one pass. TRAM needs "gradient".
         sam_rho_schedule: How the radius (TRAM's scale) varies over the run: "linear_warmup" from 0 over
             ``sam_rho_warmup_steps``, "cosine" to 0 at the last step, "proportional_to_lr" from ``learning_rate``, or
             "constant".
@@ -77,6 +79,9 @@ class SAMArguments:
     sam_rho: float | None = _option(None, "Radius of the perturbation; by default the optimizer's own.")
     sam_eta: float | None = _option(None, "Stabiliser of the metric; by default the optimizer's own.")
     sam_norm: Literal["l2", "linf"] = _option("l2", "Norm of the ball.")
+    sam_direction: Literal["gradient", "momentum"] = _option(
+        "gradient", "Where uphill is: the batch's gradient (two passes a step) or the base's momentum (one)."
+    )
     sam_rho_schedule: Literal["constant", "linear_warmup", "cosine", "proportional_to_lr"] = _option(
         "constant", "How the radius varies over the run."
     )
@@ -141,6 +146,7 @@ class SAMArguments:
             base,
             model=model,
             norm=self.sam_norm,
+            direction=self.sam_direction,
             stochastic_rounding=self.sam_stochastic_rounding,
             seed=seed,
             **options,
@@ -192,6 +198,11 @@ class SAMArguments:
                     f'{name}={getattr(self, name)!r} has no effect with sam="{self.sam}"; leave it out, or use '
                     f"{' or '.join(users)}"
                 )
+        if self.sam == "tram" and self.sam_direction != "gradient":
+            raise ValueError(
+                f'sam_direction="{self.sam_direction}" takes one pass, and sam="tram" measures its radius in a first '
+                'of two; use sam_direction="gradient", or another optimizer'
+            )
         for name, region in (("sam_ema_decay", "ema"), ("sam_noise_std", "input_noise")):
             if getattr(self, name) is not None and self.sam_trust_region != region:
                 raise ValueError(

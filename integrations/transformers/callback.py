@@ -78,6 +78,7 @@ class SharpnessCallback(TrainerCallback):
         self._loss_fn = loss_fn
         self._seed = seed
         self._trainer: Trainer | None = None
+        self._last_evaluation: int | None = None
         self._make_monitor = functools.partial(
             SharpnessMonitor, measures=measures, every=every or sys.maxsize, path=path, max_fraction=max_fraction
         )
@@ -134,6 +135,7 @@ class SharpnessCallback(TrainerCallback):
             name: _with_bar(name, measure, disable=args.disable_tqdm) for name, measure in monitor.measures.items()
         }
         self.monitor = monitor
+        self._last_evaluation = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where ``every`` says so.
@@ -156,7 +158,10 @@ class SharpnessCallback(TrainerCallback):
             control: Not used.
             **kwargs: Not used.
         """
-        if self.monitor is not None and self.every is None and self._bound().is_in_train:
+        if self.monitor is None or self.every is not None or not self._bound().is_in_train:
+            return
+        if self._last_evaluation != state.global_step:  # an evaluation on several data sets says so once for each
+            self._last_evaluation = state.global_step
             self._log(self.monitor.measure(within_budget=True), state)
 
     def on_log(

@@ -71,12 +71,11 @@ class Run:
         """
         if self._passes is None:
             self._passes = self._start(trainer, model)
-        if not trainer.accelerator.sync_gradients:
-            return self._passes.run(once, again)
         self._follow_schedule(trainer.state.global_step)
         loss = self._passes.run(once, again)
         scaler = trainer.accelerator.scaler
-        self._gradient_scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+        if scaler is not None and self._passes.optimizer.direction is None:  # in one pass, norms are measured later
+            self._gradient_scale = scaler.scale(torch.ones((), device=loss.device))
         return loss
 
     def metrics(self) -> dict[str, float]:
