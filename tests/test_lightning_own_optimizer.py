@@ -11,7 +11,7 @@ from pytorch_lightning.plugins import MixedPrecision
 
 import samopt
 from samopt.integrations.lightning import SharpnessAwareTraining
-from tests import cases, lit
+from tests import lit
 
 pytestmark = pytest.mark.lightning
 
@@ -205,7 +205,4 @@ def test_fabric(precision, package):
     by_hand = [(x.to(mixed or dtype), y) for x, y in batches]
     sam = functools.partial(samopt.SAM, rho=0.2)
     lit.train_by_hand(expected, by_hand, sam=sam, autocast=mixed, scaler=scalers[1], clip_norm=0.3)
-    for (name, ours), theirs in zip(net.state_dict().items(), expected.net.state_dict().values(), strict=True):
-        torch.testing.assert_close(
-            ours, theirs, msg=name, **cases.TOLERANCE[dtype if mixed is None else torch.bfloat16]
-        )
+    lit.assert_same_state(net, expected.net)

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+
+try:
+    importlib.import_module("pytorch_lightning")
+except ModuleNotFoundError as error:
+    if error.name != "pytorch_lightning":
+        raise
+    raise ImportError(
+        "samopt.integrations.lightning needs pytorch_lightning, which is not installed; install it with: "
+        'pip install "samopt[lightning]"'
+    ) from error
+
 from .training import SharpnessAwareTraining, is_second_pass
 
 __all__ = ["SharpnessAwareTraining", "is_second_pass"]
