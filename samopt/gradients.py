@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samopt.distributed import local_part
+
 __all__ = ["any_nonzero", "poison_unless"]
 
 
@@ -42,4 +44,5 @@ def _gradients(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
 
 
 def _entries(gradient: Tensor) -> Tensor:
+    gradient = local_part(gradient)
     return (gradient._values() if gradient.is_sparse else gradient).detach()

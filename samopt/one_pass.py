@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
 from samopt.direction import Direction
+from samopt.distributed import reshard
 from samopt.gradients import any_nonzero
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.observation import is_observed
@@ -45,12 +46,13 @@ class OnePass:
         self._direction = direction
         self._perturbation: Perturbation | None = None
         self._has_ascended = False
+        self._has_stale_copies = False  # gathered from shards that have been put back since
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
         self.model = model
         self.loss: Any = None
         if model is not None:
-            follower = _Follower(weakref.WeakMethod(self.enter), weakref.WeakMethod(self.leave))
+            follower = _Follower(*(weakref.WeakMethod(method) for method in (self.enter, self.leave, self.be_exact)))
             for handle in follower.attach(model):
                 weakref.finalize(self, handle.remove)
 
@@ -74,11 +76,14 @@ class OnePass:
             self._moved = StepMetrics(radius=largest_radius(targets), applied_radius=torch.zeros(()))
             return
         self._perturbation = perturbation
+        self._has_stale_copies = perturbation.is_sharded
         try:
             applied = perturbation.apply(optimizer.rounding_noise())
         except BaseException:
             self.leave()
             raise
+        if perturbation.is_sharded:
+            reshard(self.model)
         self._moved = StepMetrics(radius=largest_radius(targets), applied_radius=applied)
         perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
@@ -93,6 +98,13 @@ class OnePass:
             self._perturbation.undo()  # does nothing unless an interrupt hit the first one
         self._perturbation = None
         torch.clear_autocast_cache()
+
+    def be_exact(self) -> None:
+        """Put every weight back, and have a forward that is about to begin gather exact shards."""
+        self.leave()
+        if self._has_stale_copies:
+            reshard(self.model)
+            self._has_stale_copies = False
 
     def ascend(self, first_loss: Any = None) -> None:
         """Move the weights to ``w + epsilon`` and keep the gradients: they may hold earlier micro-batches.
@@ -208,15 +220,19 @@ class OnePass:
 class _Follower:
     """The hooks; copies of a hooked model get inert ones."""
 
-    def __init__(self, enter: _Reference | None, leave: _Reference | None) -> None:
+    def __init__(
+        self, enter: _Reference | None = None, leave: _Reference | None = None, be_exact: _Reference | None = None
+    ) -> None:
         self._enter = enter
         self._leave = leave
+        self._be_exact = be_exact
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Register every hook and return the handles."""
         return [
-            model.register_forward_pre_hook(self.before_forward),
-            model.register_forward_hook(self.after_forward, always_call=True),
+            # Before FSDP's own, which gather the weights.
+            model.register_forward_pre_hook(self.before_forward, prepend=True),
+            model.register_forward_hook(self.after_forward, prepend=True, always_call=True),
             model.register_state_dict_pre_hook(self.exact),  # type: ignore[no-untyped-call]  # torch has no types here
             model.register_load_state_dict_pre_hook(self.exact),  # type: ignore[no-untyped-call]  # nor here
         ]
@@ -227,7 +243,7 @@ class _Follower:
         if module.training and torch.is_grad_enabled() and is_observed():
             self._call(self._enter)
         else:
-            self._call(self._leave)
+            self._call(self._be_exact)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_observed():
@@ -249,10 +265,10 @@ class _Follower:
         self._call(self._leave)
 
     def exact(self, *args: Any) -> None:
-        self._call(self._leave)
+        self._call(self._be_exact)
 
-    def __reduce__(self) -> tuple[type[_Follower], tuple[None, None]]:
-        return _Follower, (None, None)
+    def __reduce__(self) -> tuple[type[_Follower], tuple[()]]:
+        return _Follower, ()
 
     @staticmethod
     def _call(reference: _Reference | None) -> None:

@@ -21,7 +21,7 @@ from samopt.one_pass import OnePass
 from samopt.passes import Passes, PassHandle
 from samopt.perturbation import Region, Target
 from samopt.replay import PassObserver
-from samopt.rounding import RoundingNoise
+from samopt.rounding import Noise, RoundingNoise
 from samopt.second_pass import SecondPass
 from samopt.stall import StallDetector
 from samopt.two_pass import TWO_WAYS, TwoPass
@@ -338,7 +338,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                     targets.append(Target(parameter.data, towards, region))
         return targets
 
-    def rounding_noise(self) -> Callable[[Tensor], Tensor] | None:
+    def rounding_noise(self) -> Noise | None:
         """Return the numbers that the present ascent rounds with; None rounds to nearest."""
         return None if self._rounding is None else self._rounding.source()
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from samopt import kernels
+from samopt.distributed import Shards, local_part
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block, Saved
 from samopt.kernels.memory import lie_alike
 from samopt.kernels.reference import vector_norm
+from samopt.rounding import Noise
 
 __all__ = ["Perturbation", "Placement", "Region", "Target", "gradient_norm", "largest_radius"]
 
@@ -62,14 +65,17 @@ class Perturbation:
 
     def __init__(self, targets: Iterable[Target], metric: Metric, *, linf: bool = False, backend: str = "auto") -> None:
         self._parts = [
-            _Part(block, region, kernels.select(block, backend)) for block, region in _group(targets, metric, linf)
+            _Part(block, region, kernels.select(block, backend), shards)
+            for block, region, shards in _group(targets, metric, linf)
         ]
         self._saved: list[tuple[Backend[Any], Saved]] = []
+        self.is_sharded = any(part.shards is not None for part in self._parts)
+        """Whether a part of something that moves is on another rank."""
         self._linf = linf
         lengths = [part.backend.norm(part.block) for part in self._parts]
         self._lengths = lengths
         self.norm = self._combine(lengths)
-        """``||T d||_2`` over every target: a 0-dim tensor on the first target's device."""
+        """``||T d||_2`` over every target, shards on other ranks included: 0-dim, on the first target's device."""
 
     @property
     def is_empty(self) -> bool:
@@ -95,7 +101,7 @@ class Perturbation:
         ]
         return self._combine(plain)
 
-    def apply(self, noise: Callable[[Tensor], Tensor] | None = None, *, consume: bool = False) -> Tensor:
+    def apply(self, noise: Noise | None = None, *, consume: bool = False) -> Tensor:
         """Save every weight, then move all of them uphill.
 
         A norm that is zero, infinite or nan moves nothing.
@@ -116,7 +122,7 @@ class Perturbation:
             scale = self._scale(part.region, length.device)
             weights = part.block.weights
             with torch.no_grad():
-                part.backend.ascend(part.block, scale, noise, saved)
+                part.backend.ascend(part.block, scale, part.noise(noise), saved)
             if weights[0].dtype in _LOW_PRECISION:
                 applied.append(_measure(part.block, saved.backups, self._linf))
             else:
@@ -134,13 +140,19 @@ class Perturbation:
                 backend.restore(saved)
         self._saved = []
 
-    @staticmethod
-    def _combine(lengths: Sequence[Tensor], *, largest: bool = False) -> Tensor:
+    def _combine(self, lengths: Sequence[Tensor], *, largest: bool = False) -> Tensor:
+        """Return the length of everything from the length of each part."""
         if not lengths:
             return torch.zeros(())
-        home = lengths[0].device
-        gathered = torch.stack([length.to(home, non_blocking=True) for length in lengths])
-        return gathered.amax() if largest else vector_norm(gathered)
+        # How parts are cut may differ between ranks; where their shards are may not, so that all ranks join in.
+        by_place: dict[Shards | None, list[Tensor]] = {}
+        for part, length in zip(self._parts, lengths, strict=True):
+            by_place.setdefault(part.shards, []).append(length.to(lengths[0].device, non_blocking=True))
+        join = _longest if largest else _joint_length
+        whole = []
+        for place, some in by_place.items():
+            whole.append(join(some) if place is None else place.combine(join(some), largest=largest))
+        return whole[0] if len(whole) == 1 else join(whole)
 
     def _scale(self, region: Region, device: torch.device) -> Tensor:
         """Return the factor of ``T^2 d`` (l2) or ``T sign(d)`` (l-infinity): 0 where the norm cannot be used."""
@@ -233,19 +245,25 @@ class _Part:
     block: Block
     region: Region
     backend: Backend[Any]
+    shards: Shards | None
+
+    def noise(self, source: Noise | None) -> Callable[[Tensor], Tensor] | None:
+        """Return numbers that are independent among shards, and equal among replicas of one."""
+        return source if source is None or self.shards is None else partial(source, stream=self.shards.position)
 
 
-def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[Block, Region]]:
+def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[Block, Region, Shards | None]]:
     """Sort targets into blocks that one kernel call can treat alike, in order of first appearance."""
-    parts: dict[tuple[object, ...], tuple[Block, Region]] = {}
+    parts: dict[tuple[object, ...], tuple[Block, Region, Shards | None]] = {}
     for target in targets:
-        weight, direction, region = target.weight, target.direction, target.region
+        shards, region = Shards.of(target.weight), target.region
+        weight, direction = local_part(target.weight), local_part(target.direction, target.weight)
         own = metric if metric.name != "euclidean" and metric.applies_to(weight) else None
         plain = type(direction) is Tensor and direction.layout is torch.strided and lie_alike(weight, direction)
-        key = (id(region), weight.device, weight.dtype, direction.layout, direction.dtype, plain, own is None)
+        key = (id(region), weight.device, weight.dtype, direction.layout, direction.dtype, plain, own is None, shards)
         if key not in parts:
-            parts[key] = (Block([], [], own, region.eta, linf), region)
-        block, _ = parts[key]
+            parts[key] = (Block([], [], own, region.eta, linf), region, shards)
+        block = parts[key][0]
         block.weights.append(weight)
         block.directions.append(direction)
     return list(parts.values())
@@ -264,3 +282,11 @@ def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:
         lengths.append(moved.abs().amax() if linf and moved.numel() else vector_norm(moved))
     stacked = torch.stack(lengths)
     return stacked.amax() if linf else vector_norm(stacked)
+
+
+def _longest(lengths: list[Tensor]) -> Tensor:
+    return torch.stack(lengths).amax()
+
+
+def _joint_length(lengths: list[Tensor]) -> Tensor:
+    return vector_norm(torch.stack(lengths))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["RoundingNoise"]
+__all__ = ["Noise", "RoundingNoise"]
 
 _STRIDE = 0x9E3779B97F4A7C15  # odd, so that neighbouring seeds do not share streams
+_STREAM_STRIDE = 0xD1B54A32D192ED03  # odd, so that the streams of one ascent are no other ascent's
+
+
+class Noise(Protocol):
+    """Uniform numbers for one ascent."""
+
+    def __call__(self, like: Tensor, stream: int = 0) -> Tensor:
+        """Return fp32 numbers in [0, 1), shaped and placed like ``like``, independent between streams."""
 
 
 class RoundingNoise:
@@ -32,20 +40,21 @@ class RoundingNoise:
         """Go on to the next ascent's numbers."""
         self.position += 1
 
-    def next(self) -> Callable[[Tensor], Tensor]:
+    def next(self) -> Noise:
         """Advance, and return the new ascent's source."""
         self.advance()
         return self.source()
 
-    def source(self) -> Callable[[Tensor], Tensor]:
-        """Return this ascent's source: from a tensor to fp32 numbers in [0, 1), shaped and placed like it."""
-        seed = (self._seed * _STRIDE + self.position) % 2**63
-        generators: dict[torch.device, torch.Generator] = {}
+    def source(self) -> Noise:
+        """Return this ascent's source."""
+        seed = self._seed * _STRIDE + self.position
+        generators: dict[tuple[torch.device, int], torch.Generator] = {}
 
-        def uniform(like: Tensor) -> Tensor:
-            device = like.device
-            if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed(seed)
-            return torch.rand(like.shape, generator=generators[device], device=device, dtype=torch.float32)
+        def uniform(like: Tensor, stream: int = 0) -> Tensor:
+            key = like.device, stream
+            if key not in generators:
+                own_seed = (seed + stream * _STREAM_STRIDE) % 2**63
+                generators[key] = torch.Generator(like.device).manual_seed(own_seed)
+            return torch.rand(like.shape, generator=generators[key], device=like.device, dtype=torch.float32)
 
         return uniform

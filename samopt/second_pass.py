@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samopt.distributed import runs_on_several_ranks
+from samopt.distributed import abandon_pass, reshard, runs_on_several_ranks
 from samopt.geometry import Metric
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.perturbation import Perturbation, Target, gradient_norm, largest_radius
 from samopt.replay import Replay, RngState
+from samopt.rounding import Noise
 
 __all__ = ["SecondPass"]
 
@@ -70,7 +71,7 @@ class SecondPass:
             applied_radius=torch.zeros(()),
         )
 
-    def enter(self, replay: Replay, start: RngState | None, noise: Callable[[Tensor], Tensor] | None) -> None:
+    def enter(self, replay: Replay, start: RngState | None, noise: Noise | None) -> None:
         """Take the gradients and move the weights to ``w + epsilon``.
 
         Args:
@@ -84,10 +85,12 @@ class SecondPass:
         if self.is_needed:
             self._gradients.clear()  # now their memory is the perturbation's alone, unless the user holds them
             self._metrics = replace(self._metrics, applied_radius=self._perturbation.apply(noise, consume=True))
+        if self._perturbation.is_sharded:
+            reshard(replay.model)
         self._perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
-    def leave(self, replay: Replay) -> None:
+    def leave(self, replay: Replay, failed: bool = False) -> None:
         """Put weights, buffers and random streams back; may be called again if it was interrupted.
 
         Gradients of the first pass that were not used, because they were zero or not finite, are put back too, in place
@@ -95,8 +98,13 @@ class SecondPass:
 
         Args:
             replay: As for ``enter``.
+            failed: Whether an exception cut the pass short.
         """
         self._perturbation.undo()
+        if self._perturbation.is_sharded:
+            if failed:
+                abandon_pass(replay.model)
+            reshard(replay.model)
         replay.end()
         torch.clear_autocast_cache()
         if not self.is_needed:
@@ -110,5 +118,5 @@ class SecondPass:
         return replace(self._metrics, perturbed_loss=as_scalar(self.loss), perturbed_grad_norm=norm)
 
     def first_gradients_finite(self) -> Tensor | None:
-        """Return whether the first gradients were finite, on their device; None where the second pass has seen to it."""
+        """Return whether the first gradients were finite, on their device; None where that is seen to already."""
         return torch.isfinite(self._perturbation.norm) if self._is_alone and self._perturbation.usable is None else None

@@ -215,7 +215,7 @@ class TwoPass:
         optimizer = self._optimizer
         if failed:
             optimizer.base_optimizer.zero_grad()
-        second.leave(self._replay)
+        second.leave(self._replay, failed)
         if not failed:
             finite = second.first_gradients_finite()
             if finite is not None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 __all__ = ["OptimizerWrapper", "with_step_hooks"]
 
+_CARRIED = "samopt_"  # begins the names of counters in saved groups
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _W = TypeVar("_W", bound="OptimizerWrapper")
@@ -130,12 +131,15 @@ class OptimizerWrapper(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the base optimizer's state dict with a "samopt" entry of a few counters.
 
-        A plain base optimizer loads it as it is.
+        A plain base optimizer loads it as it is. The saved groups hold the counters too, because
+        ``torch.distributed.checkpoint`` keeps groups and state alone.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
-        state_dict["samopt"] = self._own_state()
+        own = state_dict["samopt"] = self._own_state()
+        counters = {_CARRIED + name: value for name, value in own.items() if isinstance(value, int)}
+        state_dict["param_groups"] = [group | counters for group in state_dict["param_groups"]]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replacement = post_hook(self, state_dict)
             if replacement is not None:
@@ -155,7 +159,8 @@ class OptimizerWrapper(Optimizer):
             replacement = pre_hook(self, state_dict)
             if replacement is not None:
                 state_dict = replacement
-        own = state_dict.pop("samopt", None)
+        carried, state_dict["param_groups"] = _split(state_dict["param_groups"])
+        own = state_dict.pop("samopt", None) or carried or None
         present = [
             {key: self.option(group, name) for name, key in self._option_keys.items()} for group in self.param_groups
         ]
@@ -180,6 +185,16 @@ class OptimizerWrapper(Optimizer):
         for group in self.param_groups:
             for name, key in self._option_keys.items():
                 group.setdefault(key, self._options[name])
+
+
+def _split(groups: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Separate the counters that saved groups carry from the groups."""
+    carried: dict[str, Any] = {}
+    plain = []
+    for group in groups:
+        carried |= {key.removeprefix(_CARRIED): value for key, value in group.items() if key.startswith(_CARRIED)}
+        plain.append({key: value for key, value in group.items() if not key.startswith(_CARRIED)})
+    return carried, plain
 
 
 def with_step_hooks(step: Callable[Concatenate[_W, _P], _R]) -> Callable[Concatenate[_W, _P], _R]:

@@ -50,6 +50,7 @@ def test_a_checkpoint_is_the_bases_with_a_few_counters(base: str) -> None:
     ours, plain = optimizer.state_dict(), optimizer.base_optimizer.state_dict()
     assert ours.keys() - plain.keys() == {"samopt"}
     assert ours["samopt"] == {"rounding": 2}
+    assert [group.pop("samopt_rounding") for group in ours["param_groups"]] == [2]
     assert_same({key: ours[key] for key in plain}, plain)
     sizes = [len(pickle.dumps(value)) for value in (ours, plain)]
     assert sizes[0] - sizes[1] < 64
