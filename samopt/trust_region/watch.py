@@ -101,7 +101,11 @@ class FirstPassWatch:
         start, given_args, given_kwargs = begun
         call = ForwardCall(module, given_args, given_kwargs, output, start, self._comparison, self._calls)
         distance = torch.as_tensor(self._region.measure(call)).detach()
-        weight = torch.as_tensor(call.weight, dtype=distance.dtype, device=distance.device)
+        weight = call.weight
+        if isinstance(weight, Tensor):
+            weight = weight.to(distance)
+        else:
+            weight = torch.full_like(distance, weight)  # filled on the device: a copy from the host would wait
         before = self._totals.get(module.training, (torch.zeros_like(distance), torch.zeros_like(weight)))
         self._calls += 1
         self._totals[module.training] = (before[0] + distance * weight, before[1] + weight)
