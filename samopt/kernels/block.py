@@ -53,7 +53,7 @@ class Saved:
     """What puts a block back, made before anything of it is written.
 
     Attributes:
-        backups: One for each weight, in the block's order. A backend that saves while it ascends fills them then.
+        backups: One for each weight, in the block's order; empty where a backend saves in another form.
     """
 
     backups: list[Backup]

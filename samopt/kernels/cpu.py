@@ -4,17 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from samopt.kernels import reference
-from samopt.kernels.block import Backup, Block, NoiseSource, Saved
+from samopt.kernels.block import Block, NoiseSource, Saved
 from samopt.kernels.memory import flat, lie_alike, owns_its_memory
 
-__all__ = ["Exchange", "ascend", "moved", "norm", "pieces", "restore", "save", "scratch", "supports"]
+__all__ = [
+    "Exchange",
+    "Piece",
+    "ascend",
+    "is_small",
+    "moved",
+    "norm",
+    "pieces",
+    "restore",
+    "save",
+    "scratch",
+    "supports",
+]
 
 _PIECE = 1 << 18  # elements; 1 MiB in fp32: with its scratch it stays in the cache, and calls cost little beside it
+_SMALL = 1 << 14  # elements; up to here a call costs about as much as moving the values
 _PIECE_PER_THREAD = 1 << 15  # torch gives no thread less than that
 _ROW = 512  # elements summed in one precision; longer sums lose digits when all terms are alike
 _METRICS = {"adaptive"}
@@ -45,12 +60,47 @@ class Exchange(Saved):
     """A way back that fills up piece by piece.
 
     Attributes:
-        pieces: The vectors of weights that are written together, with the memory that takes their old values.
-        done: How many pieces have their old values saved; the weights of the others have not been touched.
+        places: For each weight, memory that will take its old values; None for a small one.
+        record: The weights that may have been written so far, with their old values as a vector.
     """
 
-    pieces: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
-    done: int = 0
+    places: list[Tensor | None] = field(default_factory=list)
+    record: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
+
+    def keep(self, piece: Piece) -> None:
+        """Save a piece that is about to be written.
+
+        Args:
+            piece: From ``pieces``.
+        """
+        place = torch.empty_like(piece.weight) if piece.place is None and len(piece.weights) == 1 else piece.place
+        values = piece.weight if place is None else place.copy_(piece.weight)
+        self.record.append((piece.weights, values))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a block that fits the cache: several small weights, or a slice of a large one.
+
+    Attributes:
+        weights: The weights, or one vector of a weight's memory.
+        directions: The directions, or one vector of a direction's memory.
+        place: A vector that may take the old values of a slice.
+    """
+
+    weights: list[Tensor]
+    directions: list[Tensor]
+    place: Tensor | None = None
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Values of the weights as one vector: a copy if there are several."""
+        return _joined(self.weights)
+
+    @cached_property
+    def direction(self) -> Tensor:
+        """Values of the directions, in the same order."""
+        return _joined(self.directions)
 
 
 @torch.no_grad()
@@ -62,11 +112,11 @@ def norm(block: Block) -> Tensor:
     """
     room = scratch(block)
     rows: list[Tensor] = []
-    for weights, directions in pieces(block.weights, block.directions):
-        direction = _joined(directions)
+    for piece in pieces(block):
+        uphill = piece.direction
         if block.metric is not None:
-            direction = _lengths(_joined(weights), block.eta, room[0]).mul_(direction)
-        rows.extend(_row_norms(direction))
+            uphill = _lengths(piece.weight, block.eta, room[0]).mul_(uphill)
+        rows.extend(_row_norms(uphill))
     if not rows:
         return torch.zeros((), dtype=torch.float64)
     lengths = torch.cat(rows).double()
@@ -80,13 +130,12 @@ def norm(block: Block) -> Tensor:
 
 @torch.no_grad()
 def save(block: Block, consume: bool = False) -> Exchange:
-    """Return room for every weight: its direction's memory where that may be overwritten, fresh memory elsewhere."""
+    """Return room for every large weight: its direction's memory where that may be overwritten, else fresh memory."""
     places = [
-        direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
+        None if is_small(weight) else direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
         for weight, direction in zip(block.weights, block.directions, strict=True)
     ]
-    backups = [Backup(weight, None, place) for weight, place in zip(block.weights, places, strict=True)]
-    return Exchange(backups, list(pieces(block.weights, places)))
+    return Exchange([], places)
 
 
 @torch.no_grad()
@@ -96,43 +145,77 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Exchan
     if step == 0:
         return
     room = scratch(block)
-    for index, (weights, directions) in enumerate(pieces(block.weights, block.directions)):
-        weight = _joined(weights)
-        target = moved(weight, _joined(directions), block, step, room, room[0][: weight.numel()])
+    for piece in pieces(block, None if saved is None else saved.places):
+        together = block.metric is None and len(piece.weights) > 1
+        target = None if together else moved(piece, block, step, room, room[0][: piece.weight.numel()])
         if saved is not None:
-            torch._foreach_copy_(saved.pieces[index][1], weights)
-            saved.done = index + 1  # only now may the weights change, whenever an interrupt comes
-        torch._foreach_copy_(weights, torch.split(target, [weight.numel() for weight in weights]))
+            saved.keep(piece)  # only now may the weights change, whenever an interrupt comes
+        if target is None:
+            torch._foreach_add_(piece.weights, piece.directions, alpha=step)
+        else:
+            _write(piece.weights, target)
 
 
 @torch.no_grad()
 def restore(saved: Exchange) -> None:
     """Copy the saved weights back, bit for bit; last first, since weights that share memory were saved in turn."""
-    for weights, values in reversed(saved.pieces[: saved.done]):
-        torch._foreach_copy_(weights, values)
+    for weights, values in reversed(saved.record):
+        _write(weights, values)
 
 
-def moved(
-    weight: Tensor, direction: Tensor, block: Block, step: float, room: Sequence[Tensor], target: Tensor
-) -> Tensor:
-    """Write ``w + step T^2 d`` into ``target``; all are vectors in one order.
+def is_small(weight: Tensor) -> bool:
+    """Return whether calls cost more than moving the values, so that tensors had better be joined.
 
     Args:
-        weight: Values ``w``.
-        direction: Values ``d``.
-        block: Says which metric.
+        weight: A weight.
+    """
+    return weight.numel() <= _SMALL
+
+
+def pieces(block: Block, places: Sequence[Tensor | None] | None = None) -> Iterator[Piece]:
+    """Yield the parts of a block, none empty: slices of large weights' memory, several small weights at once.
+
+    Args:
+        block: The block.
+        places: Memory laid out like each weight, handed out in the same parts; None where there is none.
+    """
+    limit = _piece_size()
+    weights: list[Tensor] = []
+    directions: list[Tensor] = []
+    size = 0
+    for index, (weight, direction) in enumerate(zip(block.weights, block.directions, strict=True)):
+        elements = weight.numel()
+        if elements > _SMALL:
+            yield from _slices(weight, direction, None if places is None else places[index], limit)
+        elif elements:
+            if size + elements > limit:
+                yield Piece(weights, directions)
+                weights, directions, size = [], [], 0
+            weights.append(weight)
+            directions.append(direction)
+            size += elements
+    if size:
+        yield Piece(weights, directions)
+
+
+def moved(piece: Piece, block: Block, step: float, room: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Write ``w + step T^2 d`` for a piece into ``target``.
+
+    Args:
+        piece: From ``pieces``.
+        block: Whose piece it is.
         step: The factor.
         room: From ``scratch``.
-        target: Takes the result; ``direction``, or the first of ``room``, will do.
+        target: A vector for the result; the piece's direction, or the first of ``room``, will do.
 
     Returns:
         ``target``.
     """
     if block.metric is None:
-        return torch.add(weight, direction, alpha=step, out=target)
-    length = _lengths(weight, block.eta, room[0])
-    uphill = torch.mul(length, direction, out=room[1][: weight.numel()]).mul_(length)  # T^2 alone may underflow
-    return torch.add(weight, uphill, alpha=step, out=target)
+        return torch.add(piece.weight, piece.direction, alpha=step, out=target)
+    length = _lengths(piece.weight, block.eta, room[0])
+    uphill = torch.mul(length, piece.direction, out=room[1][: length.numel()]).mul_(length)  # T^2 alone may underflow
+    return torch.add(piece.weight, uphill, alpha=step, out=target)
 
 
 def scratch(block: Block) -> list[Tensor]:
@@ -146,28 +229,24 @@ def scratch(block: Block) -> list[Tensor]:
     return [torch.empty(size, dtype=dtype) for _ in range(1 if block.metric is None else 2)]
 
 
-def pieces(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield vectors of both lists' memory, the same parts of each: slices of large tensors, several small ones at once.
+def _piece_size() -> int:
+    return max(_PIECE, _PIECE_PER_THREAD * torch.get_num_threads())
 
-    Equal arguments give equal pieces, none longer than ``_piece_size()`` and none empty.
-    """
-    limit = _piece_size()
-    gathered: tuple[list[Tensor], list[Tensor]] = ([], [])
-    size = 0
-    for one, other in zip(left, right, strict=True):
-        elements = one.numel()
-        if elements > limit:
-            for a, b in zip(torch.split(flat(one), limit), torch.split(flat(other), limit), strict=True):
-                yield [a], [b]
-        elif elements:
-            if size + elements > limit:
-                yield gathered
-                gathered, size = ([], []), 0
-            gathered[0].append(flat(one))
-            gathered[1].append(flat(other))
-            size += elements
-    if size:
-        yield gathered
+
+def _slices(weight: Tensor, direction: Tensor, place: Tensor | None, limit: int) -> Iterator[Piece]:
+    weights, directions = torch.split(flat(weight), limit), torch.split(flat(direction), limit)
+    places = repeat(None, len(weights)) if place is None else torch.split(flat(place), limit)
+    for w, d, p in zip(weights, directions, places, strict=True):
+        yield Piece([w], [d], p)
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)  # unlike torch.cat, it takes any shapes
+    return vector
+
+
+def _write(weights: list[Tensor], values: Tensor) -> None:
+    torch._foreach_copy_(weights, torch._C._nn.unflatten_dense_tensors(values, weights))
 
 
 def _lengths(weight: Tensor, eta: float, room: Tensor) -> Tensor:
@@ -181,11 +260,3 @@ def _row_norms(values: Tensor) -> Iterator[Tensor]:
         yield torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1)
     if whole < values.numel():
         yield torch.linalg.vector_norm(values[whole:]).view(1)
-
-
-def _joined(vectors: list[Tensor]) -> Tensor:
-    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
-
-
-def _piece_size() -> int:
-    return max(_PIECE, _PIECE_PER_THREAD * torch.get_num_threads())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import compress, repeat
+from itertools import compress
 
 import torch
 from torch import Tensor
 
 from samopt.kernels import cpu
-from samopt.kernels.block import Backup, Block, NoiseSource, Saved
+from samopt.kernels.block import Block, NoiseSource, Saved
 from samopt.kernels.memory import owns_its_memory
 
 __all__ = ["Move", "ascend", "restore", "save"]
@@ -38,9 +38,10 @@ class Move(Saved):
 def save(block: Block, consume: bool = False) -> Move:
     """Return where every weight may go, and its way back.
 
-    A view, an alias, NumPy or another process would not see a weight move, so what they share stays where it is.
+    A view, an alias, NumPy or another process would not see a weight move, so what they share stays where it is; small
+    weights do, too, since they are faster together.
     """
-    leaves = [owns_its_memory(weight) for weight in block.weights]
+    leaves = [not cpu.is_small(weight) and owns_its_memory(weight) for weight in block.weights]
     leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
     exchange = cpu.save(staying, consume)
     homes = [weight.data for weight in leaving.weights]
@@ -48,9 +49,7 @@ def save(block: Block, consume: bool = False) -> Move:
         direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
         for weight, direction in zip(leaving.weights, leaving.directions, strict=True)
     ]
-    moves, stays = map(Backup, leaving.weights, repeat(None), homes), iter(exchange.backups)
-    backups = [next(moves if leave else stays) for leave in leaves]
-    return Move(backups, leaving, homes, rooms, staying, exchange)
+    return Move([], leaving, homes, rooms, staying, exchange)
 
 
 @torch.no_grad()
@@ -64,13 +63,10 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move |
     if step == 0:
         return
     scratch = cpu.scratch(saved.leaving)
-    for weight, direction, room in zip(saved.leaving.weights, saved.leaving.directions, saved.rooms, strict=True):
-        if block.metric is None:
-            torch.add(weight, direction, alpha=step, out=room)
-        else:
-            uphill, rooms = cpu.pieces([weight], [direction]), cpu.pieces([weight], [room])
-            for (w, d), (_, target) in zip(uphill, rooms, strict=True):
-                cpu.moved(w[0], d[0], block, step, scratch, target[0])
+    for piece in cpu.pieces(saved.leaving, saved.rooms):
+        if piece.place is not None:
+            cpu.moved(piece, block, step, scratch, piece.place)
+    for weight, room in zip(saved.leaving.weights, saved.rooms, strict=True):
         _point(weight, room)
 
 
