@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import samopt
+from samopt import kernels
 from tests.cases import BASES, batch, loss_of, mlp, refused
 
 Optimizer = samopt.SharpnessAwareOptimizer
@@ -99,7 +101,10 @@ def constructor_errors() -> list[tuple[Callable[[nn.Module, torch.optim.Optimize
         (lambda m, b: samopt.SAM([], sgd, lr=0.1), "empty parameter list"),
         (lambda m, b: samopt.SAM(m.parameters(), sgd, lr=0.1, momentun=0.9), "momentun"),
         (lambda m, b: samopt.SAM(b, norm="l1"), 'norm must be "l2" or "linf", got \'l1\''),
-        (lambda m, b: samopt.SAM(b, backend="cuda"), r"backend must be \"auto\" or one of \['foreach', 'reference'"),
+        (
+            lambda m, b: samopt.SAM(b, backend="cuda"),
+            f"backend must be \"auto\" or one of {re.escape(str(sorted(kernels.BACKENDS)))}, got 'cuda'",
+        ),
         (lambda m, b: samopt.SAM(b, model="resnet"), "model must be a torch.nn.Module, got str"),
         (
             lambda m, b: samopt.SAM(b, model=mlp()),
