@@ -69,7 +69,7 @@ class TwoPasses:
         self._window.append(MicroBatch(again, loss.detach(), start))
         if self._accelerator.sync_gradients:
             window, self._window = self._window, []
-            run_again(window, self.optimizer, self._model, self._exchange, per_rank=self._per_rank)
+            run_again(window, self.optimizer, self._model, self._exchange)
         return loss
 
     def _exchange(self, is_last: bool) -> AbstractContextManager[None]:

@@ -35,8 +35,6 @@ def run_again(
     optimizer: SharpnessAwareOptimizer,
     model: nn.Module,
     exchange: Callable[[bool], AbstractContextManager[None]],
-    *,
-    per_rank: bool,
 ) -> bool:
     """Replace the accumulated gradients of a window by those at ``w + epsilon``.
 
@@ -46,16 +44,12 @@ def run_again(
         model: The module whose gradients they are.
         exchange: Given whether this is the window's last micro-batch, returns the context that says whether processes
             exchange its gradients.
-        per_rank: Whether each of several processes goes its own way in the first pass. Then one that has nowhere to go,
-            for its gradients are zero or not finite, still takes part in the exchange: from where it is.
 
     Returns:
         Whether there was a second pass.
     """
-    exchanged: list[tuple[nn.Parameter, Tensor | None]] = []
     with optimizer.perturbed(sum(micro_batch.loss for micro_batch in window)) as second:
-        stays = isinstance(second, SecondPass) and not second.is_needed
-        if stays and not (per_rank and optimizer.may_move()):
+        if isinstance(second, SecondPass) and not second.is_needed:
             return False
         model.zero_grad()  # a parameter that the optimizer does not have must not count twice
         losses = []
@@ -64,8 +58,4 @@ def run_again(
             with exchange(micro_batch is window[-1]):
                 losses.append(micro_batch.again().detach())
         second.loss = sum(losses)
-        if stays:
-            exchanged = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, gradient in exchanged:
-        parameter.grad = gradient
     return True

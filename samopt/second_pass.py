@@ -33,6 +33,7 @@ class SecondPass:
         backend: Name of a kernel backend, or "auto".
         first_loss: What the first pass returned.
         measure_grad_norms: Whether to measure both gradient norms.
+        may_move: Whether some rank may have targets; all of them know, and agree.
 
     Attributes:
         loss: Set it to the second pass's loss to have it in ``last_step``.
@@ -48,17 +49,19 @@ class SecondPass:
         backend: str,
         first_loss: Any,
         measure_grad_norms: bool,
+        may_move: bool = True,
     ) -> None:
         self.loss: Any = None
         with torch.no_grad():
             self._perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
             norm = self._perturbation.gradient_norm() if measure_grad_norms else None
         self._is_alone = not runs_on_several_ranks()
-        self.is_needed = not self._is_alone or self._perturbation.usable is not False
+        self.is_needed = self._perturbation.usable is not False or (may_move and not self._is_alone)
         """False where the host knows that nothing moves: the first gradients are all zero, or not all finite.
 
-        Always True among several ranks: one that left out its second pass would leave the others waiting for it. Its
-        weights stay where they are then, so that the pass repeats the first one's gradients for everybody.
+        True among several ranks, unless none of them moves: one that left out its second pass would leave the others
+        waiting for it. Its weights stay where they are then, so that the pass repeats the first one's gradients for
+        everybody.
         """
         self._gradients = gradients
         self._moving = [target.weight for target in targets]

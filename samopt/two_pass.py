@@ -167,6 +167,7 @@ class TwoPass:
             backend=optimizer.backend,
             first_loss=first_loss,
             measure_grad_norms=optimizer.measure_grad_norms,
+            may_move=optimizer.may_move(),
         )
         self._replay.use_devices(optimizer.devices())
         self._is_ready = False

@@ -10,7 +10,13 @@ from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer
 
-__all__ = ["refuse_scaled_metric", "refuse_unsupported_optimizer", "refuse_unsupported_run"]
+__all__ = [
+    "refuse_scaled_metric",
+    "refuse_sharded_measurement",
+    "refuse_static_graph",
+    "refuse_unsupported_optimizer",
+    "refuse_unsupported_run",
+]
 
 _MANUAL = """\
 SharpnessAwareTraining runs the second pass where Lightning calls the optimizer, but {module} has \
@@ -96,4 +102,37 @@ def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -
         raise ValueError(
             f"the Fisher metric depends on the size of the gradients, which the GradScaler multiplies and a fused "
             f'{type(base).__name__} divides only in its step; use fused=False, or Trainer(precision="bf16-mixed")'
+        )
+
+
+def refuse_static_graph(trainer: Trainer) -> None:
+    """Raise if the model must exchange gradients in its very first backward pass.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ValueError: If it must.
+    """
+    if getattr(trainer.strategy.model, "static_graph", False):
+        raise ValueError(
+            "DDPStrategy(static_graph=True) must exchange gradients in its first backward pass, but by default each "
+            "process perturbs along its own; use SharpnessAwareTraining(sync_perturbation=True), or static_graph=False"
+        )
+
+
+def refuse_sharded_measurement(trainer: Trainer) -> None:
+    """Raise if one process cannot measure the model, because none holds all of it.
+
+    Args:
+        trainer: The trainer.
+
+    Raises:
+        ValueError: If the model is sharded.
+    """
+    kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if kinds & {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}:
+        raise ValueError(
+            f"SharpnessMonitor measures in one process, but {type(trainer.strategy).__name__} shards the model over "
+            'several; leave the monitor out, or use Trainer(strategy="ddp")'
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +61,7 @@ class Run:
         self._attributes = AttributeKeeper(module, ignored=REPORTS)
         self._latest: MicroBatch | None = None
         self._window: list[MicroBatch] = []
+        self._until_backward_ends = ExitStack()
         self._is_handed_over = True
         self.is_second_pass = False
         """Whether the second pass is running."""
@@ -84,6 +85,7 @@ class Run:
 
     def remove(self) -> None:
         """Take no part in them any more."""
+        self._until_backward_ends.close()
         vars(self._strategy).pop("training_step", None)
         self._handle.remove()
         self._latest, self._window = None, []
@@ -97,6 +99,10 @@ class Run:
         if self._latest is not None:
             self._window.append(self._latest)
 
+    def backward_ended(self) -> None:
+        """Note that the latest training step has been differentiated."""
+        self._until_backward_ends.close()
+
     def replace_gradients(self, optimizer: Optimizer) -> None:
         """Replace the accumulated gradients of a window by those at ``w + epsilon``.
 
@@ -109,7 +115,7 @@ class Run:
         one = torch.ones((), device=self._strategy.root_device)
         self._scale = None if self._scaler is None else self._scaler.scale(one)
         with self._uncounted() if self._optimizer.may_move() else nullcontext():
-            has_run = run_again(window, self._optimizer, self._module, self._exchange, per_rank=self._per_rank)
+            has_run = run_again(window, self._optimizer, self._module, self._exchange)
         self._is_handed_over = False
         if self._scaler is None:
             self._before_step()
@@ -137,11 +143,12 @@ class Run:
         start = RngState.capture([self._strategy.root_device])
         # Only gradients that a second pass replaces may stay unexchanged.
         unexchanged = self._per_rank and self._optimizer.may_move()
-        with self._exchange(not unexchanged):
-            output = self._training_step(*args, **kwargs)
+        self._until_backward_ends.enter_context(self._exchange(not unexchanged))
+        output = self._training_step(*args, **kwargs)
         loss = _loss_in(output, call)
         if loss is None:
             self._latest = None
+            self.backward_ended()
         else:
             self._latest = MicroBatch(functools.partial(self._run_again, call), loss.detach(), start)
         return output

@@ -14,7 +14,12 @@ import samopt
 from samopt import SharpnessAwareOptimizer, StepMetrics
 
 from .packages import Callback
-from .refusals import refuse_scaled_metric, refuse_unsupported_optimizer, refuse_unsupported_run
+from .refusals import (
+    refuse_scaled_metric,
+    refuse_static_graph,
+    refuse_unsupported_optimizer,
+    refuse_unsupported_run,
+)
 from .run import Run
 
 __all__ = ["SharpnessAwareTraining", "is_second_pass"]
@@ -131,6 +136,8 @@ class SharpnessAwareTraining(Callback):
         """
         given = trainer.optimizers[0]
         refuse_unsupported_optimizer(given)
+        if not self._sync_perturbation:
+            refuse_static_graph(trainer)
         if isinstance(given, SharpnessAwareOptimizer):
             self._refuse_second_choice(given)
             self.optimizer = given
@@ -182,6 +189,16 @@ class SharpnessAwareTraining(Callback):
         """
         if self._run is not None:
             self._run.backward_begins()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that its gradients are there.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+        """
+        if self._run is not None:
+            self._run.backward_ended()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Run the second pass.
