@@ -16,11 +16,10 @@ from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block, Saved
 from samopt.kernels.memory import lie_alike
 from samopt.kernels.reference import vector_norm
+from samopt.precision import is_low_precision
 from samopt.rounding import Noise
 
 __all__ = ["Perturbation", "Placement", "Region", "Target", "gradient_norm", "largest_radius"]
-
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Perturbation:
             weights = part.block.weights
             with torch.no_grad():
                 part.backend.ascend(part.block, scale, part.noise(noise), saved)
-            if weights[0].dtype in _LOW_PRECISION:
+            if is_low_precision(weights[0]):
                 applied.append(_measure(part.block, saved.backups, self._linf))
             else:
                 applied.append(scale.abs() * (length > 0) if self._linf else scale.abs() * length.nan_to_num(0, 0, 0))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from samopt.kernels.block import Backup, Block, NoiseSource, Saved
+from samopt.precision import is_low_precision, widen
 
 __all__ = ["ascend", "norm", "restore", "save", "supports", "vector_norm"]
 
@@ -24,9 +25,9 @@ def norm(block: Block) -> Tensor:
     lengths = []
     for weight, direction in zip(block.weights, block.directions, strict=True):
         rows, values = _split(direction)
-        values = _widen(values)
+        values = widen(values)
         if block.metric is not None:
-            values = values * block.metric.scale(_widen(_take(weight, rows)), values, block.eta)
+            values = values * block.metric.scale(widen(_take(weight, rows)), values, block.eta)
         lengths.append(vector_norm(values))
     return vector_norm(torch.stack(lengths))
 
@@ -51,14 +52,14 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Saved 
     """
     for weight, direction in zip(block.weights, block.directions, strict=True):
         rows, values = _split(direction)
-        start, values = _widen(_take(weight, rows)), _widen(values)
+        start, values = widen(_take(weight, rows)), widen(values)
         uphill = torch.sgn(values) if block.linf else values
         if block.metric is not None:
             length = block.metric.scale(start, values, block.eta)
             uphill = uphill * length if block.linf else uphill * length * length  # T^2 alone may underflow
         step = scale.to(start.real.dtype if start.is_complex() else start.dtype)
         target = start + torch.where(step != 0, uphill * step, torch.zeros_like(uphill))
-        if noise is not None and weight.dtype in _MANTISSA_BITS:
+        if noise is not None and is_low_precision(weight):
             target = _round_stochastically(target, weight.dtype, noise)
         if rows is None:
             weight.copy_(target)
@@ -95,10 +96,6 @@ def vector_norm(values: Tensor) -> Tensor:
 
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _widen(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in _MANTISSA_BITS else values
 
 
 def _split(direction: Tensor) -> tuple[tuple[Tensor, ...] | None, Tensor]:

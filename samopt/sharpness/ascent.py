@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from samopt.perturbation import Placement
+from samopt.precision import is_low_precision, widen
 from samopt.rounding import Noise, RoundingNoise
-from samopt.sharpness.ball import Ball, is_low_precision, widen
+from samopt.sharpness.ball import Ball
 from samopt.sharpness.batches import map_tensors
 from samopt.sharpness.streams import stream
 from samopt.sharpness.subject import Subject

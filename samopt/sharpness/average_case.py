@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from samopt.perturbation import Placement
+from samopt.precision import widen
 from samopt.rounding import RoundingNoise
-from samopt.sharpness.ball import AdaptiveOption, Ball, widen
+from samopt.sharpness.ball import AdaptiveOption, Ball
 from samopt.sharpness.losses import LossFn
 from samopt.sharpness.progress import ProgressOption
 from samopt.sharpness.results import Result, mean_and_error

@@ -13,9 +13,10 @@ from samopt import geometry
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels.reference import vector_norm
 from samopt.perturbation import Perturbation, Region, Target
+from samopt.precision import widen
 from samopt.validation import check_nonnegative
 
-__all__ = ["AdaptiveOption", "Ball", "is_low_precision", "widen"]
+__all__ = ["AdaptiveOption", "Ball"]
 
 AdaptiveOption = bool | Literal["asam"]
 """False: ``T = 1``. True: ``T = |w| + eta`` for every tensor. "asam": the same, but 1 for tensors of dim <= 1."""
@@ -147,21 +148,3 @@ class Ball:
     def _without_metric(self, offset: Tensor, weight: Tensor) -> Tensor:
         t = self.lengths(weight)
         return offset if t is None else torch.where(t > 0, offset / t, 0.0)
-
-
-def is_low_precision(values: Tensor) -> bool:
-    """Return whether values are bf16 or fp16.
-
-    Args:
-        values: A tensor.
-    """
-    return values.dtype in (torch.bfloat16, torch.float16)
-
-
-def widen(values: Tensor) -> Tensor:
-    """Return values in at least fp32.
-
-    Args:
-        values: Of a floating-point dtype.
-    """
-    return values.float() if is_low_precision(values) else values

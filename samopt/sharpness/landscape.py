@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt.perturbation import Placement
-from samopt.sharpness.ball import widen
+from samopt.precision import widen
 from samopt.sharpness.losses import LossFn
 from samopt.sharpness.progress import ProgressOption
 from samopt.sharpness.results import Result

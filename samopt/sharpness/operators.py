@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from samopt.sharpness.ball import widen
+from samopt.precision import widen
 from samopt.sharpness.subject import Subject
 
 __all__ = ["GAUSS_NEWTON_COST", "HESSIAN_COST", "MATRICES", "Curvature", "GaussNewton", "Hessian", "curvature"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from samopt.sharpness.ball import widen
+from samopt.precision import widen
 
 __all__ = ["Preconditioner", "preconditioner_of"]
 

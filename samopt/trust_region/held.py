@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from samopt.precision import is_low_precision
 from samopt.rounding import RoundingNoise
 
 __all__ = ["HeldParameters", "trainable"]
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
 _DTYPES = (None, torch.float32, torch.bfloat16)
 
 
@@ -82,7 +82,7 @@ class HeldParameters:
         for name, parameter in parameters.items():
             if (held := self.tensors.get(name)) is None:
                 continue
-            if held.device == parameter.device and held.dtype not in _LOW_PRECISION:
+            if held.device == parameter.device and not is_low_precision(held):
                 held.lerp_(parameter.to(held.dtype), share)
                 continue
             wide = torch.promote_types(held.dtype, torch.float32)

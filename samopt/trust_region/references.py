@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samopt.precision import is_low_precision
 from samopt.rounding import RoundingNoise
 from samopt.trust_region.adapter import adapter_parameters, without_adapters
 from samopt.trust_region.call import ForwardCall
@@ -153,7 +154,7 @@ class EMA(ParameterReference):
             ValueError: As for ``ParameterReference``.
         """
         super().bind(model)
-        if self._held.dtype is None and any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        if self._held.dtype is None and any(map(is_low_precision, model.parameters())):
             self._held.dtype = torch.float32
 
     def advance(self) -> None:
