@@ -116,18 +116,6 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         refuse_without_callback(cls)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups."""
-        if is_unscaling():
-            self._passes.note_unscaling()
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        if "base_optimizer" in self.__dict__:
-            self.base_optimizer.param_groups = value
-
-    @property
     def last_step(self) -> StepMetrics:
         """Measurements of the latest pair of passes; every field None before the first."""
         return self._passes.metrics
@@ -379,6 +367,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         model = state.pop("model")
         super().__setstate__(state)
         self._set_up_passes(model)
+
+    def _before_groups_are_read(self) -> None:
+        if is_unscaling():
+            self._passes.note_unscaling()
 
     def _set_up_passes(self, model: nn.Module | None) -> None:
         self._passes: Passes

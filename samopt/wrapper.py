@@ -46,6 +46,7 @@ class OptimizerWrapper(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups."""
+        self._before_groups_are_read()
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -171,6 +172,9 @@ class OptimizerWrapper(Optimizer):
         self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _before_groups_are_read(self) -> None:
+        """Note who reads the parameter groups."""
 
     def _check_group(self, group: dict[str, Any], index: int) -> None:
         """Raise if a parameter group's own options are out of range; called before the group is changed or added."""

@@ -33,12 +33,17 @@ class Variant:
     """Whether a multiple of the gradient gives the same perturbation, as it meets under a ``GradScaler``."""
 
 
-def sam_epsilon(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float]) -> list[Tensor]:
-    """``rho g / ||g||`` in fp64 (Foret et al. 2021, equation 2)."""
-    wide = [
+def in_fp64(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients in fp64, zeros where there is none."""
+    return [
         torch.zeros_like(w, dtype=torch.float64) if g is None else g.double()
         for w, g in zip(weights, gradients, strict=True)
     ]
+
+
+def sam_epsilon(weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float]) -> list[Tensor]:
+    """``rho g / ||g||`` in fp64 (Foret et al. 2021, equation 2)."""
+    wide = in_fp64(weights, gradients)
     norm = sum(float((g * g).sum()) for g in wide) ** 0.5
     return [rho * g / norm if norm > 0 else g for g, rho in zip(wide, rhos, strict=True)]
 
@@ -47,10 +52,7 @@ def asam_epsilon(
     weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float], eta: float = 0.01
 ) -> list[Tensor]:
     """``rho T^2 g / ||T g||`` in fp64 with ``T = |w| + eta``, and 1 where dim <= 1 (Kwon et al. 2021, algorithm 1)."""
-    wide = [
-        torch.zeros_like(w, dtype=torch.float64) if g is None else g.double()
-        for w, g in zip(weights, gradients, strict=True)
-    ]
+    wide = in_fp64(weights, gradients)
     lengths = [w.double().abs() + eta if w.dim() > 1 else torch.ones_like(w, dtype=torch.float64) for w in weights]
     norm = sum(float(((t * g) ** 2).sum()) for t, g in zip(lengths, wide, strict=True)) ** 0.5
     return [rho * t * t * g / norm if norm > 0 else g for t, g, rho in zip(lengths, wide, rhos, strict=True)]
@@ -60,10 +62,7 @@ def fisher_epsilon(
     weights: Sequence[Tensor], gradients: Sequence[Tensor | None], rhos: Sequence[float], eta: float = 0.1
 ) -> list[Tensor]:
     """``rho F^-1 g / sqrt(g F^-1 g)`` in fp64 with ``F = 1 + eta g^2`` (Kim et al. 2022, algorithm 1)."""
-    wide = [
-        torch.zeros_like(w, dtype=torch.float64) if g is None else g.double()
-        for w, g in zip(weights, gradients, strict=True)
-    ]
+    wide = in_fp64(weights, gradients)
     natural = [g / (1 + eta * g * g) for g in wide]
     norm = sum(float((g * n).sum()) for g, n in zip(wide, natural, strict=True)) ** 0.5
     return [rho * n / norm if norm > 0 else n for n, rho in zip(natural, rhos, strict=True)]
