@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from samopt import kernels
 from samopt.distributed import Shards, local_part
@@ -20,6 +20,8 @@ from samopt.precision import is_low_precision
 from samopt.rounding import Noise
 
 __all__ = ["Perturbation", "Placement", "Region", "Target", "gradient_norm", "largest_radius"]
+
+_WHOLE = (nn.Parameter, Tensor)  # kinds of tensors of which this rank has everything; others are asked
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,7 @@ class Region:
     sign: int
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A weight, the direction it moves in, and the region of its group."""
 
     weight: Tensor
@@ -254,10 +255,13 @@ class _Part:
 def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[Block, Region, Shards | None]]:
     """Sort targets into blocks that one kernel call can treat alike, in order of first appearance."""
     parts: dict[tuple[object, ...], tuple[Block, Region, Shards | None]] = {}
-    for target in targets:
-        shards, region = Shards.of(target.weight), target.region
-        weight, direction = local_part(target.weight), local_part(target.direction, target.weight)
-        own = metric if metric.name != "euclidean" and metric.applies_to(weight) else None
+    euclidean = metric.name == "euclidean"
+    for weight, direction, region in targets:
+        shards = None
+        if type(weight) not in _WHOLE:
+            shards = Shards.of(weight)
+            weight, direction = local_part(weight), local_part(direction, weight)
+        own = None if euclidean or not metric.applies_to(weight) else metric
         plain = type(direction) is Tensor and direction.layout is torch.strided and lie_alike(weight, direction)
         key = (id(region), weight.device, weight.dtype, direction.layout, direction.dtype, plain, own is None, shards)
         if key not in parts:

@@ -41,17 +41,17 @@ def supports(block: Block) -> str | None:
         return "the l-infinity ball has no CPU form"
     if block.metric is not None and block.metric.name not in _METRICS:
         return f"the {block.metric.name} metric has no CPU form"
-    for weight, direction in zip(block.weights, block.directions, strict=True):
-        if weight.device.type != "cpu":
-            return f"a parameter is on {weight.device}, not on the CPU"
-        if weight.dtype not in (torch.float32, torch.float64):
-            return f"a parameter has dtype {weight.dtype}, not float32 or float64"
-        if direction.layout is not torch.strided or type(direction) is not Tensor:
-            return f"a gradient is a {type(direction).__name__} of layout {direction.layout}, not a dense Tensor"
-        if direction.dtype is not weight.dtype:
-            return f"a gradient has dtype {direction.dtype}, its parameter {weight.dtype}"
-        if not lie_alike(weight, direction):
-            return f"a parameter has strides {weight.stride()}, its gradient {direction.stride()}, or one has gaps"
+    weight, direction = block.weights[0], block.directions[0]
+    if weight.device.type != "cpu":
+        return f"a parameter is on {weight.device}, not on the CPU"
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"a parameter has dtype {weight.dtype}, not float32 or float64"
+    if direction.layout is not torch.strided or type(direction) is not Tensor:
+        return f"a gradient is a {type(direction).__name__} of layout {direction.layout}, not a dense Tensor"
+    if direction.dtype is not weight.dtype:
+        return f"a gradient has dtype {direction.dtype}, its parameter {weight.dtype}"
+    if not all(map(lie_alike, block.weights, block.directions)):
+        return "the strides of a gradient are not those of its parameter, or one of them has gaps"
     return None
 
 
