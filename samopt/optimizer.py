@@ -272,12 +272,14 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         for group in self.param_groups:
             sign = -1 if group.get("maximize", False) else 1
             region = Region(self.radius(group), self.option(group, "eta"), sign)
+            moves = moving and self.option(group, "perturb")
             for parameter in group["params"]:
                 if not parameter.requires_grad:
                     continue
-                taken.append((parameter, parameter.grad))
-                if parameter.grad is not None and moving and self.option(group, "perturb"):
-                    targets.append(Target(parameter, parameter.grad.detach(), region))
+                gradient = parameter.grad
+                taken.append((parameter, gradient))
+                if moves and gradient is not None:
+                    targets.append(Target(parameter, gradient.detach(), region))
         return taken if any(gradient is not None for _, gradient in taken) else [], targets
 
     def radius(self, group: dict[str, Any]) -> float | Tensor:
