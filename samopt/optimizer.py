@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from samopt import kernels
 from samopt.amp import calling_scaler_stage, is_unscaling
 from samopt.direction import Direction, named_direction
+from samopt.distributed import refuse_unsupported
 from samopt.geometry import Metric
 from samopt.lightning_trainer import is_trainer_closure, refuse_without_callback
 from samopt.metrics import StepMetrics
@@ -100,6 +101,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         check_nonnegative("eta", eta)
         base = build_base(params, base_optimizer, base_kwargs, type(self).__name__)
         check_model(model, base, type(self).__name__)
+        refuse_unsupported(model, base, one_pass=direction != "gradient")
         super().__init__(base, {"rho": rho, "eta": eta, "perturb": True})
         self.metric = metric
         self.norm = norm

@@ -201,7 +201,8 @@ class TRAM(SharpnessAwareOptimizer):
                 "to take the radius from; pass as model= the module that the loop calls itself, and compile it with "
                 "torch.compile(model), not model.compile()"
             )
-        total, weight = sum_over_ranks(torch.stack(measured), model)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        total, weight = sum_over_ranks(torch.stack(measured), model, parameters)
         mean: Tensor = total / weight.clamp(min=1)
         return mean
 

@@ -1,13 +1,18 @@
 """What an optimizer has to know of the other ranks; ``torch.distributed`` does the work."""
 
-from samopt.distributed.replicas import data_parallel_modules, runs_on_several_ranks, unsynced
+from samopt.distributed.averages import mean_over_ranks
+from samopt.distributed.refusals import refuse_unsupported
+from samopt.distributed.replicas import data_parallel_modules, is_first_rank, runs_on_several_ranks, unsynced
 from samopt.distributed.shards import Shards, abandon_pass, local_part, reshard
 
 __all__ = [
     "Shards",
     "abandon_pass",
     "data_parallel_modules",
+    "is_first_rank",
     "local_part",
+    "mean_over_ranks",
+    "refuse_unsupported",
     "reshard",
     "runs_on_several_ranks",
     "unsynced",

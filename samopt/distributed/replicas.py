@@ -9,13 +9,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["data_parallel_modules", "runs_on_several_ranks", "unsynced"]
+__all__ = ["data_parallel_modules", "is_first_rank", "runs_on_several_ranks", "unsynced"]
 
 
 def runs_on_several_ranks() -> bool:
     """Return whether this process belongs to a group of several, which must make the same calls in the same order."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that speaks for all: rank 0, or the only one there is."""
+    return not runs_on_several_ranks() or torch.distributed.get_rank() == 0
 
 
 def data_parallel_modules(model: nn.Module | None) -> list[DistributedDataParallel]:
@@ -32,10 +37,14 @@ def data_parallel_modules(model: nn.Module | None) -> list[DistributedDataParall
 def unsynced(model: nn.Module | None) -> Generator[None]:
     """Keep the gradients of every forward and backward in this context on their rank.
 
+    A DDP module with ``static_graph=True`` learns its graph in the first backward, which torch can only do with an
+    exchange (pytorch/pytorch#143580): that one, on every rank, keeps it.
+
     Args:
         model: A module with DDP modules in it; for any other, nothing changes.
     """
     with ExitStack() as stack:
         for module in data_parallel_modules(model):
-            stack.enter_context(module.no_sync())
+            if not module.static_graph or getattr(module, "_static_graph_delay_allreduce_enqueued", True):
+                stack.enter_context(module.no_sync())
         yield
