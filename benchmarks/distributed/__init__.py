@@ -1,0 +1,1 @@
+"""Training scripts for several processes, one for each way to start them."""
