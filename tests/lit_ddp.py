@@ -10,8 +10,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from samopt.integrations.lightning import SharpnessAwareTraining, is_second_pass
@@ -31,6 +33,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "no radius": {"options": {"rho": 0.0}, "accumulate": 2},
     "infinite on one rank": {"options": {}, "trouble": "infinite"},
     "zero on one rank": {"options": {}, "trouble": "zero"},
+    "sharded": {"options": {}, "sharded": True},
+    "sharded, accumulating": {"variant": "asam", "options": {}, "sharded": True, "accumulate": 3},
     "tram": {"variant": "tram", "options": {"scale": 20.0}},
 }
 
@@ -59,6 +63,15 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Sharded(Module):
+    """The same, with its layers sharded over the processes by FSDP2."""
+
+    def configure_model(self) -> None:
+        for layer in (self.net[0], self.net[3], self.net):
+            if not isinstance(layer, FSDPModule):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
 def seed(rank: int, batch_idx: int) -> None:
@@ -97,12 +110,21 @@ class Exchanges(Callback):
             self.now = 0
 
 
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor, gathered if it is sharded."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
 def main(folder: Path) -> None:
     """Fit every scenario."""
     for name, scenario in SCENARIOS.items():
         module, exchanges = Module(scenario.get("trouble", "")), Exchanges()
         callback = SharpnessAwareTraining(scenario.get("variant", "sam"), **scenario["options"])
-        strategy = DDPStrategy(process_group_backend="gloo", **scenario.get("strategy", {}))
+        strategy: Any = DDPStrategy(process_group_backend="gloo", **scenario.get("strategy", {}))
+        if scenario.get("sharded"):
+            module = Sharded()
+            exchanges = Callback()
+            strategy = ModelParallelStrategy(RANKS, 1, process_group_backend="gloo")
         trainer = lit.trainer(
             folder,
             [callback, exchanges],
@@ -114,8 +136,8 @@ def main(folder: Path) -> None:
         )
         trainer.fit(module, DataLoader(batches_of(trainer.global_rank), batch_size=None))
         result = {
-            "weights": module.net.state_dict(),
-            "exchanges": exchanges.counts,
+            "weights": {name: whole(value) for name, value in module.net.state_dict().items()},
+            "exchanges": getattr(exchanges, "counts", []),
             "logged": {key: float(value) for key, value in trainer.callback_metrics.items()},
         }
         torch.save(result, folder / f"{name}.{trainer.global_rank}.pt")

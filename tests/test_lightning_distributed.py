@@ -98,7 +98,16 @@ def test_the_loop_by_hand(name, sam, results):
     scenario = lit_ddp.SCENARIOS[name]
     synced = scenario["options"].get("sync_perturbation", False)
     net = train_both_by_hand(sam, synced=synced, accumulate=scenario.get("accumulate", 1))
-    cases.assert_same(results[name][0]["weights"], net.state_dict())
+    cases.assert_same(results[name][0]["weights"], dict(net.state_dict()))
+
+
+@pytest.mark.parametrize(("name", "sam"), [("sharded", samopt.SAM), ("sharded, accumulating", samopt.ASAM)])
+def test_sharded_parameters_have_one_perturbation(name, sam, results):
+    """Its norm is summed in another order."""
+    accumulate = lit_ddp.SCENARIOS[name].get("accumulate", 1)
+    expected = train_both_by_hand(sam, synced=True, accumulate=accumulate).state_dict()
+    for key, value in results[name][0]["weights"].items():
+        torch.testing.assert_close(value, expected[key], **cases.TOLERANCE[torch.float32])
 
 
 def test_exchanges_of_gradients(results):

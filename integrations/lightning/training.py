@@ -258,7 +258,9 @@ class SharpnessAwareTraining(Callback):
             return variant(base, **self._options)
         if variant == "tram":
             return samopt.TRAM(base, model=watched, **self._options)
-        return _VARIANTS[variant](base, **self._options)
+        # Shards are gathered anew at w + epsilon by the modules that hold them.
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in watched.parameters())
+        return _VARIANTS[variant](base, model=watched if sharded else None, **self._options)
 
     def _watched(self, trainer: Trainer, module: LightningModule) -> nn.Module:
         if self._watch is not None:
