@@ -44,8 +44,8 @@ _CURVES = (
     "sharpness/average_case_adaptive",
 )
 _MEASURES = {
-    "worst_case_adaptive": partial(sharpness.worst_case, rho=0.1, adaptive=True, steps=5),
-    "average_case_adaptive": partial(sharpness.average_case, rho=0.1, adaptive=True, samples=5),
+    "worst_case_adaptive": partial(sharpness.worst_case, rho=0.1, adaptive=True, steps=4),
+    "average_case_adaptive": partial(sharpness.average_case, rho=0.1, adaptive=True, samples=4),
 }
 
 
@@ -73,7 +73,7 @@ class TaskArguments:
     trained_layers: int = _option(2, "Trained layers, from the top.")
     train_size: int = _option(3200, "Training definitions.")
     test_size: int = _option(400, "Test definitions, and as many usage examples.")
-    sharpness_examples: int = _option(64, "Size of the sample that sharpness is measured on.")
+    sharpness_examples: int = _option(32, "Size of the sample that sharpness is measured on.")
     sharpness_fraction: float = _option(0.2, "Largest share of the time that measuring may take.")
     quick: bool = _option(False, "A few steps on a few examples: does it run?")
 

@@ -47,7 +47,8 @@ class TwoPasses:
         self.optimizer = optimizer
         self._accelerator = accelerator
         self._model = model
-        self._per_rank = accelerator.num_processes > 1 and not sync_perturbation
+        # Shards of a gradient belong together, so that sharded parameters have one perturbation.
+        self._per_rank = accelerator.num_processes > 1 and not sync_perturbation and not accelerator.is_fsdp2
         self._window: list[MicroBatch] = []
 
     def run(self, once: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor:

@@ -139,6 +139,18 @@ def test_accumulation_clipping_and_schedule(accumulate, clip):
     assert user[3].get_last_lr() == [0.0]
 
 
+def test_a_schedule_made_for_the_base():
+    """It shares the groups with the optimizer around it, also once accelerate has copied the state dict."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, plain = hf.norms(), hf.norms()
+    base = hf.adamw(model)
+    loader = torch.utils.data.DataLoader(hf.points(), batch_size=4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(base, lambda step: (8 - step) / 8)
+    train(accelerator, *accelerator.prepare(model, samopt.SAM(base, model=model), loader, scheduler))
+    by_hand(plain, hf.adamw, accumulate=2)
+    assert same(model, plain)
+
+
 @pytest.mark.parametrize("sam", [samopt.ASAM, samopt.FisherSAM, samopt.TRAM])
 def test_every_optimizer(sam):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import samopt
-from samopt.integrations.transformers import SAMTrainer
+from samopt.integrations.transformers import SAMTrainer, SharpnessCallback
 from tests import cases, hf
 from tests.test_transformers_scaler import Scaled
 
@@ -31,6 +31,7 @@ SCENARIOS = {
     "asam": {"sam": "asam"},
     "without sam": {"sam": "none"},
     "per-rank, one without gradients": {"kind": "SilentOnOneRank"},
+    "measured on the first rank": {"eval_steps": 2},
 }
 SCALED = {"inf on one rank": {(2, False), (2, True)}, "inf on one rank's second pass": {(1, True), (3, True)}}
 
@@ -64,8 +65,12 @@ def train(rank, port, folder):
             **options | {"kind": SilentOnOneRank if "kind" in options else SAMTrainer},
         )
         assert trainer.accelerator.num_processes == RANKS
+        if "eval_steps" in options:
+            trainer.eval_dataset = hf.language(8, seed=2)
+            trainer.add_callback(SharpnessCallback(every=2, max_fraction=None))
         trainer.train()
-        torch.save({"weights": cases.bits(model), "loss": hf.logged(trainer, "loss")}, folder / f"{name}-{rank}.pt")
+        result = {name: hf.logged(trainer, name) for name in ("loss", "sharpness/one_step")}
+        torch.save(result | {"weights": cases.bits(model)}, folder / f"{name}-{rank}.pt")
     for name, overflow in SCALED.items():
         AcceleratorState._reset_state(True)
         model = hf.gpt2()
@@ -178,3 +183,9 @@ def test_per_rank_and_synced_differ(results):
     """So that the comparisons above tell them apart."""
     per_rank, synced = results["per-rank"][0]["weights"], results["synced"][0]["weights"]
     assert max(float((a - b).abs().max()) for a, b in zip(per_rank, synced, strict=True)) > 1e-4
+
+
+def test_the_first_rank_measures(results):
+    first, second = results["measured on the first rank"]
+    assert len(first["sharpness/one_step"]) == 4
+    assert second["sharpness/one_step"] == []
