@@ -200,7 +200,7 @@ def test_the_density_integrates_to_one():
 @pytest.mark.parametrize("reorthogonalize", [True, False])
 def test_lanczos_reproduces_the_moments_of_its_start(reorthogonalize):
     matrix, start = symmetric(30), normal(30, seed=7)
-    diagonal, beside = tridiagonalize(lambda v: matrix @ v, start, 6, reorthogonalize)
+    diagonal, beside = tridiagonalize(lambda v: matrix @ v, start.clone(), 6, reorthogonalize)
     above = torch.diag(torch.tensor(beside, dtype=torch.float64), 1)
     small = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + above + above.T
     unit = start / start.norm()

@@ -150,11 +150,15 @@ def test_a_measure_can_be_stopped_from_its_progress(name):
     assert_unchanged(before, model)
 
 
-@pytest.mark.parametrize("name", ["worst_case", "average_case", "hessian_trace", "spectral_density", "landscape"])
+@pytest.mark.parametrize(
+    "name",
+    ["worst_case", "average_case", "per_layer", "hessian_trace", "spectral_density", "landscape", "interpolate"],
+)
 def test_progress_ends_at_the_announced_cost(name):
     seen = []
     result = MEASURES[name](conv_net(), noisy, images(), progress=lambda *ends: seen.append(ends))
     assert seen[-1] == pytest.approx((result.cost, result.cost))
+    assert seen == sorted(seen)
 
 
 @pytest.mark.parametrize("name", MEASURES)

@@ -72,7 +72,8 @@ class Climb:
         """The loss at the centre."""
 
     def _note(self, tensor: Tensor) -> Tensor:
-        self._foreign.add(tensor.untyped_storage().data_ptr())
+        if tensor.layout is torch.strided:
+            self._foreign.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     def run(self, steps: int, restarts: int) -> list[float]:
@@ -135,6 +136,7 @@ class Climb:
             offsets = self._take(gradient)
             self._ball.uphill(offsets, self._placement.origin, self._ball.rho)
             self._hold(offsets)
+        gradient.clear()  # whoever else holds the list holds no memory
         return True
 
     def _first_from_random(self, gradient: list[Tensor | None]) -> bool:

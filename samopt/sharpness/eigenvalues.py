@@ -172,7 +172,7 @@ def hessian_eigenvalues(
 ) -> Eigenvalues:
     """Return the extreme eigenvalues of the Hessian of the mean loss over all batches.
 
-    Cost: 2.5 gradients a batch for each matrix-vector product; the largest eigenvalue takes about 20 to 60 of them, the
+    Cost: about 3.5 gradients a batch for each matrix-vector product; the largest eigenvalue takes 20 to 60 of them, the
     smallest often more. Memory: about four copies of the weights, and on the host ``basis + 4`` vectors of their size.
 
     Args:
@@ -230,7 +230,7 @@ def gauss_newton_eigenvalues(
     It is the Hessian without the curvature of the model itself, and has no negative eigenvalue where the loss is convex
     in the model's outputs. For cross-entropy it is the Fisher information matrix.
 
-    Cost: 3 gradients a batch for each product; otherwise as ``hessian_eigenvalues``.
+    Cost: about 3 gradients a batch for each product; otherwise as ``hessian_eigenvalues``.
 
     Args:
         model: The model; returns a tensor, or an output with ``logits``.

@@ -79,7 +79,8 @@ def label_sharpness(
         raise ValueError(f"label_sharpness needs n >= 2 inputs and n labels, got {count} and {len(labels)}")
     if classes is None:
         classes = not labels.is_floating_point()
-    points = inputs.detach().reshape(count, -1).double()
+    inputs = inputs.detach().cpu() if inputs.device.type == "mps" else inputs.detach()  # which has no fp64
+    points = inputs.reshape(count, -1).double()
     targets = labels.detach().to(points.device).reshape(count, -1)
     squares = points.square().sum(dim=1)
     best: list[tuple[float, int]] = []

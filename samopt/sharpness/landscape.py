@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from samopt.kernels.reference import vector_norm
 from samopt.perturbation import Placement
 from samopt.precision import widen
 from samopt.sharpness.losses import LossFn
@@ -182,8 +183,8 @@ def _random_direction(subject: Subject, normalization: str, key: tuple[int, int]
             drawn.mul_(own.norm() / drawn.norm().clamp_min(torch.finfo(drawn.dtype).tiny))
         direction.append(drawn)
     if normalization == "none":
-        size = math.sqrt(sum(float(w.detach().double().square().sum()) for w in subject.weights))
-        drawn_size = math.sqrt(sum(float(d.double().square().sum()) for d in direction))
+        size = math.hypot(*(float(vector_norm(widen(weight.detach()))) for weight in subject.weights))
+        drawn_size = math.hypot(*(float(vector_norm(drawn)) for drawn in direction))
         for drawn in direction:
             drawn.mul_(size / drawn_size)
     return direction

@@ -10,6 +10,7 @@ from torch import nn
 
 from samopt.sharpness.batches import read_batches
 from samopt.sharpness.losses import LossFn
+from samopt.sharpness.progress import ProgressOption
 from samopt.sharpness.results import Result
 from samopt.sharpness.weights import select, trainable_layers, unwrap
 from samopt.sharpness.worst_case import worst_case
@@ -51,6 +52,7 @@ def per_layer(
     *,
     measure: Callable[..., Result] = worst_case,
     layers: Iterable[str] | None = None,
+    progress: ProgressOption = None,
     **options: Any,
 ) -> PerLayer:
     """Return a measure restricted to one layer's weights at a time, the others staying where they are.
@@ -64,6 +66,7 @@ def per_layer(
         measure: Any measure of this package that takes ``parameters``.
         layers: Module names, parameter names or patterns, one for each "layer"; None for every module that holds
             trainable parameters itself.
+        progress: See ``ProgressOption``.
         **options: The measure's own arguments.
 
     Returns:
@@ -86,7 +89,10 @@ def per_layer(
     for name in names:
         select(inner, name)  # before the first layer is measured at length
     kept = read_batches(batches)
-    results = {name: measure(model, loss_fn, kept, parameters=name, **options) for name in names}
+    results: dict[str, Result] = {}
+    for name in names:
+        overall = _over_all_layers(progress, sum(result.cost for result in results.values()), len(names))
+        results[name] = measure(model, loss_fn, kept, parameters=name, progress=overall, **options)
     largest = max(results.values(), key=lambda result: result.value)
     return PerLayer(
         measure="per_layer",
@@ -96,3 +102,11 @@ def per_layer(
         settings={"measure": largest.measure, **largest.settings},
         layers=results,
     )
+
+
+def _over_all_layers(progress: ProgressOption, before: float, layers: int) -> ProgressOption:
+    """Let a function see the progress of all layers together; a bar belongs to one layer."""
+    if not callable(progress):
+        return progress
+    report = progress
+    return lambda done, total: report(before + done, None if total is None else total * layers)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from samopt.distributed import is_first_rank
 from samopt.sharpness.extras import require
 
 __all__ = ["Progress", "ProgressOption"]
 
 ProgressOption: TypeAlias = bool | Callable[[float, float | None], None] | None
-"""None: a bar on a terminal, once a measure has run for two seconds. True or False: always or never. A callable: called
-as ``progress(done, total)`` after every evaluation of the loss, in gradients of one batch (``total`` is None where it
-cannot be known); what it raises stops the measure, which puts the model back first."""
+"""None: a bar on a terminal, once a measure has run for two seconds. True or False: always or never. Among several
+ranks, the first alone has a bar. A callable: called as ``progress(done, total)`` after every evaluation of the loss, in
+gradients of one batch (``total`` is None where it cannot be known); what it raises stops the measure, which puts the
+model back first."""
 
 _DELAY = 2.0
 
@@ -34,7 +36,7 @@ class Progress:
         self._total = total
         self._callback = option if callable(option) else None
         self._bar: Any = None
-        if option is False or self._callback is not None:
+        if option is False or self._callback is not None or not is_first_rank():
             return
         try:
             tqdm = require("tqdm", "a progress bar").tqdm

@@ -1,0 +1,53 @@
+"""How much memory the measures take beside the model, as the peak of a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident memory from Linux's /proc"),
+]
+
+PROGRAM = """
+    import resource, torch
+    from torch import nn
+    from samopt import sharpness
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(40)])
+    batch = torch.randn(2, 1024), torch.randint(1024, (2,))
+    torch.autograd.grad(sharpness.cross_entropy(model, batch), model[39].weight)
+    before = int(open("/proc/self/statm").read().split()[1]) * 4096
+    sharpness.{call}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print((peak - before) / (4 * sum(parameter.numel() for parameter in model.parameters())))
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "copies"),
+    [
+        ("worst_case(model, sharpness.cross_entropy, [batch], steps=4)", 3),
+        ("worst_case(model, sharpness.cross_entropy, [batch], steps=3, adaptive=True, restarts=2)", 3),
+        ("worst_case(model, sharpness.cross_entropy, [batch], steps=3, adaptive=True, norm='linf')", 3),
+        ("average_case(model, sharpness.cross_entropy, [batch], samples=1, adaptive=True)", 1),
+        ("hessian_trace(model, sharpness.cross_entropy, [batch], samples=1)", 3),
+        ("hessian_trace(model, sharpness.cross_entropy, [batch], samples=1, matrix='gauss_newton')", 3),
+        ("landscape(model, sharpness.cross_entropy, [batch], points=3)", 2),
+    ],
+)
+def test_the_peak_is_as_documented(call, copies):
+    # With a fixed threshold the allocator hands freed tensors back to the system instead of keeping them.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    program = textwrap.dedent(PROGRAM).format(call=call)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < copies + 0.5  # temporaries of single tensors, 1/40 of a copy each, and code loaded late
