@@ -73,7 +73,7 @@ class OnePass:
                 targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend
             )
         if perturbation.is_empty or perturbation.usable is False:
-            self._moved = StepMetrics(radius=largest_radius(targets), applied_radius=torch.zeros(()))
+            self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=torch.zeros(()))
             return
         self._perturbation = perturbation
         self._has_stale_copies = perturbation.is_sharded
@@ -84,7 +84,7 @@ class OnePass:
             raise
         if perturbation.is_sharded:
             reshard(self.model)
-        self._moved = StepMetrics(radius=largest_radius(targets), applied_radius=applied)
+        self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=applied)
         perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 

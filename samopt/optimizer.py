@@ -20,7 +20,7 @@ from samopt.lightning_trainer import is_trainer_closure, refuse_without_callback
 from samopt.metrics import StepMetrics
 from samopt.one_pass import OnePass
 from samopt.passes import Passes, PassHandle
-from samopt.perturbation import Region, Target
+from samopt.perturbation import Radius, Region, Target
 from samopt.replay import PassObserver
 from samopt.rounding import Noise, RoundingNoise
 from samopt.second_pass import SecondPass
@@ -284,8 +284,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                     targets.append(Target(parameter, gradient.detach(), region))
         return taken if any(gradient is not None for _, gradient in taken) else [], targets
 
-    def radius(self, group: dict[str, Any]) -> float | Tensor:
-        """Return the radius of a group's ball: a number, or a 0-dim tensor that is never read on the host.
+    def radius(self, group: dict[str, Any]) -> Radius:
+        """Return the radius of a group's ball.
 
         Args:
             group: One of ``param_groups``.
@@ -295,10 +295,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def may_move(self) -> bool:
         """Return whether any group moves, as far as the host can tell."""
-        return any(
-            self.option(group, "perturb") and (isinstance(radius := self.radius(group), Tensor) or radius > 0)
-            for group in self.param_groups
-        )
+        rhos = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
+        return any(isinstance(rho, Tensor) or rho > 0 for rho in rhos)
 
     def measured(self, second: SecondPass) -> StepMetrics:
         """Return what the step measured, once both passes are over.

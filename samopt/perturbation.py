@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from samopt.kernels.reference import vector_norm
 from samopt.precision import is_low_precision
 from samopt.rounding import Noise
 
-__all__ = ["Perturbation", "Placement", "Region", "Target", "gradient_norm", "largest_radius"]
+__all__ = ["Perturbation", "Placement", "Radius", "Region", "Target", "gradient_norm", "largest_radius"]
+
+Radius: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
+"""A number; a 0-dim tensor; or what makes one of ``||T d||_2``. Tensors are never read on the host."""
 
 _WHOLE = (nn.Parameter, Tensor)  # kinds of tensors of which this rank has everything; others are asked
 
@@ -29,14 +32,22 @@ class Region:
     """The ball that one parameter group's weights may move in.
 
     Attributes:
-        radius: Its radius ``r``, a number or a 0-dim tensor that is never read on the host.
+        radius: Its radius ``r``.
         eta: Stabiliser of the metric.
         sign: 1 to move uphill, -1 for a group that is maximised.
     """
 
-    radius: float | Tensor
+    radius: Radius
     eta: float
     sign: int
+
+    def radius_at(self, norm: Tensor) -> float | Tensor:
+        """Return the radius.
+
+        Args:
+            norm: ``||T d||_2`` over every target.
+        """
+        return self.radius(norm) if callable(self.radius) else self.radius
 
 
 class Target(NamedTuple):
@@ -158,7 +169,7 @@ class Perturbation:
         """Return the factor of ``T^2 d`` (l2) or ``T sign(d)`` (l-infinity): 0 where the norm cannot be used."""
         norm = self.norm
         usable = torch.isfinite(norm) & (norm > 0)
-        radius = region.radius
+        radius = region.radius_at(norm)
         if isinstance(radius, Tensor):
             radius = radius.to(device=norm.device, dtype=norm.dtype, non_blocking=True)
         size = radius * torch.ones_like(norm) if self._linf else radius / norm
@@ -227,13 +238,14 @@ def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor
         return Perturbation(targets, Euclidean(), backend=backend).norm
 
 
-def largest_radius(targets: Iterable[Target]) -> Tensor:
+def largest_radius(targets: Iterable[Target], norm: Tensor) -> Tensor:
     """Return the largest radius among the targets' regions, 0-dim; 0 without targets.
 
     Args:
         targets: Targets.
+        norm: ``||T d||_2`` over all of them.
     """
-    radii = {id(target.region): target.region.radius for target in targets}.values()
+    radii = {id(target.region): target.region.radius_at(norm) for target in targets}.values()
     numbers = [radius for radius in radii if not isinstance(radius, Tensor)]
     tensors = [radius for radius in radii if isinstance(radius, Tensor)]
     largest = torch.tensor(float(max(numbers, default=0.0)), dtype=torch.float64)

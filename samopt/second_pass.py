@@ -70,7 +70,7 @@ class SecondPass:
         self._metrics = StepMetrics(
             loss=as_scalar(first_loss),
             grad_norm=norm,
-            radius=largest_radius(targets),
+            radius=largest_radius(targets, self._perturbation.norm),
             applied_radius=torch.zeros(()),
         )
 

@@ -185,11 +185,6 @@ class TRAM(SharpnessAwareOptimizer):
             self._distance = self._measured_distance()
         return _bounded(scale * self._distance, self.max_radius)
 
-    def may_move(self) -> bool:
-        """Return whether any group has a positive scale; the distance is not asked for."""
-        scales = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
-        return any(isinstance(scale, Tensor) or scale > 0 for scale in scales)
-
     def _measured_distance(self) -> float | Tensor:
         if self._watch is None:
             source = cast(RadiusSource, self.trust_region)
