@@ -145,7 +145,13 @@ RHO_SCHEDULES: dict[str, tuple[Callable[[Any], RhoScheduler], Callable[[int], fl
         lambda k: 0.2 + 0.8 * max(0.8**k * 0.1 - 0.05, 0.0) / 0.05,
     ),
     "callable": (lambda opt: RhoScheduler(opt, lambda step: 1 / (1 + step)), lambda k: 1 / (1 + k)),
-    "late phase": (lambda opt: RhoScheduler(opt, lambda step: float(step >= 3)), lambda k: float(k >= 3)),
+    "every third step": (lambda opt: RhoScheduler.every(opt, 3), lambda k: float(k in (0, 3, 6))),
+    "late phase": (lambda opt: RhoScheduler.late(opt, start=3), lambda k: float(k >= 3)),
+    "late phase with a ramp": (
+        lambda opt: RhoScheduler.late(opt, start=2, ramp=2),
+        lambda k: [0.0, 0.0, 1 / 3, 2 / 3, 1.0][min(k, 4)],
+    ),
+    "below a learning rate": (lambda opt: RhoScheduler.below_lr(opt, 0.06), lambda k: float(0.1 * 0.8**k <= 0.06)),
 }
 
 
@@ -200,7 +206,7 @@ def test_a_rho_schedule_may_be_built_after_its_optimizer_was_loaded() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-@pytest.mark.parametrize("name", ["warm-up", "cosine", "proportional to lr"])
+@pytest.mark.parametrize("name", ["warm-up", "cosine", "proportional to lr", "late phase", "below a learning rate"])
 def test_a_copied_rho_schedule_drives_the_copied_optimizer(name: str, duplicate: Callable[[Any], Any]) -> None:
     make, factor = RHO_SCHEDULES[name]
     optimizer = samopt.SAM(BASES["sgd"](mlp().parameters()), rho=0.2)
@@ -280,6 +286,9 @@ def test_a_state_for_more_groups_is_refused_and_leaves_everything() -> None:
         (lambda opt: RhoScheduler.linear_warmup(opt, steps=2, start=1.5), r"start must be in \[0, 1\], got 1.5"),
         (lambda opt: RhoScheduler.cosine(opt, steps=-1), "steps must be at least 1, got -1"),
         (lambda opt: RhoScheduler.cosine(opt, steps=2, final=-0.1), "final must be >= 0, got -0.1"),
+        (lambda opt: RhoScheduler.every(opt, 0), "k must be at least 1, got 0"),
+        (lambda opt: RhoScheduler.late(opt, -1), "start and ramp must be >= 0, got -1 and 0"),
+        (lambda opt: RhoScheduler.below_lr(opt, 0.0), "lr must be > 0, got 0.0"),
         (lambda opt: RhoScheduler.proportional_to_lr(opt, 0.1, 0.1), "max_lr must be larger than min_lr"),
         (lambda opt: RhoScheduler.proportional_to_lr(opt, 0.1, min_factor=2.0), r"min_factor must be in \[0, 1\]"),
     ],
