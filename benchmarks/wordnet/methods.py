@@ -15,7 +15,7 @@ from samopt.trust_region import EMA, InputNoise
 
 __all__ = ["ADAMW", "METHODS", "Method"]
 
-_LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+_LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 _LARGEST_RADIUS = 2.0  # of TRAM; about four times what suits ASAM
 _WEIGHT_DECAY = 0.01
 
@@ -61,15 +61,15 @@ METHODS = {
     for method in (
         ADAMW,
         Method("sam", "rho", (0.02, 0.05, 0.1), lambda m, lr, rho: samopt.SAM(_adamw(m, lr), rho=rho, model=m)),
-        Method("asam", "rho", (0.2, 0.5, 1.0), lambda m, lr, rho: samopt.ASAM(_adamw(m, lr), rho=rho, model=m)),
+        Method("asam", "rho", (0.1, 0.2, 0.5), lambda m, lr, rho: samopt.ASAM(_adamw(m, lr), rho=rho, model=m)),
         Method(
             "fisher", "rho", (0.02, 0.05, 0.1), lambda m, lr, rho: samopt.FisherSAM(_adamw(m, lr), rho=rho, model=m)
         ),
-        _tram("tram-previous", lambda: "previous", (50.0, 150.0, 500.0)),
-        _tram("tram-ema", lambda: EMA(decay=0.95), (1.0, 3.0, 10.0)),
-        _tram("tram-pretrained", lambda: "pretrained", (0.5, 1.5, 5.0)),
-        _tram("tram-noise", lambda: InputNoise(std=0.1), (100.0, 300.0, 1000.0)),
-        _tram("tram-fisher", lambda: InputNoise(std=0.1), (20.0, 60.0, 200.0), metric="fisher"),
+        _tram("tram-previous", lambda: "previous", (10.0, 30.0, 100.0)),
+        _tram("tram-ema", lambda: EMA(decay=0.95), (0.3, 1.0, 3.0)),
+        _tram("tram-pretrained", lambda: "pretrained", (0.03, 0.1, 0.3)),
+        _tram("tram-noise", lambda: InputNoise(std=0.1), (10.0, 30.0, 100.0)),
+        _tram("tram-fisher", lambda: InputNoise(std=0.1), (3.0, 10.0, 30.0), metric="fisher"),
     )
 }
 """By name, the base first."""
