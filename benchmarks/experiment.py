@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
@@ -17,9 +17,12 @@ from benchmarks.rows import Row
 from benchmarks.summary import SHARED_SETTINGS
 from benchmarks.training import Run
 
-__all__ = ["Experiment", "Watcher", "run_experiment"]
+__all__ = ["Examine", "Experiment", "Watcher", "run_experiment"]
 
 _CURVE_DIGITS = 6
+
+Examine = Callable[[Run, Split], tuple[dict[str, float], dict[str, list[float]]]]
+"""From a finished run and its data to metrics and curves that its row shall hold, too."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Experiment:
         evaluate_on: "test" or "validation".
         sharpness_rho: Radius of the sharpness measure.
         device: Where to train.
+        curves: Whether to measure after every epoch, or after the last one only.
     """
 
     task: Task
@@ -51,6 +55,15 @@ class Experiment:
     evaluate_on: str
     sharpness_rho: float
     device: torch.device
+    curves: bool = True
+
+    def settings(self, choice: Choice) -> dict[str, float]:
+        """Return what a row says about its settings.
+
+        Args:
+            choice: The optimizer.
+        """
+        return {**choice.settings, **{name: getattr(self, name) for name in SHARED_SETTINGS}}
 
 
 class Watcher:
@@ -69,7 +82,9 @@ class Watcher:
         """The group's runs are over."""
 
 
-def run_experiment(experiment: Experiment, watcher: Watcher | None = None) -> Iterator[Row]:
+def run_experiment(
+    experiment: Experiment, watcher: Watcher | None = None, *, examine: Examine | None = None
+) -> Iterator[Row]:
     """Train everything, yielding each run when it is over.
 
     The optimizers of a group (one seed, one amount of label noise) take turns epoch by epoch, so that their times
@@ -78,6 +93,7 @@ def run_experiment(experiment: Experiment, watcher: Watcher | None = None) -> It
     Args:
         experiment: What to train.
         watcher: Is told about progress.
+        examine: Looks at every run when it is over.
 
     Raises:
         BenchmarkError: If something asked for is not possible.
@@ -90,9 +106,11 @@ def run_experiment(experiment: Experiment, watcher: Watcher | None = None) -> It
             watcher.group_begins(label_noise, seed)
             split = _split(experiment, pool, label_noise, seed)
             runs = [_run(experiment, choice, split, seed) for choice in experiment.choices]
-            _take_turns(runs, experiment.epochs, watcher)
+            _take_turns(runs, experiment, watcher)
             rows = [_row(experiment, run, split, label_noise, environment) for run in runs]
             watcher.group_ends(rows)
+            if examine is not None:
+                rows = [_examined(row, *examine(run, split)) for row, run in zip(rows, runs, strict=True)]
             yield from rows
 
 
@@ -128,12 +146,12 @@ def _run(experiment: Experiment, choice: Choice, split: Split, seed: int) -> Run
     )
 
 
-def _take_turns(runs: Sequence[Run], epochs: int, watcher: Watcher) -> None:
-    for epoch in range(epochs):
+def _take_turns(runs: Sequence[Run], experiment: Experiment, watcher: Watcher) -> None:
+    for epoch in range(experiment.epochs):
         first = epoch % len(runs)
         for run in (*runs[first:], *runs[:first]):
             watcher.epoch_begins(run.choice.label, epoch)
-            run.train_epoch()
+            run.train_epoch(measure=experiment.curves or epoch == experiment.epochs - 1)
             watcher.epoch_ends()
 
 
@@ -147,15 +165,20 @@ def _row(experiment: Experiment, run: Run, split: Split, label_noise: float, env
         seed=run.seed,
         label_noise=label_noise,
         evaluated_on=experiment.evaluate_on,
-        settings={
-            **run.choice.settings,
-            **{name: getattr(experiment, name) for name in SHARED_SETTINGS},
-        },
+        settings=experiment.settings(run.choice),
         examples={"train": len(split.labels), "randomised": split.randomised, "test": len(split.test_labels)},
         metrics={name: curve[-1] for name, curve in curves.items()}
         | {"seconds_per_step": median, "seconds_per_step_q20": low, "seconds_per_step_q80": high},
-        curves={name: [float(f"{value:.{_CURVE_DIGITS}g}") for value in curve] for name, curve in curves.items()},
+        curves=_rounded(curves),
         warnings=run.warnings,
         environment=environment,
         timestamp=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _examined(row: Row, metrics: dict[str, float], curves: dict[str, list[float]]) -> Row:
+    return replace(row, metrics=row.metrics | metrics, curves=row.curves | _rounded(curves))
+
+
+def _rounded(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [float(f"{value:.{_CURVE_DIGITS}g}") for value in curve] for name, curve in curves.items()}

@@ -31,7 +31,7 @@ class Row:
         examples: Numbers of examples: "train", "randomised" among them, "test".
         metrics: At the end: "accuracy", "train_loss", "sharpness"; and "seconds_per_step", the median over all steps,
             with its 20% and 80% quantiles.
-        curves: After each epoch: "accuracy", "train_loss", "sharpness".
+        curves: After each epoch, or some of them: "accuracy", "train_loss", "sharpness".
         warnings: Texts of the warnings given during training.
         environment: Commit, versions, device, threads.
         timestamp: When the run ended, UTC.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,8 @@ class Run:
     Args:
         make_model: Makes the model.
         choice: The optimizer and its settings. The learning rate falls to 0 along half a cosine; a setting
-            ``rho_warmup`` makes rho rise linearly during that fraction of the steps.
+            ``rho_warmup`` makes rho rise linearly during that fraction of the steps, ``rho_from`` keeps it 0 during
+            that fraction, and with ``rho_every`` it is 0 but for every so manyth step.
         split: The data, moved to ``device``.
         seed: Decides everything random.
         epochs: How many epochs there will be.
@@ -90,6 +91,7 @@ class Run:
         self._device = device
         self._sharpness_rho = sharpness_rho
         self._steps_per_epoch = len(split.labels) // batch_size
+        self._epoch = 0
         if not 1 <= batch_size <= len(split.labels):
             raise BenchmarkError(
                 f"--batch-size must be between 1 and the {len(split.labels)} training examples, got {batch_size}; "
@@ -102,31 +104,36 @@ class Run:
         except ValueError as error:
             raise BenchmarkError(f"optimizer {choice.label!r} cannot be made: {error}") from error
 
-    def train_epoch(self) -> None:
-        """Train for one epoch, then measure."""
-        epoch = len(self.curves.accuracy)
+    def train_epoch(self, *, measure: bool = True) -> None:
+        """Train for one epoch, then measure.
+
+        Args:
+            measure: Whether to measure accuracy and sharpness, which leave the training as it is.
+        """
         devices = [] if self._device.type == "cpu" else [self._device]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
-                torch.manual_seed(stream_seed(self.seed, f"epoch {epoch}"))
-                self.curves.train_loss.append(self._train(epoch))
-                self.curves.accuracy.append(self._accuracy())
-                self.curves.sharpness.append(
-                    one_step_sharpness(self.model, self._sharpness_batches(), self._sharpness_rho)
-                )
+                torch.manual_seed(stream_seed(self.seed, f"epoch {self._epoch}"))
+                losses = list(self.steps())
+                self.curves.train_loss.append(float(torch.stack(losses).double().mean()))
+                if measure:
+                    self.curves.accuracy.append(self._accuracy())
+                    self.curves.sharpness.append(
+                        one_step_sharpness(self.model, self._sharpness_batches(), self._sharpness_rho)
+                    )
         self.warnings += [text for warning in caught if (text := str(warning.message)) not in self.warnings]
 
-    def _train(self, epoch: int) -> float:
+    def steps(self) -> Iterator[Tensor]:
+        """Take the steps of an epoch, one whenever the iterator is asked for the next loss."""
         self.model.train()
-        order = epoch_order(len(self._split.labels), self.seed, epoch).to(self._device)
-        losses = []
+        order = epoch_order(len(self._split.labels), self.seed, self._epoch).to(self._device)
+        self._epoch += 1
         for step in range(self._steps_per_epoch):
             batch = order[step * self._batch_size : (step + 1) * self._batch_size]
-            losses.append(self._step(self._split.inputs[batch], self._split.labels[batch]))
+            yield self._step(self._split.inputs[batch], self._split.labels[batch])
             for scheduler in self._schedulers:
                 scheduler.step()
-        return float(torch.stack(losses).double().mean())
 
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         def closure() -> Tensor:
@@ -180,9 +187,16 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 def _schedulers(optimizer: Optimizer, choice: Choice, steps: int) -> list[CosineAnnealingLR | samopt.RhoScheduler]:
     schedulers: list[CosineAnnealingLR | samopt.RhoScheduler] = [CosineAnnealingLR(optimizer, max(steps, 1))]
-    warmup = round(choice.settings.get("rho_warmup", 0.0) * steps)
-    if warmup > 0 and isinstance(optimizer, samopt.SharpnessAwareOptimizer):
+    if not isinstance(optimizer, samopt.SharpnessAwareOptimizer):
+        return schedulers
+    settings = choice.settings
+    warmup = round(settings.get("rho_warmup", 0.0) * steps)
+    first = round(settings.get("rho_from", 0.0) * steps)
+    every = int(settings.get("rho_every", 1))
+    if warmup > 0:
         schedulers.append(samopt.RhoScheduler.linear_warmup(optimizer, steps=warmup))
+    if first > 0 or every > 1:
+        schedulers.append(samopt.RhoScheduler(optimizer, lambda step: float(step >= first and step % every == 0)))
     return schedulers
 
 

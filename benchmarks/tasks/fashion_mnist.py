@@ -15,7 +15,7 @@ from benchmarks.idx import read_idx
 from benchmarks.models import conv_net
 from benchmarks.registry import TASKS, Task
 
-__all__ = ["FASHION_MNIST", "find_files"]
+__all__ = ["FASHION_MNIST", "FASHION_SMALL", "find_files"]
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _FILES = (
@@ -109,6 +109,10 @@ def _build_model() -> nn.Module:
     return conv_net(image_size=28, classes=10)
 
 
+def _build_small_model() -> nn.Module:
+    return conv_net(image_size=28, classes=10, stride=2)
+
+
 FASHION_MNIST = TASKS.add(
     Task(
         name="fashion_mnist",
@@ -120,5 +124,17 @@ FASHION_MNIST = TASKS.add(
         train_size=4000,
         load=_load,
         build_model=_build_model,
+    )
+)
+FASHION_SMALL = TASKS.add(
+    Task(
+        name="fashion_small",
+        summary="the same with 2,000 training images and a ConvNet that halves the image at once, for many runs",
+        classes=10,
+        epochs=10,
+        batch_size=64,
+        train_size=2000,
+        load=_load,
+        build_model=_build_small_model,
     )
 )

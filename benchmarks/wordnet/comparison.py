@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
-from benchmarks.errors import BenchmarkError
-from benchmarks.rows import Row, append_row, read_rows
+from benchmarks.rows import Row
+from benchmarks.run_log import TUNING_SEED, RunLog, best_setting
 from benchmarks.wordnet.encoder import Encoded, Encoder
 from benchmarks.wordnet.finetune import FineTune
 from benchmarks.wordnet.lexicon import Synset
@@ -21,7 +21,6 @@ from benchmarks.wordnet.split import make_split
 
 __all__ = ["Comparison", "Plan", "label_of"]
 
-_TUNING_SEED = 1000
 _TIMED_STEPS = 8
 _CPU = torch.device("cpu")
 
@@ -77,14 +76,18 @@ class Comparison:
         self._plan = plan
         self._synsets = synsets
         self._encoder = encoder
-        self._path = path
+        self._log = RunLog(path)
         self._report = report
-        self.rows = read_rows(path) if path.exists() and path.stat().st_size else []
         split = make_split(synsets, 0, train_size=plan.train_size, test_size=plan.test_size)
         self._validation, self._definitions, self._usages = (
             encoder.encode(part) for part in (split.validation, split.definitions, split.usages)
         )
         self._training: dict[int, Encoded] = {}
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every row of the file."""
+        return self._log.rows
 
     def run(self) -> None:
         """Choose settings, measure the cost of a step, and run every optimizer from every seed.
@@ -104,14 +107,12 @@ class Comparison:
 
     def _choose(self, method: Method, lr: float) -> float:
         """Return the setting with the best validation accuracy, the smallest of equals."""
-        if not self._plan.tune:
-            return method.values[len(method.values) // 2]
-        accuracies = {}
-        for value in method.values:
-            row = self._find("validation", method, lr, value, _TUNING_SEED)
-            row = row or self._run(method, lr, value, _TUNING_SEED, "validation", None)
-            accuracies[value] = row.metrics["accuracy"]
-        return max(accuracies, key=lambda value: accuracies[value])
+
+        def validated(value: float) -> Row:
+            row = self._find("validation", method, lr, value, TUNING_SEED)
+            return row or self._run(method, lr, value, TUNING_SEED, "validation", None)
+
+        return best_setting(method.values, validated if self._plan.tune else None)
 
     def _run(self, method: Method, lr: float, value: float, seed: int, evaluate_on: str, seconds: float | None) -> Row:
         train = self._train(seed)
@@ -140,16 +141,15 @@ class Comparison:
             environment=environment.describe(_CPU),
             timestamp=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
-        append_row(self._path, row)
-        self.rows.append(row)
+        self._log.add(row)
         shown = ", ".join(f"{name.replace('_', ' ')} {100 * metrics[name]:.1f}%" for name in tests)
         self._report(f"{evaluate_on}, seed {seed}: {row.optimizer}: {shown} ({sum(run.step_seconds):.0f} s)")
         return row
 
     def _time_steps(self, lr: float, chosen: dict[str, float]) -> dict[str, float]:
         """Return the median duration of a step of each optimizer, their steps taken in turns."""
-        train = self._train(_TUNING_SEED)
-        runs = {name: self._fine_tune(METHODS[name], lr, value, train, _TUNING_SEED) for name, value in chosen.items()}
+        train = self._train(TUNING_SEED)
+        runs = {name: self._fine_tune(METHODS[name], lr, value, train, TUNING_SEED) for name, value in chosen.items()}
         for _ in range(min(_TIMED_STEPS, self._plan.steps)):
             for run in runs.values():
                 run.step()
@@ -167,20 +167,26 @@ class Comparison:
         return self._training[seed]
 
     def _find(self, evaluated_on: str, method: Method, lr: float, value: float, seed: int) -> Row | None:
-        settings = self._plan.settings(lr, method, value)
-        wanted = (evaluated_on, label_of(method, value), seed, settings)
-        return next((r for r in self.rows if (r.evaluated_on, r.optimizer, r.seed, r.settings) == wanted), None)
+        return self._log.find(
+            evaluated_on=evaluated_on,
+            optimizer=label_of(method, value),
+            seed=seed,
+            settings=self._plan.settings(lr, method, value),
+        )
 
     def _check_rows(self) -> None:
-        for row in self.rows:
-            found = (row.settings["steps"], row.settings["batch_size"], row.examples["train"], row.examples["test"])
-            plan = self._plan
-            wanted = (plan.steps, plan.batch_size, plan.train_size, plan.test_size)
-            if found != wanted:
-                raise BenchmarkError(
-                    f"{self._path} holds runs with (steps, batch size, training examples, test examples) = {found}, "
-                    f"and {wanted} is asked for; give another --output"
-                )
+        plan = self._plan
+        wanted = (plan.steps, plan.batch_size, plan.train_size, plan.test_size)
+        self._log.check(
+            "(steps, batch size, training examples, test examples)",
+            lambda row: (
+                row.settings["steps"],
+                row.settings["batch_size"],
+                row.examples["train"],
+                row.examples["test"],
+            ),
+            lambda row: wanted,
+        )
 
 
 def label_of(method: Method, value: float) -> str:
