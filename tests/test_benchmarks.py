@@ -549,7 +549,7 @@ TRAIN = ("train", "--task", "digits")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--task", "digts"), "unknown task 'digts'; did you mean 'digits'? Known: digits, fashion_mnist"),
+        (("train", "--task", "digts"), "unknown task 'digts'; did you mean 'digits'? Known: digits, digits_vit, fashion_mnist, fashion_small"),
         ((*TRAIN, "--optimizers", "sgd,sma"), "unknown optimizer 'sma'; did you mean 'sam'? Known: sgd, sam, asam"),
         (
             (*TRAIN, "--optimizers", "sam:roh=1"),
