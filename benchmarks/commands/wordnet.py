@@ -44,14 +44,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=arguments.seeds, default="0,1,2", help="of the final runs (default: %(default)s)")
     add("--layers", type=arguments.positive_int, default=2, help="trained layers, from the top (default: %(default)s)")
-    add("--train-size", type=arguments.positive_int, default=800, help="definitions (default: %(default)s)")
+    add("--train-size", type=arguments.positive_int, default=400, help="definitions (default: %(default)s)")
     add(
         "--test-size",
         type=arguments.positive_int,
         default=800,
         help="validation definitions, test definitions, and test usage examples (default: %(default)s each)",
     )
-    add("--steps", type=arguments.positive_int, default=200, help="default: %(default)s")
+    add("--steps", type=arguments.positive_int, default=100, help="default: %(default)s")
     add("--batch-size", type=arguments.positive_int, default=16, help="default: %(default)s")
     add("--threads", type=arguments.positive_int, help="CPU threads; default: torch's")
     add("--output", type=Path, default=Path("results/wordnet"), help="folder, continued (default: %(default)s)")
