@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from samopt.distributed import unsynced
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.replay import RngState
 
@@ -78,5 +79,7 @@ class TwoPasses:
         return nullcontext() if is_last or syncs_each else self._unsynced()
 
     def _unsynced(self) -> AbstractContextManager[None]:
+        if not self._accelerator.is_fsdp2:
+            return unsynced(self._model)
         context: AbstractContextManager[None] = self._accelerator.no_sync(model=self._model)
         return context

@@ -29,6 +29,7 @@ SCENARIOS = {
     },
     "per-rank every second step": {"sam_every": 2},
     "asam": {"sam": "asam"},
+    "per-rank, static graph": {"ddp_static_graph": True},
     "without sam": {"sam": "none"},
     "per-rank, one without gradients": {"kind": "SilentOnOneRank"},
     "measured on the first rank": {"eval_steps": 2},
@@ -129,7 +130,8 @@ def by_hand(options):
 
         (optimizer or base).zero_grad()
         perturbs = optimizer is not None and step % options.get("sam_every", 1) == 0
-        if perturbs and not options.get("sam_sync_perturbation"):
+        learns_graph = step == 0 and options.get("ddp_static_graph")  # from an exchange, whatever the mode
+        if perturbs and not options.get("sam_sync_perturbation") and not learns_graph:
             gradients = []
             values = []
             for rank in range(RANKS):
