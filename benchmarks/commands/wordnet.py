@@ -43,7 +43,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"comma-separated, of {', '.join(METHODS)} (default: %(default)s)",
     )
     add("--seeds", type=arguments.seeds, default="0,1,2", help="of the final runs (default: %(default)s)")
-    add("--layers", type=arguments.positive_int, default=2, help="trained layers, from the top (default: %(default)s)")
+    add("--layers", type=arguments.positive_int, default=1, help="trained layers, from the top (default: %(default)s)")
     add("--train-size", type=arguments.positive_int, default=400, help="definitions (default: %(default)s)")
     add(
         "--test-size",
