@@ -1,4 +1,4 @@
-"""What an optimizer measured in its latest step, under the names it has in a Trainer's logs."""
+"""What an optimizer measured in its latest step, under the names it has in logs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def free_metrics(step: StepMetrics, gradient_scale: Tensor | None = None) -> dic
     """Return the measurements as ``sharpness/...`` values for logs; waits for the device.
 
     Args:
-        step: The measurements; its first loss is left out, since the Trainer logs that itself.
+        step: The measurements; its first loss is left out, since frameworks log that themselves.
         gradient_scale: What a ``GradScaler`` had multiplied the gradients by, 0-dim.
     """
     values = step.to_dict()

@@ -1,4 +1,4 @@
-"""Sharpness-aware training of any LightningModule, by a callback."""
+"""Sharpness-aware training of any LightningModule by one callback, its sharpness in the logs by another."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
         'pip install "samopt[lightning]"'
     ) from error
 
+from .monitor import SharpnessMonitor
 from .training import SharpnessAwareTraining, is_second_pass
 
-__all__ = ["SharpnessAwareTraining", "is_second_pass"]
+__all__ = ["SharpnessAwareTraining", "SharpnessMonitor", "is_second_pass"]

@@ -122,7 +122,7 @@ def refuse_static_graph(trainer: Trainer) -> None:
 
 
 def refuse_sharded_measurement(trainer: Trainer) -> None:
-    """Raise if one process cannot measure the model, because none holds all of it.
+    """Raise if no process can measure the model, because none holds all of it.
 
     Args:
         trainer: The trainer.
@@ -133,6 +133,6 @@ def refuse_sharded_measurement(trainer: Trainer) -> None:
     kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     if kinds & {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}:
         raise ValueError(
-            f"SharpnessMonitor measures in one process, but {type(trainer.strategy).__name__} shards the model over "
-            'several; leave the monitor out, or use Trainer(strategy="ddp")'
+            f"SharpnessMonitor needs the whole model in each process, but {type(trainer.strategy).__name__} shards it "
+            'over several; leave the monitor out, or use Trainer(strategy="ddp")'
         )

@@ -6,29 +6,28 @@ import functools
 import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]  # accelerate ships no types
 from torch import Tensor, nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samopt import StepMetrics
 from samopt.replay import RngState
-from samopt.sharpness import Result, SharpnessMonitor
+from samopt.sharpness import SharpnessMonitor
 from samopt.sharpness.batches import map_tensors
 
 from ..inputs import independent_copy
-from .metrics import free_metrics
+from ..measures import Measures, named_measures, per_layer_values
+from ..metrics import free_metrics
+from ..progress import with_bar
 
 __all__ = ["SharpnessCallback"]
 
 _logger = logging.getLogger(__name__)
-_DELAY = 2.0  # seconds before a bar appears
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 _T = TypeVar("_T", bound=Trainer)
 
 
@@ -45,7 +44,9 @@ class SharpnessCallback(TrainerCallback):
     says, and has a larger budget the next time.
 
     Args:
-        measures: As for ``samopt.sharpness.SharpnessMonitor``; None is SAM's one-step sharpness at radius 0.05.
+        measures: Names out of "worst_case" and "average_case" (adaptive sharpness), "per_layer" and "lambda_max";
+            functions of ``samopt.sharpness``, with arguments bound by ``functools.partial``; or a dict from names to
+            functions, or to options of a measure that has the name. None is SAM's one-step sharpness at radius 0.05.
         every: Optimizer steps between measurements, >= 1; None measures at each evaluation.
         examples: Size of the sample, drawn from the evaluation data, >= 1.
         loss_fn: ``loss_fn(model, batch) -> scalar``; None is the Trainer's own ``compute_loss``.
@@ -59,7 +60,7 @@ class SharpnessCallback(TrainerCallback):
 
     def __init__(
         self,
-        measures: Mapping[str, Callable[..., Result]] | Iterable[Callable[..., Result]] | None = None,
+        measures: Measures | None = None,
         *,
         every: int | None = None,
         examples: int = 256,
@@ -80,7 +81,11 @@ class SharpnessCallback(TrainerCallback):
         self._trainer: Trainer | None = None
         self._last_evaluation: int | None = None
         self._make_monitor = functools.partial(
-            SharpnessMonitor, measures=measures, every=every or sys.maxsize, path=path, max_fraction=max_fraction
+            SharpnessMonitor,
+            measures=None if measures is None else named_measures(measures),
+            every=every or sys.maxsize,
+            path=path,
+            max_fraction=max_fraction,
         )
 
     def attach(self, trainer: _T) -> _T:
@@ -132,7 +137,7 @@ class SharpnessCallback(TrainerCallback):
         assert trainer.model is not None
         monitor = self._make_monitor(trainer.model, self._loss_fn or _loss_of(trainer), batches)
         monitor.measures = {
-            name: _with_bar(name, measure, disable=args.disable_tqdm) for name, measure in monitor.measures.items()
+            name: with_bar(name, measure, disable=args.disable_tqdm) for name, measure in monitor.measures.items()
         }
         self.monitor = monitor
         self._last_evaluation = None
@@ -196,12 +201,12 @@ class SharpnessCallback(TrainerCallback):
         return self._trainer
 
     def _log(self, values: dict[str, float], state: TrainerState) -> None:
+        record = self.monitor.history[-1] if self.monitor is not None and self.monitor.history else {}
         if values:
             trainer = self._bound()
             pending = trainer.control.should_log  # logging clears it, and the training loss may be waiting for it
-            trainer.log(values)
+            trainer.log(values | per_layer_values(record))
             trainer.control.should_log = pending
-        record = self.monitor.history[-1] if self.monitor is not None and self.monitor.history else {}
         if record.get("step") == state.global_step:
             for name, reason in record.get("skipped", {}).items():
                 _logger.warning("sharpness/%s left out at step %d: %s", name, state.global_step, reason)
@@ -240,23 +245,6 @@ def _loss_of(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
         return value if isinstance(value, Tensor) else value[0]
 
     return loss
-
-
-def _with_bar(name: str, measure: Callable[..., Result], *, disable: bool | None) -> Callable[..., Result]:
-    """Return the measure with a progress bar, for as long as it takes."""
-
-    def run(*args: Any, progress: Callable[[float, float | None], None]) -> Result:
-        with tqdm(
-            desc=f"sharpness/{name}", total=1.0, delay=_DELAY, leave=False, disable=disable, bar_format=_BAR
-        ) as bar:
-
-            def advance(done: float, total: float | None) -> None:
-                bar.update(min(1.0, done / total) - bar.n if total else 0)
-                progress(done, total)
-
-            return measure(*args, progress=advance)
-
-    return run
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from samopt import RhoScheduler, SharpnessAwareOptimizer
 
 from ..accumulation import TwoPasses
+from ..metrics import free_metrics
 from .arguments import SAMArguments
 from .checkpoint import CheckpointEntry
-from .metrics import free_metrics
 
 if TYPE_CHECKING:
     from transformers import Trainer
