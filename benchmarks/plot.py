@@ -15,10 +15,10 @@ from benchmarks.rows import Row
 from benchmarks.summary import Panel
 from benchmarks.table import labels_text
 
-__all__ = ["draw", "plot_panels"]
+__all__ = ["COLOURS", "draw", "plot_panels"]
 
-# Okabe and Ito's colours, which people with any common colour blindness can tell apart, darkest first.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which people with any common colour blindness can tell apart, darkest first."""
 _DASHES = ("-", "-", "-", "--", "--", "-.", "-.")
 _DPI = 115
 _LEAST_SPAN = 0.05  # of accuracy: a closer look would make much of single test examples
@@ -86,7 +86,7 @@ def draw(panels: Sequence[Panel], quantity: str) -> Figure:
 def _draw_runs(ax: Axes, runs: Sequence[Row], quantity: str, index: int) -> None:
     curves = np.array([row.curves[quantity] for row in runs])
     epochs = np.arange(1, curves.shape[1] + 1)
-    colour, dashes = _COLOURS[index % len(_COLOURS)], _DASHES[index % len(_DASHES)]
+    colour, dashes = COLOURS[index % len(COLOURS)], _DASHES[index % len(_DASHES)]
     mean = curves.mean(axis=0)
     ax.plot(epochs, mean, color=colour, linestyle=dashes, linewidth=1.8, label=runs[0].optimizer)
     if len(runs) > 1:

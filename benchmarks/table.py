@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks.rows import Row
 from benchmarks.summary import Estimate, Panel, Summary, summarise
 
-__all__ = ["labels_text", "markdown", "notes", "terminal_table"]
+__all__ = ["labels_text", "machines", "markdown", "notes", "terminal_table"]
 
 _HEADINGS = ("Optimizer", "n", "Accuracy, %", "Gain", "Loss", "ms/step", "x base", "Sharpness")
 
@@ -69,8 +69,22 @@ def notes(panels: Sequence[Panel]) -> list[str]:
         "ms/step: median of a run's optimizer steps; x base: that over the base's for the same seed",
         f"sharpness: rise of the training loss after one ascent step of radius {', '.join(f'{r:g}' for r in radii)}, "
         "the same measure for every optimizer",
-        *_machines(rows),
+        *machines(rows),
         *_warnings(rows),
+    ]
+
+
+def machines(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each combination of machine, versions and commit.
+
+    Args:
+        rows: Any rows.
+    """
+    environments = {tuple(sorted(row.environment.items())): row.environment for row in rows}
+    return [
+        f"measured on {e['device']}, threads: {e['threads']}, {e['dtype']}, torch {e['torch']}, python {e['python']}, "
+        f"samopt {e['samopt']} at commit {e['commit']}"
+        for e in environments.values()
     ]
 
 
@@ -103,15 +117,6 @@ def _spread(value: Estimate, style: str, factor: float = 1.0) -> str:
 def _decimals(value: float) -> int:
     """Return how many decimals show at least two significant digits."""
     return max(3, 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 3
-
-
-def _machines(rows: Sequence[Row]) -> list[str]:
-    environments = {tuple(sorted(row.environment.items())): row.environment for row in rows}
-    return [
-        f"measured on {e['device']}, threads: {e['threads']}, {e['dtype']}, torch {e['torch']}, python {e['python']}, "
-        f"samopt {e['samopt']} at commit {e['commit']}"
-        for e in environments.values()
-    ]
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
