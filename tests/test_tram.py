@@ -46,13 +46,16 @@ def data(step: int, size: int = 6) -> tuple[Tensor, Tensor]:
 Weights = tuple[Tensor, Tensor]
 
 
-def probabilities(weights: Weights, x: Tensor) -> Tensor:
-    z = torch.exp(x @ weights[0].T + weights[1])
-    return z / z.sum(1, keepdim=True)
+def outputs(weights: Weights, x: Tensor) -> Tensor:
+    return x @ weights[0].T + weights[1]
+
+
+def softmax(z: Tensor) -> Tensor:
+    return torch.exp(z) / torch.exp(z).sum(1, keepdim=True)
 
 
 def gradient(weights: Weights, x: Tensor, y: Tensor) -> Weights:
-    error = (probabilities(weights, x) - nn.functional.one_hot(y, 3)) / len(y)
+    error = (softmax(outputs(weights, x)) - nn.functional.one_hot(y, 3)) / len(y)
     return error.T @ x, error.sum(0)
 
 
@@ -60,10 +63,20 @@ def kl(p: Tensor, q: Tensor) -> float:
     return float((p * (p / q).log()).sum(1).mean())
 
 
+def mmd(first: Tensor, second: Tensor) -> float:
+    def mean_kernel(one: Tensor, other: Tensor) -> float:
+        squares = ((one[:, None] - other[None]) ** 2).sum(2)
+        return float(((1 + squares / one.shape[1]) ** -0.5).mean())
+
+    return mean_kernel(first, first) + mean_kernel(second, second) - 2 * mean_kernel(first, second)
+
+
 DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
-    "kl": kl,
-    "reverse_kl": lambda p, q: kl(q, p),
-    "symmetric_kl": lambda p, q: kl(p, q) + kl(q, p),
+    "kl": lambda y, z: kl(softmax(y), softmax(z)),
+    "reverse_kl": lambda y, z: kl(softmax(z), softmax(y)),
+    "symmetric_kl": lambda y, z: kl(softmax(y), softmax(z)) + kl(softmax(z), softmax(y)),
+    "l2": lambda y, z: float(((y - z) ** 2).sum(1).sqrt().mean()),
+    "mmd": mmd,
 }
 
 
@@ -93,10 +106,10 @@ class Trusted:
         self.name = name
         self.weights: Weights | None = weights if name == "pretrained" else None
 
-    def probabilities(self, weights: Weights, x: Tensor, noisy: Tensor) -> Tensor:
+    def outputs(self, weights: Weights, x: Tensor, noisy: Tensor) -> Tensor:
         if self.name == "input_noise":
-            return probabilities(weights, noisy)
-        return probabilities(weights if self.weights is None else self.weights, x)
+            return outputs(weights, noisy)
+        return outputs(weights if self.weights is None else self.weights, x)
 
     def advance(self, weights: Weights) -> None:
         if self.name == "previous" or (self.name == "ema" and self.weights is None):
@@ -135,7 +148,7 @@ def test_radius_and_update_by_hand(name: str, divergence: str, metric: str) -> N
         model.referenced.clear()
         optimizer.step(lambda x=x, y=y: backward(optimizer, model, x, y))
         noisy = model.referenced[0] if model.referenced else x
-        reference, current = trusted.probabilities(weights, x, noisy), probabilities(weights, x)
+        reference, current = trusted.outputs(weights, x, noisy), outputs(weights, x)
         distance = DISTANCES[divergence](reference, current)
         trusted.advance(weights)
         radii = (SCALE * distance, 0.5 * SCALE * distance)
