@@ -9,7 +9,7 @@ import torch
 
 from samopt import sharpness
 from tests.cases import batch, mlp
-from tests.test_sharpness_curvature import Weights, normal, quadratic, symmetric
+from tests.quadratics import Weights, normal, quadratic, symmetric
 
 
 @pytest.mark.parametrize("adaptive", [False, True, "asam"])

@@ -13,31 +13,7 @@ import samopt
 from samopt import sharpness
 from samopt.sharpness.spectrum import tridiagonalize
 from tests.cases import batch, mlp
-
-
-class Weights(nn.Module):
-    """Free parameters in fp64."""
-
-    def __init__(self, *values):
-        super().__init__()
-        for index, value in enumerate(values):
-            self.register_parameter(f"w{index}", nn.Parameter(torch.as_tensor(value, dtype=torch.float64)))
-
-    def vector(self):
-        return torch.cat([parameter.flatten() for parameter in self.parameters()])
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def symmetric(size, seed=0):
-    matrix = normal(size, size, seed=seed)
-    return (matrix + matrix.T) / 2
-
-
-def quadratic(matrix):
-    return lambda model, batch: 0.5 * model.vector() @ matrix @ model.vector()
+from tests.quadratics import Weights, normal, quadratic, symmetric
 
 
 def flat_loss(model, data):

@@ -13,30 +13,7 @@ from torch import nn
 import samopt
 from samopt import sharpness
 from tests.cases import batch, mlp
-
-
-class Weights(nn.Module):
-    """Free parameters in fp64, for losses written out by hand."""
-
-    def __init__(self, *values):
-        super().__init__()
-        for index, value in enumerate(values):
-            self.register_parameter(f"w{index}", nn.Parameter(torch.as_tensor(value, dtype=torch.float64)))
-
-    def vector(self):
-        return torch.cat([parameter.flatten() for parameter in self.parameters()])
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def linear_loss(slope):
-    return lambda model, batch: model.vector() @ slope
-
-
-def quadratic_loss(matrix, slope):
-    return lambda model, batch: 0.5 * model.vector() @ matrix @ model.vector() + slope @ model.vector()
+from tests.quadratics import Weights, linear, normal, quadratic
 
 
 def positive(values):
@@ -70,9 +47,7 @@ def test_of_a_linear_loss_is_the_dual_norm_of_its_slope(norm, adaptive):
         "asam": torch.cat([model.w0.flatten().abs() + 0.01, torch.ones(4, dtype=torch.float64)]),
     }[adaptive].detach()
     dual = float((lengths * slope).norm() if norm == "l2" else (lengths * slope).abs().sum())
-    result = sharpness.worst_case(
-        model, linear_loss(slope), [None], rho=0.3, norm=norm, adaptive=adaptive, eta=eta, steps=4
-    )
+    result = sharpness.worst_case(model, linear(slope), [None], rho=0.3, norm=norm, adaptive=adaptive, eta=eta, steps=4)
     torch.testing.assert_close(torch.tensor(result.curve), torch.full((4,), 0.3 * dual), rtol=1e-6, atol=0)
 
 
@@ -81,7 +56,7 @@ def test_of_a_quadratic_solves_the_trust_region_problem(rho):
     matrix, slope = positive([0.5, 1.0, 2.0, 4.0, 5.0]), normal(5, seed=3)
     model = Weights(normal(5, seed=4))
     gradient = (matrix @ model.vector() + slope).detach()
-    result = sharpness.worst_case(model, quadratic_loss(matrix, slope), [None], rho=rho, steps=200)
+    result = sharpness.worst_case(model, quadratic(matrix, slope), [None], rho=rho, steps=200)
     assert result.value == pytest.approx(worst_quadratic(matrix, gradient, rho), rel=1e-5)
 
 
@@ -91,7 +66,7 @@ def test_of_a_quadratic_in_the_adaptive_ball_is_that_of_the_rescaled_quadratic()
     lengths = model.vector().abs().detach()
     gradient = lengths * (matrix @ model.vector() + slope).detach()
     rescaled = lengths[:, None] * matrix * lengths
-    result = sharpness.worst_case(model, quadratic_loss(matrix, slope), [None], rho=0.7, adaptive=True, steps=200)
+    result = sharpness.worst_case(model, quadratic(matrix, slope), [None], rho=0.7, adaptive=True, steps=200)
     assert result.value == pytest.approx(worst_quadratic(rescaled, gradient, 0.7), rel=1e-5)
 
 
@@ -188,7 +163,7 @@ def test_is_zero_at_a_maximum_and_at_radius_zero():
         model, lambda model, batch: -((model.vector() - torch.tensor([1.0, 2.0]).double()) ** 2).sum(), [None], rho=0.5
     )
     assert downhill.value == 0
-    assert sharpness.worst_case(model, linear_loss(normal(2)), [None], rho=0.0).value == 0
+    assert sharpness.worst_case(model, linear(normal(2)), [None], rho=0.0).value == 0
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

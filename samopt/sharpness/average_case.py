@@ -17,7 +17,7 @@ from samopt.sharpness.ball import AdaptiveOption, Ball
 from samopt.sharpness.losses import LossFn
 from samopt.sharpness.progress import ProgressOption
 from samopt.sharpness.results import Result, mean_and_error
-from samopt.sharpness.streams import stream
+from samopt.sharpness.streams import seed_of, stream
 from samopt.sharpness.subject import FORWARD, measuring
 from samopt.sharpness.weights import Selection
 
@@ -170,7 +170,7 @@ def average_case(
 
 def _shake(placement: Placement, ball: Ball, sign: int, key: tuple[int, int, int]) -> None:
     """Move every weight by ``sign * T u``; equal keys give equal ``u``."""
-    rounding = RoundingNoise(hash((*key, sign))).source()
+    rounding = RoundingNoise(seed_of("rounding", *key, sign)).source()
     for index, centre in enumerate(placement.origin):
         noise = _draw(centre, ball, stream(centre.device, "noise", *key, index)).mul_(sign * ball.rho)
         if (lengths := ball.lengths(centre)) is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samopt.sharpness.extras import require
 from samopt.sharpness.losses import LossFn
-from samopt.sharpness.operators import GAUSS_NEWTON_COST, HESSIAN_COST, Curvature, curvature, dot
+from samopt.sharpness.operators import Curvature, curvature, dot, product_cost
 from samopt.sharpness.progress import ProgressOption
 from samopt.sharpness.results import Result
 from samopt.sharpness.streams import stream
@@ -140,7 +140,7 @@ def spectral_density(
         name="spectral density",
         parameters=parameters,
         mode=mode,
-        cost_per_batch=samples * steps * (HESSIAN_COST if matrix == "hessian" else GAUSS_NEWTON_COST),
+        cost_per_batch=samples * steps * product_cost(matrix),
         progress=progress,
     ) as subject:
         product = curvature(subject, matrix)

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-__all__ = ["stream"]
+__all__ = ["seed_of", "stream"]
 
 
 def stream(device: torch.device, *key: int | str) -> torch.Generator:
@@ -16,5 +16,13 @@ def stream(device: torch.device, *key: int | str) -> torch.Generator:
         device: Where it draws.
         *key: What the numbers are for: a seed and what tells this draw from others.
     """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def seed_of(*key: int | str) -> int:
+    """Return a seed of 56 bits that depends on the key alone.
+
+    Args:
+        *key: As for ``stream``.
+    """
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from samopt.sharpness.losses import LossFn
-from samopt.sharpness.operators import GAUSS_NEWTON_COST, HESSIAN_COST, curvature, dot
+from samopt.sharpness.operators import curvature, dot, product_cost
 from samopt.sharpness.progress import ProgressOption
 from samopt.sharpness.results import Result, mean_and_error
 from samopt.sharpness.streams import stream
@@ -99,7 +99,6 @@ def hessian_trace(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    per_product = HESSIAN_COST if matrix == "hessian" else GAUSS_NEWTON_COST
     with measuring(
         model,
         loss_fn,
@@ -107,7 +106,7 @@ def hessian_trace(
         name="trace",
         parameters=parameters,
         mode=mode,
-        cost_per_batch=samples * per_product,
+        cost_per_batch=samples * product_cost(matrix),
         progress=progress,
     ) as subject:
         product = curvature(subject, matrix)
