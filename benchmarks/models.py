@@ -49,7 +49,7 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, image_size: int, classes: int, patch: int = 2, width: int = 32, depth: int = 2, heads: int = 4
+        self, image_size: int, classes: int, patch: int = 4, width: int = 32, depth: int = 2, heads: int = 2
     ) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, width, patch, stride=patch)

@@ -34,8 +34,8 @@ ARENAS = {
     arena.task: arena
     for arena in (
         Arena("digits", "sgd", _SGD, epochs=20, train_size=None),
-        Arena("digits_vit", "adamw", _ADAMW, epochs=12, train_size=None),
-        Arena("fashion_small", "sgd", _SGD, epochs=10, train_size=2000),
+        Arena("digits_vit", "adamw", _ADAMW, epochs=15, train_size=None),
+        Arena("fashion_small", "sgd", _SGD, epochs=10, train_size=1000),
     )
 }
 """By name of the task."""

@@ -129,11 +129,11 @@ FASHION_MNIST = TASKS.add(
 FASHION_SMALL = TASKS.add(
     Task(
         name="fashion_small",
-        summary="the same with 2,000 training images and a ConvNet that halves the image at once, for many runs",
+        summary="the same with 1,000 training images and a ConvNet that halves the image at once, for many runs",
         classes=10,
         epochs=10,
         batch_size=64,
-        train_size=2000,
+        train_size=1000,
         load=_load,
         build_model=_build_small_model,
     )
