@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -185,6 +187,39 @@ def test_the_optimizer_that_the_arguments_name_is_the_base(tmp_path):
         )
 
     assert_same(trainer, model, by_hand, hf.train_by_hand(by_hand, hf.batches_of(data), base=sgd))
+
+
+class Halving(torch.optim.AdamW):
+    """Stands in for APOLLO, which projects the gradients of groups that have a rank: it halves them."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"] if "rank" in group else ():
+                p.grad *= 0.5
+        return super().step(closure)
+
+
+def test_the_target_modules_of_a_low_rank_optimizer(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apollo_torch", SimpleNamespace(APOLLOAdamW=Halving))
+    monkeypatch.setattr("transformers.trainer_optimizer.is_apollo_torch_available", lambda: True)
+    data = hf.classification()
+    model, by_hand = hf.bert(), hf.bert()
+    targets = ["attention", "intermediate"]
+    options = {"base": None, "optim": "apollo_adamw", "optim_target_modules": targets, "learning_rate": 1e-2}
+    trainer = hf.make_trainer(tmp_path, model, data, gradient_accumulation_steps=2, **options)
+    trainer.train()
+
+    def halving(model):
+        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        chosen = {name for name in linear if any(target in name for target in targets)}
+        assert 0 < len(chosen) < len(linear)
+        others = [p for name, p in model.named_parameters() if name not in chosen]
+        low_rank = [p for name, p in model.named_parameters() if name in chosen]
+        return Halving([{"params": others}, {"params": low_rank, "rank": 1}], lr=1e-2)
+
+    history = hf.train_by_hand(by_hand, hf.batches_of(data), hf.undivided_loss, base=halving, accumulate=2)
+    assert_same(trainer, model, by_hand, history)
+    assert isinstance(trainer.sam_optimizer.base_optimizer, Halving)
 
 
 def test_options_of_a_parameter_group_are_kept(tmp_path):
