@@ -16,11 +16,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from samopt.integrations.lightning import SharpnessAwareTraining, is_second_pass
+from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor, is_second_pass
 from tests import lit
 
 RANKS = 2
 Batch = Sequence[Tensor]
+MEASURES: dict[str, dict[str, Any]] = {"worst_case": {"rho": 0.1, "steps": 2}, "per_layer": {"rho": 0.1, "steps": 1}}
+EXAMPLES = 8
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "per rank": {"options": {}},
@@ -29,12 +31,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "synced, accumulating": {"options": {"sync_perturbation": True}, "accumulate": 3},
     "asam, bucket views": {"variant": "asam", "options": {}, "strategy": {"gradient_as_bucket_view": True}},
     "static graph": {"options": {"sync_perturbation": True}, "strategy": {"static_graph": True}},
+    "static graph, per rank": {"options": {}, "strategy": {"static_graph": True}},
     "unused parameters": {"options": {}, "strategy": {"find_unused_parameters": True}},
     "no radius": {"options": {"rho": 0.0}, "accumulate": 2},
     "infinite on one rank": {"options": {}, "trouble": "infinite"},
     "zero on one rank": {"options": {}, "trouble": "zero"},
     "sharded": {"options": {}, "sharded": True},
     "sharded, accumulating": {"variant": "asam", "options": {}, "sharded": True, "accumulate": 3},
+    "monitored": {"options": {}, "monitored": True},
     "tram": {"variant": "tram", "options": {"scale": 20.0}},
 }
 
@@ -125,9 +129,10 @@ def main(folder: Path) -> None:
             module = Sharded()
             exchanges = Callback()
             strategy = ModelParallelStrategy(RANKS, 1, process_group_backend="gloo")
+        monitor = SharpnessMonitor(MEASURES, every_n_steps=5, examples=EXAMPLES, max_fraction=None)
         trainer = lit.trainer(
             folder,
-            [callback, exchanges],
+            [callback, exchanges, *([monitor] if scenario.get("monitored") else [])],
             devices=RANKS,
             strategy=strategy,
             max_epochs=1,
@@ -139,6 +144,7 @@ def main(folder: Path) -> None:
             "weights": {name: whole(value) for name, value in module.net.state_dict().items()},
             "exchanges": getattr(exchanges, "counts", []),
             "logged": {key: float(value) for key, value in trainer.callback_metrics.items()},
+            "history": monitor.history,
         }
         torch.save(result, folder / f"{name}.{trainer.global_rank}.pt")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import samopt
+from samopt import sharpness
 from tests import cases, lit_ddp
 
 pytestmark = [pytest.mark.lightning, pytest.mark.slow]
@@ -37,8 +38,11 @@ def results(tmp_path_factory):
     }
 
 
-def train_both_by_hand(sam, *, synced, accumulate):
-    """Both ranks' passes one after the other in one process; gradients are averaged as DDP does."""
+def train_both_by_hand(sam, *, synced, accumulate, synced_once=False):
+    """Both ranks' passes one after the other in one process; gradients are averaged as DDP does.
+
+    With ``synced_once``, the first step's perturbation is synced.
+    """
     module = lit_ddp.Module()
     parameters = list(module.parameters())
     base = module.configure_optimizers()
@@ -60,7 +64,7 @@ def train_both_by_hand(sam, *, synced, accumulate):
     for start in range(0, len(batches[0]), accumulate):
         window = range(start, min(start + accumulate, len(batches[0])))
         first = [gradients(rank, window) for rank in range(lit_ddp.RANKS)]
-        if synced:
+        if synced or (synced_once and start == 0):
             first = [average(first)] * lit_ddp.RANKS
         second = []
         for rank in range(lit_ddp.RANKS):
@@ -90,6 +94,7 @@ def test_replicas_are_equal(name, results):
         ("synced, accumulating", samopt.SAM),
         ("asam, bucket views", samopt.ASAM),
         ("static graph", samopt.SAM),
+        ("static graph, per rank", samopt.SAM),
         ("unused parameters", samopt.SAM),
         ("no radius", functools.partial(samopt.SAM, rho=0.0)),
     ],
@@ -97,7 +102,12 @@ def test_replicas_are_equal(name, results):
 def test_the_loop_by_hand(name, sam, results):
     scenario = lit_ddp.SCENARIOS[name]
     synced = scenario["options"].get("sync_perturbation", False)
-    net = train_both_by_hand(sam, synced=synced, accumulate=scenario.get("accumulate", 1))
+    net = train_both_by_hand(
+        sam,
+        synced=synced,
+        accumulate=scenario.get("accumulate", 1),
+        synced_once=name == "static graph, per rank",  # torch cannot leave out a static graph's first exchange
+    )
     cases.assert_same(results[name][0]["weights"], dict(net.state_dict()))
 
 
@@ -123,3 +133,36 @@ def test_trouble_on_one_rank_does_not_stop_the_others(results):
         weights = results[name][0]["weights"]
         assert all(torch.isfinite(value).all() for value in weights.values())
         assert not torch.equal(weights["0.weight"], results["per rank"][0]["weights"]["0.weight"])
+
+
+def test_every_rank_logs_the_mean_of_what_all_measured(results):
+    """Each measures on its own batches; the run is the unmonitored one."""
+    ours = results["monitored"][0]
+    cases.assert_same(ours["weights"], results["per rank"][0]["weights"])
+    module = lit_ddp.Module()
+    module.net.load_state_dict(ours["weights"])
+    measured = []
+    for rank in range(lit_ddp.RANKS):
+        batches = lit_ddp.batches_of(rank)[:2]
+        assert sum(len(labels) for _, labels in batches) == lit_ddp.EXAMPLES
+        measured.append(
+            [
+                sharpness.worst_case(
+                    module.net, sharpness.cross_entropy, batches, adaptive=True, **lit_ddp.MEASURES["worst_case"]
+                ).value,
+                *(
+                    layer.value
+                    for layer in sharpness.per_layer(
+                        module.net, sharpness.cross_entropy, batches, adaptive=True, **lit_ddp.MEASURES["per_layer"]
+                    ).layers.values()
+                ),
+            ]
+        )
+    expected = [sum(values) / lit_ddp.RANKS for values in zip(*measured, strict=True)]
+    names = ("worst_case", "per_layer/net.0", "per_layer/net.3")
+    for result in results["monitored"]:
+        assert list(result["history"]) == [5]
+        logged = [result["history"][5][f"sharpness/{name}"] for name in names]
+        assert logged == pytest.approx(expected, rel=1e-5)
+        assert result["logged"]["sharpness/sam"] == result["history"][5]["sharpness/sam"]
+    assert results["monitored"][0]["history"] == results["monitored"][1]["history"]

@@ -67,16 +67,6 @@ def test_strategies(kind, reason, tmp_path):
         SharpnessAwareTraining().setup(trainer, module, "fit")
 
 
-def test_a_static_graph_without_exchange(tmp_path):
-    trainer = lit.trainer(tmp_path)
-    trainer.strategy.model = module = lit.Module()
-    trainer.strategy.optimizers = [module.configure_optimizers()]
-    module.static_graph = True
-    with pytest.raises(ValueError, match=r"static_graph=True\) must exchange.*use .*sync_perturbation=True"):
-        SharpnessAwareTraining().on_fit_start(trainer, module)
-    SharpnessAwareTraining(sync_perturbation=True).on_fit_start(trainer, module)
-
-
 def test_nothing_is_refused_outside_a_fit(tmp_path):
     """Validation, testing and prediction never see the callback."""
 

@@ -13,7 +13,6 @@ from samopt import SharpnessAwareOptimizer
 __all__ = [
     "refuse_scaled_metric",
     "refuse_sharded_measurement",
-    "refuse_static_graph",
     "refuse_unsupported_optimizer",
     "refuse_unsupported_run",
 ]
@@ -102,22 +101,6 @@ def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -
         raise ValueError(
             f"the Fisher metric depends on the size of the gradients, which the GradScaler multiplies and a fused "
             f'{type(base).__name__} divides only in its step; use fused=False, or Trainer(precision="bf16-mixed")'
-        )
-
-
-def refuse_static_graph(trainer: Trainer) -> None:
-    """Raise if the model must exchange gradients in its very first backward pass.
-
-    Args:
-        trainer: The trainer.
-
-    Raises:
-        ValueError: If it must.
-    """
-    if getattr(trainer.strategy.model, "static_graph", False):
-        raise ValueError(
-            "DDPStrategy(static_graph=True) must exchange gradients in its first backward pass, but by default each "
-            "process perturbs along its own; use SharpnessAwareTraining(sync_perturbation=True), or static_graph=False"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
+from samopt.distributed import unsynced
 from samopt.replay import RngState, save_buffers
 
 from ..inputs import independent_copy
@@ -167,9 +168,7 @@ class Run:
 
     def _exchange(self, exchanged: bool) -> AbstractContextManager[None]:
         """Return the context in which processes do or do not exchange gradients."""
-        block = getattr(self._strategy, "block_backward_sync", None)
-        context: AbstractContextManager[None] = nullcontext() if exchanged or block is None else block()
-        return context
+        return nullcontext() if exchanged else unsynced(self._strategy.model)
 
     @contextmanager
     def _uncounted(self) -> Generator[None]:

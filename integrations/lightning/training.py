@@ -16,7 +16,6 @@ from samopt import SharpnessAwareOptimizer, StepMetrics
 from .packages import Callback
 from .refusals import (
     refuse_scaled_metric,
-    refuse_static_graph,
     refuse_unsupported_optimizer,
     refuse_unsupported_run,
 )
@@ -136,8 +135,6 @@ class SharpnessAwareTraining(Callback):
         """
         given = trainer.optimizers[0]
         refuse_unsupported_optimizer(given)
-        if not self._sync_perturbation:
-            refuse_static_graph(trainer)
         if isinstance(given, SharpnessAwareOptimizer):
             self._refuse_second_choice(given)
             self.optimizer = given
