@@ -49,7 +49,8 @@ class TwoPasses:
         self._accelerator = accelerator
         self._model = model
         # Shards of a gradient belong together, so that sharded parameters have one perturbation.
-        self._per_rank = accelerator.num_processes > 1 and not sync_perturbation and not accelerator.is_fsdp2
+        synced = sync_perturbation or optimizer.sync_perturbation or accelerator.is_fsdp2
+        self._per_rank = accelerator.num_processes > 1 and not synced
         self._window: list[MicroBatch] = []
 
     def run(self, once: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor:
@@ -62,7 +63,7 @@ class TwoPasses:
         Returns:
             What ``once`` returned.
         """
-        if self.optimizer.direction is not None:  # the weights move and return by themselves, in one pass
+        if self.optimizer.is_one_pass:  # the weights move and return by themselves, in one pass
             return once()
         start = RngState.capture([self._accelerator.device])
         # Only gradients that a second pass replaces may stay unexchanged.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samopt.distributed import local_part
 
-__all__ = ["any_nonzero", "poison_unless"]
+__all__ = ["any_nonzero", "dense_gradients", "poison_unless"]
 
 
 def any_nonzero(groups: list[dict[str, Any]]) -> bool:
@@ -20,6 +20,32 @@ def any_nonzero(groups: list[dict[str, Any]]) -> bool:
         groups: Parameter groups.
     """
     return any(bool(_entries(gradient).count_nonzero()) for gradient in _gradients(groups))
+
+
+def dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of parameters that have one, to be written into: this rank's part of each.
+
+    A sharded gradient that waits to be summed, or lies otherwise than its parameter, is replaced by one that does not.
+
+    Args:
+        parameters: The parameters.
+
+    Raises:
+        ValueError: If a gradient is sparse.
+    """
+    gradients = []
+    for parameter in parameters:
+        gradient: Any = parameter.grad
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                f"the gradients of two passes are combined entry by entry, but one is {gradient.layout}; use "
+                "sparse=False in the embedding"
+            )
+        placements = getattr(parameter, "placements", None)
+        if placements is not None and gradient.placements != placements:
+            gradient = parameter.grad = gradient.redistribute(placements=placements)
+        gradients.append(local_part(gradient).detach())
+    return gradients
 
 
 def poison_unless(finite: Tensor, groups: list[dict[str, Any]]) -> None:

@@ -44,7 +44,7 @@ def refuse_without_callback(kind: type) -> None:
     trainer = getattr(module, "_trainer", None)
     if module is None or trainer is None or not module.automatic_optimization:
         return
-    if optimizer.direction is not None:
+    if optimizer.is_one_pass:
         return  # it is one pass
     name, base = type(optimizer).__name__, type(optimizer.base_optimizer).__name__
     callbacks = trainer.callbacks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
-from samopt.direction import Direction
-from samopt.distributed import reshard
+from samopt.direction import Direction, TakenDirection
+from samopt.distributed import reshard, unsynced
 from samopt.gradients import any_nonzero
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.observation import is_observed
 from samopt.perturbation import Perturbation, gradient_norm, largest_radius
+from samopt.replay import RngState, save_buffers
 
 if TYPE_CHECKING:
     from samopt.optimizer import SharpnessAwareOptimizer
@@ -46,6 +47,7 @@ class OnePass:
         self._direction = direction
         self._perturbation: Perturbation | None = None
         self._has_ascended = False
+        self._is_aside = False  # whether a first pass is running, at w
         self._has_stale_copies = False  # gathered from shards that have been put back since
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
@@ -61,11 +63,26 @@ class OnePass:
         """Whether the weights are at ``w + epsilon`` now."""
         return self._perturbation is not None
 
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether the direction has to be taken anew, in a pass of its own, before this step's ascent."""
+        return isinstance(self._direction, TakenDirection) and self._direction.is_due() and self._optimizer.may_move()
+
     def enter(self) -> None:
-        """Move the weights to ``w + epsilon``; does nothing where they are, or while there is no direction yet."""
-        if self._perturbation is not None:
+        """Move the weights to ``w + epsilon``; does nothing where they are, or while there is no direction yet.
+
+        Raises:
+            RuntimeError: If the direction has to be taken first.
+        """
+        if self._perturbation is not None or self._is_aside:
             return
         optimizer = self._optimizer
+        if self.needs_first_pass:
+            raise RuntimeError(
+                f"this step's direction, {type(self._direction).__name__}, has not been taken; where "
+                "optimizer.needs_first_pass is True, write 'with optimizer.first_pass(): criterion(model(x), "
+                "y).backward()' before the step's own forward, or use optimizer.step(closure)"
+            )
         targets = optimizer.targets_along(self._direction)
         self._has_ascended = True
         with torch.no_grad():
@@ -142,22 +159,50 @@ class OnePass:
         finally:
             self.leave()  # does nothing unless an interrupt hit the first one
 
-    def first_pass(self) -> AbstractContextManager[None]:
-        """Do nothing in the context: the gradients are those for the update."""
-        return nullcontext()
+    @contextmanager
+    def first_pass(self) -> Generator[None]:
+        """Take the direction in this context, if it is one to be taken; nothing else is left of the pass.
 
-    def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
-        """Run the one pass.
+        Raises:
+            RuntimeError: If the pass computed no gradients.
+        """
+        direction = self._direction
+        if not isinstance(direction, TakenDirection) or self._is_aside:
+            yield
+            return
+        self.be_exact()
+        optimizer = self._optimizer
+        parameters = optimizer.parameters()
+        aside = _Aside(parameters, self.model, optimizer.devices())
+        self._is_aside = True
+        try:
+            aside.begin()
+            with nullcontext() if optimizer.sync_perturbation else unsynced(self.model):
+                yield
+            direction.take(parameters)
+        finally:
+            self._is_aside = False
+            aside.end()
+
+    def run(
+        self, closure: Callable[[], Any], results: list[Any], ascent_closure: Callable[[], Any] | None = None
+    ) -> Any:
+        """Run the one pass, after one for the direction where that is due.
 
         Args:
             closure: Computes a gradient and returns its loss.
             results: Gets what the closure returned.
+            ascent_closure: Computes the gradient for the direction; None is ``closure``.
 
         Returns:
-            The same.
+            What the closure returned.
         """
-        with torch.enable_grad(), self.at_perturbed():
-            results.append(closure())
+        with torch.enable_grad():
+            if self.needs_first_pass:
+                with self.first_pass():
+                    (ascent_closure or closure)()
+            with self.at_perturbed():
+                results.append(closure())
         self.loss = results[-1]
         self._measure()
         return results[-1]
@@ -217,6 +262,27 @@ class OnePass:
         )
 
 
+class _Aside:
+    """What a pass at ``w`` changes besides the weights, kept to be put back: gradients, buffers, random streams."""
+
+    def __init__(self, parameters: list[Tensor], model: nn.Module | None, devices: list[torch.device]) -> None:
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
+        self._buffers = [] if model is None else save_buffers(model)
+        self._random = RngState.capture(devices)
+
+    def begin(self) -> None:
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+
+    def end(self) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        for saved in self._buffers:
+            saved.restore()
+        self._random.restore()
+        torch.clear_autocast_cache()
+
+
 class _Follower:
     """The hooks; copies of a hooked model get inert ones."""
 
@@ -240,13 +306,13 @@ class _Follower:
     def before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        if module.training and torch.is_grad_enabled() and is_observed():
+        if self._trains(module):
             self._call(self._enter)
         else:
             self._call(self._be_exact)
 
     def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_observed():
+        if torch.compiler.is_compiling() or not self._trains(module):
             return
         tensors = [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
         for tensor in tensors:
@@ -269,6 +335,10 @@ class _Follower:
 
     def __reduce__(self) -> tuple[type[_Follower], tuple[()]]:
         return _Follower, ()
+
+    @staticmethod
+    def _trains(module: nn.Module) -> bool:
+        return module.training and torch.is_grad_enabled() and is_observed()
 
     @staticmethod
     def _call(reference: _Reference | None) -> None:

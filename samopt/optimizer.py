@@ -13,7 +13,8 @@ from torch.optim.optimizer import ParamsT
 
 from samopt import kernels
 from samopt.amp import calling_scaler_stage, is_unscaling
-from samopt.direction import Direction, named_direction
+from samopt.combination import Combination, check_combination
+from samopt.direction import Direction, GradientDirection, Momentum, StatefulDirection, named_direction
 from samopt.distributed import refuse_unsupported
 from samopt.geometry import Metric
 from samopt.lightning_trainer import is_trainer_closure, refuse_without_callback
@@ -50,9 +51,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         rho: Radius of the ball, >= 0, in the metric's norm. 0 is the base optimizer alone.
         eta: Stabiliser of the metric, >= 0.
         norm: "l2", or "linf" for ``epsilon = rho T sign(g)``.
-        direction: "gradient": this batch's, which takes a pass of its own. "momentum", or an object from
-            ``samopt.direction``: known before the batch, so that a step is one pass and the training loop stays as it
-            is (``loss.backward(); optimizer.step()``); needs ``model``, or the closure form.
+        direction: "gradient": this batch's, which takes a pass of its own. "momentum": known before the batch, so that
+            a step is one pass and the training loop stays as it is (``loss.backward(); optimizer.step()``); needs
+            ``model``, or the closure form. Or an object from ``samopt.direction``.
+        combination: What the base gets of both gradients, an object from ``samopt.combination``; None is the second.
         model: The module that the passes run. When given, the second pass replays dropout masks, and buffers such as
             normalisation statistics are left as by the first pass. Give the outermost module that your loop calls
             (the ``torch.compile``d or DDP one).
@@ -83,7 +85,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         rho: float,
         eta: float,
         norm: str = "l2",
-        direction: str | Direction = "gradient",
+        direction: str | Direction | GradientDirection = "gradient",
+        combination: Combination | None = None,
         model: nn.Module | None = None,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -99,18 +102,24 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             raise ValueError(f'backend must be "auto" or one of {sorted(kernels.BACKENDS)}, got {backend!r}')
         check_nonnegative("rho", rho)
         check_nonnegative("eta", eta)
+        uphill = named_direction(direction)
+        check_combination(combination, one_pass=isinstance(uphill, Direction))
         base = build_base(params, base_optimizer, base_kwargs, type(self).__name__)
         check_model(model, base, type(self).__name__)
-        refuse_unsupported(model, base, one_pass=direction != "gradient")
+        if isinstance(uphill, Momentum):
+            uphill.check(base)
+        refuse_unsupported(model, base, one_pass=isinstance(uphill, Direction))
         super().__init__(base, {"rho": rho, "eta": eta, "perturb": True})
         self.metric = metric
         self.norm = norm
-        self.sync_perturbation = sync_perturbation
+        # What is kept from gradients, or made of them for the base, must be the same on every rank.
+        self.sync_perturbation = sync_perturbation or combination is not None or isinstance(uphill, GradientDirection)
         self.backend = backend
         self.measure_grad_norms = measure_grad_norms
         self._rounding = RoundingNoise(seed) if stochastic_rounding else None
         self._stall = StallDetector() if warn_on_stall else None
-        self.direction = named_direction(direction)
+        self.direction = uphill
+        self.combination = combination
         self._set_up_passes(model)
 
     def __init_subclass__(cls) -> None:
@@ -132,8 +141,13 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """Whether the weights are at ``w + epsilon`` now: in two-pass form, whether the second pass is running."""
         return self._passes.is_perturbed
 
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether a gradient at ``w`` has to be taken for this step's ascent."""
+        return self._passes.needs_first_pass
+
     @with_step_hooks
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, ascent_closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights.
 
         With a closure, both passes happen inside: it is called at ``w``, then at ``w + epsilon``. Without one, both
@@ -142,9 +156,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         Args:
             closure: Clears the gradients, computes the loss of the whole batch, calls backward and returns the loss:
                 a tensor, or a dict or tuple that holds it. Do not call backward before.
+            ascent_closure: The same for the gradient that is ascended along, on part of the batch, say; for
+                ``direction=ReusedGradient()``.
 
         Returns:
-            What the closure returned in the first pass; None without a closure.
+            What the closure returned when it was first called; None without a closure.
 
         Raises:
             RuntimeError: If there was no perturbed pass since the last step, the weights are still perturbed, or a
@@ -166,9 +182,9 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 "passes yourself: scaler.scale(loss).backward(), then 'with optimizer.perturbed(): "
                 "scaler.scale(criterion(model(x), y)).backward()', then scaler.step(optimizer)"
             )
-        if self.direction is None and is_trainer_closure(closure):
+        if not self.is_one_pass and is_trainer_closure(closure):
             return self._step_after(closure)
-        return self._step_with(closure)
+        return self._step_with(closure, ascent_closure)
 
     @contextmanager
     def perturbed(self, loss: Any = None) -> Generator[PassHandle]:
@@ -195,7 +211,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def first_pass(self) -> AbstractContextManager[None]:
         """Run the first pass, forward and backward, inside this context: its gradients stay on their rank.
 
-        That is ``DistributedDataParallel.no_sync()`` where ``model`` is, or holds, a DDP module and each rank perturbs
+        With ``direction=ReusedGradient()`` they become the direction, and nothing else is left of the pass. Otherwise
+        it is ``DistributedDataParallel.no_sync()`` where ``model`` is, or holds, a DDP module and each rank perturbs
         along its own gradient; anywhere else nothing changes, so a loop may have it on one device too. Without it, the
         gradients are averaged as ever, and so is the perturbation. ``step(closure)`` does this by itself.
 
@@ -282,6 +299,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 taken.append((parameter, gradient))
                 if moves and gradient is not None:
                     targets.append(Target(parameter, gradient.detach(), region))
+        if self._turning is not None and targets:
+            with torch.no_grad():
+                turned = self._turning.turn([t.weight for t in targets], [t.direction for t in targets])
+            targets = [Target(t.weight, d, t.region) for t, d in zip(targets, turned, strict=True)]
         return taken if any(gradient is not None for _, gradient in taken) else [], targets
 
     def radius(self, group: dict[str, Any]) -> Radius:
@@ -294,7 +315,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         return radius
 
     def may_move(self) -> bool:
-        """Return whether any group moves, as far as the host can tell."""
+        """Return whether any group moves in this step, as far as the host can tell."""
+        return self.is_on() and (self.combination is None or self.combination.is_due())
+
+    def is_on(self) -> bool:
+        """Return whether any group has a positive ``rho``, so that this is more than the base optimizer."""
         rhos = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
         return any(isinstance(rho, Tensor) or rho > 0 for rho in rhos)
 
@@ -337,9 +362,13 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         if self._rounding is not None:
             self._rounding.advance()
 
+    def parameters(self) -> list[Tensor]:
+        """Return every parameter, in the order of the groups."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     def devices(self) -> list[torch.device]:
         """Return the devices of the parameters."""
-        return list(dict.fromkeys(p.device for group in self.param_groups for p in group["params"]))
+        return list(dict.fromkeys(parameter.device for parameter in self.parameters()))
 
     def validate_groups(self) -> None:
         """Raise if an option of a group is out of range.
@@ -356,6 +385,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         return super().__getstate__() | {
             "metric": self.metric,
             "direction": self.direction,
+            "combination": self.combination,
             "norm": self.norm,
             "sync_perturbation": self.sync_perturbation,
             "backend": self.backend,
@@ -375,11 +405,20 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             self._passes.note_unscaling()
 
     def _set_up_passes(self, model: nn.Module | None) -> None:
+        direction = self.direction
+        self._turning = direction if isinstance(direction, GradientDirection) else None
+        self._stateful: dict[str, StatefulDirection | Combination] = {}
+        if isinstance(direction, StatefulDirection):
+            self._stateful["direction"] = direction
+        if self.combination is not None:
+            self._stateful["combination"] = self.combination
+        self.is_one_pass = isinstance(direction, Direction)
+        """Whether the direction is known before a step's gradient, so that its one pass is at ``w + epsilon``."""
         self._passes: Passes
-        if self.direction is None:
-            self._passes = TwoPass(self, model, self._observers(model))
+        if isinstance(direction, Direction):
+            self._passes = OnePass(self, model, direction)
         else:
-            self._passes = OnePass(self, model, self.direction)
+            self._passes = TwoPass(self, model, self._observers(model))
 
     def _observers(self, model: nn.Module | None) -> Iterable[PassObserver]:
         """Return what else wants to know when passes begin and end."""
@@ -387,24 +426,35 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _before_update(self) -> None:
         """Act on the weights as the base optimizer is about to find them; the gradients are the final ones."""
+        for part in self._stateful.values():
+            part.advance()
 
     def _own_state(self) -> dict[str, Any]:
-        return {} if self._rounding is None else {"rounding": self._rounding.position}
+        own: dict[str, Any] = {} if self._rounding is None else {"rounding": self._rounding.position}
+        parameters = self.parameters()
+        for name, part in self._stateful.items():
+            if state := part.state_dict(parameters):
+                own[name] = state
+        return own
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
+        own = own or {}
         if self._rounding is not None:
-            self._rounding.position = (own or {}).get("rounding", 0)
+            self._rounding.position = own.get("rounding", 0)
+        parameters = self.parameters()
+        for name, part in self._stateful.items():
+            part.load_state_dict(own.get(name, {}), parameters)
         if self._stall is not None and self.state:
             self._stall.dismiss()  # a run that goes on is past its start
         self._passes.reset()
 
-    def _step_with(self, closure: Callable[[], Any]) -> Any:
+    def _step_with(self, closure: Callable[[], Any], ascent_closure: Callable[[], Any] | None) -> Any:
         """Give the base optimizer a closure that delivers the perturbed gradient at ``w``, as often as it asks."""
         self.validate_groups()
         first_losses: list[Any] = []
 
         def oracle() -> Any:
-            loss = self._passes.run(closure, first_losses)
+            loss = self._passes.run(closure, first_losses, ascent_closure)
             self._before_update()
             return loss
 

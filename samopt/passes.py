@@ -41,6 +41,10 @@ class Passes(Protocol):
     def is_perturbed(self) -> bool:
         """Whether the weights are at ``w + epsilon`` now."""
 
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether a gradient at ``w`` has to be taken for this step's ascent."""
+
     def ascend(self, first_loss: Any = None) -> object:
         """Move the weights to ``w + epsilon``."""
 
@@ -51,9 +55,11 @@ class Passes(Protocol):
         """Be at ``w + epsilon`` inside the context, exactly at ``w`` after."""
 
     def first_pass(self) -> AbstractContextManager[None]:
-        """Keep gradients that only decide the perturbation on their rank, in the context."""
+        """Take a gradient that only decides the perturbation in the context; where it may, it stays on its rank."""
 
-    def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
+    def run(
+        self, closure: Callable[[], Any], results: list[Any], ascent_closure: Callable[[], Any] | None = None
+    ) -> Any:
         """Leave the gradient at ``w + epsilon`` in place; append what the closure first returned to ``results``."""
 
     def settle(self, what: str) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samopt.distributed import abandon_pass, reshard, runs_on_several_ranks
+from samopt.combination import Combination
+from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.geometry import Metric
+from samopt.gradients import dense_gradients
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.perturbation import Perturbation, Target, gradient_norm, largest_radius
 from samopt.replay import Replay, RngState
@@ -34,9 +36,11 @@ class SecondPass:
         first_loss: What the first pass returned.
         measure_grad_norms: Whether to measure both gradient norms.
         may_move: Whether some rank may have targets; all of them know, and agree.
+        keep_gradients: Whether the first gradients are needed after the pass; their memory is left alone then.
 
     Attributes:
         loss: Set it to the second pass's loss to have it in ``last_step``.
+        is_spoiled: Whether an interrupt left the gradients half combined.
     """
 
     def __init__(
@@ -50,8 +54,10 @@ class SecondPass:
         first_loss: Any,
         measure_grad_norms: bool,
         may_move: bool = True,
+        keep_gradients: bool = False,
     ) -> None:
         self.loss: Any = None
+        self.is_spoiled = False
         with torch.no_grad():
             self._perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
             norm = self._perturbation.gradient_norm() if measure_grad_norms else None
@@ -64,6 +70,7 @@ class SecondPass:
         everybody.
         """
         self._gradients = gradients
+        self._keep_gradients = keep_gradients
         self._moving = [target.weight for target in targets]
         self._backend = backend
         self._measure_grad_norms = measure_grad_norms
@@ -86,8 +93,10 @@ class SecondPass:
             parameter.grad = None
         replay.begin(start)
         if self.is_needed:
-            self._gradients.clear()  # now their memory is the perturbation's alone, unless the user holds them
-            self._metrics = replace(self._metrics, applied_radius=self._perturbation.apply(noise, consume=True))
+            if not self._keep_gradients:
+                self._gradients.clear()  # now their memory is the perturbation's alone, unless the user holds them
+            applied = self._perturbation.apply(noise, consume=not self._keep_gradients)
+            self._metrics = replace(self._metrics, applied_radius=applied)
         if self._perturbation.is_sharded:
             reshard(replay.model)
         self._perturbation.release_directions()
@@ -113,6 +122,21 @@ class SecondPass:
         if not self.is_needed:
             for parameter, gradient in self._gradients:
                 parameter.grad = gradient
+
+    def combine(self, combination: Combination) -> None:
+        """Make the base's gradients of both passes'; call it after ``leave``.
+
+        Args:
+            combination: The rule.
+        """
+        both = [(p, g) for p, g in self._gradients if g is not None and p.grad is not None]
+        parameters = [parameter for parameter, _ in both]
+        if self.is_needed and both:
+            self.is_spoiled = True
+            with torch.no_grad():
+                combination.combine(parameters, [local_part(g, p) for p, g in both], dense_gradients(parameters))
+            self.is_spoiled = False
+        self._gradients = []
 
     def measure(self) -> StepMetrics:
         """Return what both passes measured; call it after ``leave``, with the second gradients in place."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from samopt.direction import Direction, named_direction
 from samopt.geometry import Adaptive, Euclidean, Fisher, Metric
 from samopt.metrics import StepMetrics
 from samopt.optimizer import SharpnessAwareOptimizer
@@ -127,7 +128,8 @@ class TRAM(SharpnessAwareOptimizer):
                 f"{type(model).__name__}; pass the module that the training loop calls, as in "
                 "samopt.TRAM(base_optimizer, model=model)"
             )
-        if isinstance(self.trust_region, TrustRegion) and options.get("direction", "gradient") != "gradient":
+        direction = named_direction(options.get("direction", "gradient"))
+        if isinstance(self.trust_region, TrustRegion) and isinstance(direction, Direction):
             raise ValueError(
                 f"TRAM measures {type(self.trust_region).__name__} in the first pass, which "
                 f"direction={options['direction']!r} does without; leave direction= out, or give trust_region= a "
@@ -196,8 +198,7 @@ class TRAM(SharpnessAwareOptimizer):
                 "to take the radius from; pass as model= the module that the loop calls itself, and compile it with "
                 "torch.compile(model), not model.compile()"
             )
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        total, weight = sum_over_ranks(torch.stack(measured), model, parameters)
+        total, weight = sum_over_ranks(torch.stack(measured), model, self.parameters())
         mean: Tensor = total / weight.clamp(min=1)
         return mean
 
@@ -211,6 +212,7 @@ class TRAM(SharpnessAwareOptimizer):
         return replace(super().measured(second), distance=distance)
 
     def _before_update(self) -> None:
+        super()._before_update()
         if isinstance(self.trust_region, StatefulTrustRegion):
             with torch.no_grad():
                 self.trust_region.advance()

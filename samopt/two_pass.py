@@ -12,7 +12,7 @@ from torch import nn
 from torch.amp.grad_scaler import OptState
 
 from samopt.distributed import unsynced
-from samopt.gradients import any_nonzero, poison_unless
+from samopt.gradients import any_nonzero, dense_gradients, poison_unless
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.replay import PassObserver, Replay, RngState
 from samopt.second_pass import SecondPass
@@ -60,6 +60,11 @@ class TwoPass:
         """Whether the second pass is running."""
         return self._current is not None
 
+    @property
+    def needs_first_pass(self) -> bool:
+        """True: the direction is made from this step's gradient."""
+        return True
+
     def note_unscaling(self) -> None:
         """Note that a ``GradScaler`` divides the present gradients."""
         self._is_unscaled = True
@@ -86,8 +91,11 @@ class TwoPass:
                     "scaler.unscale_(optimizer) was called before the second pass; call it after the 'with "
                     "optimizer.perturbed():' block (the ascent needs no unscaling), or leave it to scaler.step"
                 )
-        elif optimizer.may_move() and any_nonzero(optimizer.param_groups):
-            raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {TWO_WAYS}")
+        elif optimizer.may_move():
+            if any_nonzero(optimizer.param_groups):
+                raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {TWO_WAYS}")
+        else:
+            self._complete()
 
     def reset(self) -> None:
         """Forget gradients and records, ready for the next first pass."""
@@ -99,16 +107,27 @@ class TwoPass:
         optimizer = self._optimizer
         return nullcontext() if optimizer.sync_perturbation or not optimizer.may_move() else unsynced(self.model)
 
-    def run(self, closure: Callable[[], Any], results: list[Any]) -> Any:
+    def run(
+        self, closure: Callable[[], Any], results: list[Any], ascent_closure: Callable[[], Any] | None = None
+    ) -> Any:
         """Run both passes.
 
         Args:
             closure: Computes a gradient and returns its loss.
             results: Gets what the closure returned in the first pass.
+            ascent_closure: Must be None.
 
         Returns:
             What the closure returned in the pass whose gradient is left in place.
+
+        Raises:
+            TypeError: If there is an ``ascent_closure``.
         """
+        if ascent_closure is not None:
+            raise TypeError(
+                "step() was given an ascent_closure, but the direction is the gradient that closure computes; use "
+                "direction=samopt.direction.ReusedGradient() to take it from another"
+            )
         self._replay.forget()
         start = self._replay.capture()
         with torch.enable_grad(), self.first_pass():
@@ -116,6 +135,7 @@ class TwoPass:
         if not self._optimizer.may_move():
             self._replay.forget()
             self.metrics = StepMetrics(loss=as_scalar(results[-1]), radius=torch.zeros(()))
+            self._complete()
             return results[-1]
         with self.at_perturbed(results[-1], start) as second:
             if not second.is_needed:
@@ -168,6 +188,7 @@ class TwoPass:
             first_loss=first_loss,
             measure_grad_norms=optimizer.measure_grad_norms,
             may_move=optimizer.may_move(),
+            keep_gradients=optimizer.combination is not None,
         )
         self._replay.use_devices(optimizer.devices())
         self._is_ready = False
@@ -214,13 +235,28 @@ class TwoPass:
         if second is None:
             return
         optimizer = self._optimizer
+        failed = failed or second.is_spoiled
         if failed:
             optimizer.base_optimizer.zero_grad()
         second.leave(self._replay, failed)
         if not failed:
+            if optimizer.may_move() and optimizer.combination is not None:
+                second.combine(optimizer.combination)
+            else:
+                self._complete()
             finite = second.first_gradients_finite()
             if finite is not None:
                 poison_unless(finite, optimizer.param_groups)
             self.metrics = optimizer.measured(second)
             self._is_ready = True
         self._current = None
+
+    def _complete(self) -> None:
+        """Make the base's gradients of those at ``w``, where the combination chose to leave out the second pass."""
+        optimizer = self._optimizer
+        if optimizer.combination is None or not optimizer.is_on():
+            return
+        parameters = [parameter for parameter in optimizer.parameters() if parameter.grad is not None]
+        if parameters:
+            with torch.no_grad():
+                optimizer.combination.complete(parameters, dense_gradients(parameters))

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import samopt
 
 Epsilon = Callable[[Sequence[Tensor], Sequence[Tensor | None], Sequence[float]], list[Tensor]]
+Textbook = Callable[[nn.Module, torch.optim.Optimizer, tuple[Tensor, Tensor]], Tensor]
+"""One step of a stock base by a paper's algorithm; returns the loss that the wrapper's ``step`` returns."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Variant:
     rho: float
     scale_invariant: bool = True
     """Whether a multiple of the gradient gives the same perturbation, as it meets under a ``GradScaler``."""
+
+    def textbook(self) -> Textbook:
+        """The paper's loop."""
+        return functools.partial(textbook_step, epsilon=self.epsilon)
 
 
 def in_fp64(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -88,6 +94,19 @@ VARIANTS = [
     Variant("fisher", samopt.FisherSAM, fisher_epsilon, 0.1, scale_invariant=False),
     Variant("tram", tram, tram_epsilon, 0.6),
 ]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """An optimizer whose step is more than a perturbation, with its paper's loop in fp64."""
+
+    name: str
+    wrap: Callable[..., samopt.SharpnessAwareOptimizer]
+    textbook: Callable[[], Textbook]
+    """Makes a stepper with a memory of its own."""
+    rho: float
+    needs_momentum: bool = False
+
 
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),

@@ -434,3 +434,17 @@ def test_hooks_go_with_the_optimizer() -> None:
     del optimizer
     gc.collect()
     assert watched() is None and not any(hooks)
+
+
+def test_a_backward_through_an_evaluation_is_at_the_exact_weights() -> None:
+    model, reference = mlp(torch.float64), mlp(torch.float64)
+    optimizer = one_pass(model)
+    loss_of(model, batch(torch.float64)).backward()
+    optimizer.step()
+    reference.load_state_dict(model.state_dict())
+    optimizer.zero_grad()
+    loss_of(model.eval(), batch(torch.float64, seed=1)).backward()
+    assert not optimizer.is_perturbed
+    expected = torch.autograd.grad(loss_of(reference, batch(torch.float64, seed=1)), list(reference.parameters()))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-14)

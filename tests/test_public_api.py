@@ -12,9 +12,15 @@ from tests.pages import REPOSITORY, Block, Heading, read
 # The names users may rely on. Adding one is a decision: it also needs an entry in docs/api.md and in CHANGELOG.md.
 PUBLIC = [
     "ASAM",
+    "GSAM",
+    "LESAM",
     "SAM",
     "TRAM",
+    "WSAM",
     "FisherSAM",
+    "FriendlySAM",
+    "LookSAM",
+    "MomentumSAM",
     "RhoScheduler",
     "SecondPass",
     "SharpnessAwareOptimizer",

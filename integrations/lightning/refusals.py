@@ -72,7 +72,7 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: If it cannot.
     """
-    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.direction is not None:
+    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.is_one_pass:
         raise ValueError(
             f"SharpnessAwareTraining runs a second pass, which {type(optimizer).__name__}(direction=...) does not "
             "need; leave the callback out"

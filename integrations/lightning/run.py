@@ -56,7 +56,8 @@ class Run:
         self._optimizer = optimizer
         # Shards of a gradient belong together, so that sharded parameters have one perturbation.
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
-        self._per_rank = trainer.world_size > 1 and not (sync_perturbation or is_sharded)
+        synced = sync_perturbation or optimizer.sync_perturbation or is_sharded
+        self._per_rank = trainer.world_size > 1 and not synced
         self._strategy = trainer.strategy
         self._training_step = self._strategy.training_step
         self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)

@@ -74,7 +74,7 @@ class Run:
         self._follow_schedule(trainer.state.global_step)
         loss = self._passes.run(once, again)
         scaler = trainer.accelerator.scaler
-        if scaler is not None and self._passes.optimizer.direction is None:  # in one pass, norms are measured later
+        if scaler is not None and not self._passes.optimizer.is_one_pass:  # in one pass, norms are measured later
             self._gradient_scale = scaler.scale(torch.ones((), device=loss.device))
         return loss
 

@@ -79,7 +79,7 @@ class SAMTrainerMixin(_Base):
     def is_second_pass(self) -> bool:
         """Whether the second pass is running: for code in ``compute_loss`` that must not count a batch twice."""
         optimizer = self.sam_optimizer
-        return optimizer is not None and optimizer.direction is None and optimizer.is_perturbed
+        return optimizer is not None and not optimizer.is_one_pass and optimizer.is_perturbed
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Create the Trainer's optimizer as ever, and remember it as the base.

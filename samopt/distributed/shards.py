@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,14 +57,29 @@ class Shards:
         Returns:
             The length, on the same device.
         """
-        combined = length.reshape(1).to(self.mesh.device_type)
+        return self._join(length, torch.amax if largest else vector_norm)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum over all parts of a number that this rank has for its own.
+
+        Cost: as for ``combine``. Every rank gets the same bits.
+
+        Args:
+            value: 0-dim.
+
+        Returns:
+            The sum, on the same device.
+        """
+        return self._join(value, torch.sum)
+
+    def _join(self, value: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:
+        combined = value.reshape(1).to(self.mesh.device_type)
         for dimension in self.dimensions:
             group = self.mesh.get_group(dimension)
             parts = [torch.empty_like(combined) for _ in range(group.size())]
             torch.distributed.all_gather(parts, combined, group=group)
-            lengths = torch.cat(parts)
-            combined = (lengths.amax() if largest else vector_norm(lengths)).reshape(1)
-        return combined.reshape(()).to(length.device)
+            combined = join(torch.cat(parts)).reshape(1)
+        return combined.reshape(()).to(value.device)
 
 
 def local_part(tensor: Tensor, like: Tensor | None = None) -> Tensor:
