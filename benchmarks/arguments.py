@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from benchmarks.choice import Choice, parse_choice
 from benchmarks.errors import BenchmarkError
+from benchmarks.registry import choose
 
-__all__ = ["choices", "fractions", "positive_int", "positive_number", "seeds"]
+__all__ = ["choices", "fractions", "names", "positive_int", "positive_number", "seeds"]
 
 _T = TypeVar("_T")
 
@@ -47,6 +48,26 @@ def fractions(text: str) -> list[float]:
         BenchmarkError: If one is outside [0, 1), or given twice.
     """
     return _distinct("a label noise", text, _fraction, str, "0,0.4")
+
+
+def names(what: str, text: str, known: Mapping[str, Any], example: str) -> list[str]:
+    """Return the names in a comma-separated list.
+
+    Args:
+        what: What they are names of, as in "a task".
+        text: As in "digits,digits_vit".
+        known: What there is, by name.
+        example: A list to show to whom mistakes one.
+
+    Raises:
+        BenchmarkError: If one is unknown or given twice.
+    """
+
+    def checked(name: str) -> str:
+        choose(what.partition(" ")[2], name, known)
+        return name
+
+    return _distinct(what, text, checked, str, example)
 
 
 def positive_int(text: str) -> int:

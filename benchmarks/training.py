@@ -52,7 +52,7 @@ class Run:
         make_model: Makes the model.
         choice: The optimizer and its settings. The learning rate falls to 0 along half a cosine; a setting
             ``rho_warmup`` makes rho rise linearly during that fraction of the steps, ``rho_from`` keeps it 0 during
-            that fraction, and with ``rho_every`` it is 0 but for every so manyth step.
+            that fraction, or with ``rho_every`` it is 0 but for every so manyth step.
         split: The data, moved to ``device``.
         seed: Decides everything random.
         epochs: How many epochs there will be.
@@ -195,8 +195,10 @@ def _schedulers(optimizer: Optimizer, choice: Choice, steps: int) -> list[Cosine
     every = int(settings.get("rho_every", 1))
     if warmup > 0:
         schedulers.append(samopt.RhoScheduler.linear_warmup(optimizer, steps=warmup))
-    if first > 0 or every > 1:
-        schedulers.append(samopt.RhoScheduler(optimizer, lambda step: float(step >= first and step % every == 0)))
+    elif first > 0:
+        schedulers.append(samopt.RhoScheduler.late(optimizer, start=first))
+    elif every > 1:
+        schedulers.append(samopt.RhoScheduler.every(optimizer, every))
     return schedulers
 
 
