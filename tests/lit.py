@@ -224,6 +224,22 @@ def train_by_hand(
     return history
 
 
+def compute_in(module: Shared, dtype: torch.dtype) -> None:
+    """Let a module trained by hand do as one under Lightning's true precision: its losses have this default dtype."""
+    default = torch.get_default_dtype()
+
+    class Typed(type(module)):
+        def loss(self, batch: Batch) -> Tensor:
+            torch.set_default_dtype(dtype)
+            try:
+                return super().loss(batch)
+            finally:
+                torch.set_default_dtype(default)
+
+    module.net.to(dtype)
+    module.__class__ = Typed
+
+
 def trainer(folder: Path, callbacks: Sequence[Any] = (), *, package: Any = pl, **options: Any) -> Any:
     """A quiet trainer on the CPU, for two epochs unless told otherwise."""
     settings: dict[str, Any] = {

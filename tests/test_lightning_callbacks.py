@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from pytorch_lightning.callbacks import (
     Callback,
     EarlyStopping,
@@ -10,6 +11,7 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from pytorch_lightning.tuner import Tuner
 
 from samopt.integrations.lightning import SharpnessAwareTraining
 from tests import lit
@@ -64,3 +66,51 @@ def test_gradient_accumulation_scheduler(tmp_path):
     lit.fit(tmp_path, module, callbacks=[GradientAccumulationScheduler({0: 1, 1: 3, 2: 2})], max_epochs=3)
     lit.train_by_hand(expected, list(lit.loader()), accumulate={0: 1, 1: 3, 2: 2}, epochs=3)
     lit.assert_same_state(module.net, expected.net)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_validation_inside_an_accumulation_window(every, tmp_path):
+    """It finds the weights exact, and leaves the window's gradients and micro-batches as they are."""
+
+    class Seen(Callback):
+        def __init__(self):
+            self.gradients = []
+
+        def on_validation_start(self, trainer, pl_module):
+            self.gradients.append(pl_module.net[0].weight.grad is not None)
+            self.before = [p.detach().clone() for p in pl_module.parameters()]
+
+        def on_validation_end(self, trainer, pl_module):
+            assert all(torch.equal(p, b) for p, b in zip(pl_module.parameters(), self.before, strict=True))
+
+    module, expected, seen = lit.Module(), lit.Module(), Seen()
+    lit.fit(
+        tmp_path,
+        module,
+        validation=lit.loader(8),
+        callbacks=[seen],
+        accumulate_grad_batches=3,
+        val_check_interval=every,
+        num_sanity_val_steps=0,
+    )
+    assert True in seen.gradients
+    lit.train_by_hand(expected, list(lit.loader()), accumulate=3)
+    lit.assert_same_state(module.net, expected.net)
+
+
+def test_a_tuner_searches_without_a_second_pass(tmp_path):
+    """As ``LearningRateFinder`` does: it takes the callbacks away for the search."""
+
+    class Tunable(lit.Module):
+        lr = 0.1
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    found = []
+    for callback in (SharpnessAwareTraining(), Callback()):
+        trainer = lit.trainer(tmp_path, [callback], max_epochs=1)
+        finder = Tuner(trainer).lr_find(Tunable(), lit.loader(120), num_training=25, early_stop_threshold=None)
+        assert trainer.callbacks == [callback]
+        found.append(finder.results)
+    assert found[0] == found[1]

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ThroughputMonitor
 from pytorch_lightning.callbacks.progress import ProgressBar
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.profilers import SimpleProfiler
@@ -122,6 +122,35 @@ def test_profiled_actions(tmp_path):
         counts[name] = ours
         assert ours["inside the step"] == 14
     assert counts["sam"] == counts["plain"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_throughput_counters(accumulate, tmp_path):
+    """Batches, examples and floating-point operations are those of the data, not of the passes."""
+
+    class Measured(lit.Module):
+        flops_per_batch = 1000
+
+    logged = {}
+    for name, callback in {"sam": SharpnessAwareTraining(), "plain": Callback()}.items():
+        logger = CSVLogger(tmp_path, name=name, version=0)
+        throughput = ThroughputMonitor(lambda batch: len(batch[1]), length_fn=lambda batch: 6, separator="/")
+        lit.fit(
+            tmp_path,
+            Measured(),
+            callback,
+            callbacks=[throughput],
+            data=lit.loader(24),
+            logger=logger,
+            accumulate_grad_batches=accumulate,
+        )
+        with open(tmp_path / name / "version_0" / "metrics.csv", encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("train/samples")]
+        logged[name] = [(row["step"], row["train/batches"], row["train/samples"], row["train/lengths"]) for row in rows]
+        counted = throughput._throughputs["train"]
+        logged[name].append((list(counted._batches), list(counted._samples), list(counted._flops)))
+    assert logged["sam"] == logged["plain"]
+    assert logged["sam"][-2][1:3] == ("12", "48")
 
 
 def test_the_loss_shown_is_the_first_pass_s(tmp_path):

@@ -143,17 +143,6 @@ def test_true_precision(precision, tmp_path):
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}[precision]
     module, expected = lit.Module(), lit.Module()
     lit.fit(tmp_path, module, data=lit.loader(), precision=precision)
-    expected.net.to(dtype)
-    default = torch.get_default_dtype()
-
-    class Loss(type(expected)):
-        def loss(self, batch):
-            torch.set_default_dtype(dtype)  # as Lightning does during a training step
-            try:
-                return super().loss(batch)
-            finally:
-                torch.set_default_dtype(default)
-
-    expected.__class__ = Loss
+    lit.compute_in(expected, dtype)
     lit.train_by_hand(expected, [(x.to(dtype), y) for x, y in lit.loader()])
     lit.assert_same_state(module.net, expected.net)

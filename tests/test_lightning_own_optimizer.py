@@ -50,6 +50,17 @@ def test_a_returned_optimizer_in_mixed_precision(precision, tmp_path):
     lit.assert_same_state(module.net, expected.net)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_returned_optimizer_in_true_precision(precision, tmp_path):
+    module, expected = Returning(), lit.Module(scheduler="step")
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float64
+    lit.fit(tmp_path, module, data=lit.loader(dtype=dtype), precision=precision, accumulate_grad_batches=2)
+    lit.compute_in(expected, dtype)
+    sam = functools.partial(samopt.ASAM, rho=0.3)
+    lit.train_by_hand(expected, list(lit.loader(dtype=dtype)), sam=sam, accumulate=2)
+    lit.assert_same_state(module.net, expected.net)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_without_the_callback_it_is_refused_at_the_start(precision, tmp_path):
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))] if precision == "16-mixed" else None
@@ -149,6 +160,53 @@ def test_manual_optimization(precision, tmp_path):
     lit.assert_same_state(module.net, expected.net)
     assert trainer.global_step == 14
     assert float(trainer.callback_metrics["sharpness"]) == pytest.approx(history.sharpness[-1], abs=1e-6)
+
+
+class TwoOptimizers(lit.Module):
+    """Two networks, each with an optimizer of its own, as in a GAN."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = lit.network()
+
+    def configure_optimizers(self):
+        return [samopt.SAM(self.base(net.parameters()), rho=0.2, model=net) for net in (self.net, self.other)]
+
+    def training_step(self, batch, batch_idx):
+        for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(noiseless(net, batch))
+            with optimizer.perturbed():
+                self.manual_backward(noiseless(net, batch))
+            optimizer.step()
+
+
+def test_several_optimizers_take_manual_optimization(tmp_path):
+    """Each pair of passes is its own optimizer's; Lightning itself refuses several in automatic optimization."""
+    module, nets = TwoOptimizers(), (lit.network(), lit.network())
+    trainer = lit.fit(tmp_path, module, Callback(), max_epochs=1)
+    optimizers = [samopt.SAM(lit.sgd(net.parameters()), rho=0.2, model=net) for net in nets]
+    for index, batch in enumerate(lit.loader()):
+        lit.draw_noise(index, 0)
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            noiseless(net, batch).backward()
+            with optimizer.perturbed():
+                noiseless(net, batch).backward()
+            optimizer.step()
+    assert trainer.global_step == 14
+    lit.assert_same_state(module.net, nets[0])
+    lit.assert_same_state(module.other, nets[1])
+
+    class Automatic(lit.Module):
+        def configure_optimizers(self):
+            return [self.base([parameter]) for parameter in self.parameters()]
+
+    refused = Automatic()
+    with pytest.raises(RuntimeError, match="multiple optimizers is only supported with manual optimization"):
+        lit.fit(tmp_path, refused)
+    assert refused.calls == 0
 
 
 def noiseless(module, batch):
