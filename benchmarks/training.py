@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class Run:
         make_model: Makes the model.
         choice: The optimizer and its settings. The learning rate falls to 0 along half a cosine; a setting
             ``rho_warmup`` makes rho rise linearly during that fraction of the steps, ``rho_from`` keeps it 0 during
-            that fraction, or with ``rho_every`` it is 0 but for every so manyth step.
+            that fraction, or with ``rho_every`` it is 0 but for every so manyth step. With ``ascent_part`` the first
+            pass is of that fraction of each batch.
         split: The data, moved to ``device``.
         seed: Decides everything random.
         epochs: How many epochs there will be.
@@ -136,18 +138,22 @@ class Run:
                 scheduler.step()
 
     def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        def closure() -> Tensor:
-            self._optimizer.zero_grad()
-            loss = functional.cross_entropy(self.model(inputs), labels)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-            return loss
-
+        closures = [partial(self._gradient, inputs, labels)]
+        if "ascent_part" in self.choice.settings:
+            part = max(1, round(self.choice.settings["ascent_part"] * len(labels)))
+            closures.append(partial(self._gradient, inputs[:part], labels[:part]))
         _wait_for(self._device)
         start = time.perf_counter()
-        loss: Any = self._optimizer.step(closure)  # type: ignore[arg-type]  # a tensor is torch's custom
+        loss: Any = self._optimizer.step(*closures)  # type: ignore[arg-type]  # a tensor is torch's custom
         _wait_for(self._device)
         self.step_seconds.append(time.perf_counter() - start)
         return torch.as_tensor(loss).detach()
+
+    def _gradient(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        self._optimizer.zero_grad()
+        loss = functional.cross_entropy(self.model(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        return loss
 
     @torch.no_grad()
     def _accuracy(self) -> float:

@@ -45,10 +45,12 @@ def one_thread():
 
 
 def test_every_method_has_as_many_trials_over_the_same_relative_grid() -> None:
-    for method in METHODS.values():
-        if method is not BASE:
-            assert [value / method.values[1] for value in method.values] == pytest.approx([0.3, 1.0, 3.0])
     for arena in ARENAS.values():
+        for method in METHODS.values():
+            values = method.values_in(arena)
+            if method is not BASE:
+                assert [value / values[1] for value in values] == pytest.approx([0.3, 1.0, 3.0])
+        assert BASE.values_in(arena) == arena.learning_rates
         assert len(arena.learning_rates) == 3 and arena.learning_rates == tuple(sorted(arena.learning_rates))
 
 
@@ -78,7 +80,7 @@ def test_every_method_builds_around_its_base_and_steps(name: str, arena) -> None
         return loss
 
     for _ in range(2):
-        optimizer.step(closure)
+        optimizer.step(*[closure] * (2 if "ascent_part" in choice.settings else 1))
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -104,6 +106,19 @@ def test_schedules_perturb_in_these_steps_only(name: str, steps: int, perturbed:
     assert len(list(run.steps())) == steps
     assert [step for step in range(steps) if forwards.count(step) == 2] == perturbed
     assert len(forwards) == steps + len(perturbed)
+
+
+def test_the_first_pass_may_be_of_part_of_each_batch() -> None:
+    task = TASKS["digits"]
+    split = make_split(task.load(None), 0, classes=10, train_size=32)
+    choice = METHODS["asam-quarter"].choice(DIGITS, 0.01, 0.1)
+    run = Run(
+        task.build_model, choice, split, 0, epochs=1, batch_size=16, sharpness_rho=0.05, device=torch.device("cpu")
+    )
+    sizes: list[int] = []
+    run.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    assert len(list(run.steps())) == 2
+    assert sizes == [4, 16, 4, 16]
 
 
 def plan_of(**changes) -> Plan:

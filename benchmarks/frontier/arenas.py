@@ -17,6 +17,7 @@ class Arena:
         learning_rates: What the base's learning rate is chosen from, smallest first.
         epochs: Passes over the training data.
         train_size: Training examples; None for all.
+        radii: Centre of every grid of radii, relative to the method's own: a transformer takes smaller ones.
     """
 
     task: str
@@ -24,6 +25,7 @@ class Arena:
     learning_rates: tuple[float, float, float]
     epochs: int
     train_size: int | None
+    radii: float = 1.0
 
 
 _SGD = (0.01, 0.03, 0.1)
@@ -34,7 +36,7 @@ ARENAS = {
     arena.task: arena
     for arena in (
         Arena("digits", "sgd", _SGD, epochs=20, train_size=None),
-        Arena("digits_vit", "adamw", _ADAMW, epochs=15, train_size=None),
+        Arena("digits_vit", "adamw", _ADAMW, epochs=15, train_size=None, radii=0.3),
         Arena("fashion_small", "sgd", _SGD, epochs=10, train_size=1000),
     )
 }

@@ -53,7 +53,7 @@ class Plan:
     def count(self) -> int:
         """Return the number of runs."""
         runs = sum(
-            (len(arena.learning_rates if method is BASE else method.values) if self.tune else 0) + len(self.seeds)
+            (len(method.values_in(arena)) if self.tune else 0) + len(self.seeds)
             for arena in self.arenas
             for method in self.methods_of(arena)
         )
@@ -107,11 +107,11 @@ class Comparison:
         return {arena.task: chosen[arena.task, self._plan.label_noise[0]] for arena in self._plan.arenas}
 
     def _choose_all(self, arena: Arena, noise: float) -> list[Choice]:
-        lr = self._choose(arena, noise, arena.learning_rates, lambda value: BASE.choice(arena, value, value))
+        lr = self._choose(arena, noise, BASE.values_in(arena), lambda value: BASE.choice(arena, value, value))
         choices = []
         for method in self._plan.methods_of(arena):
             make = functools.partial(method.choice, arena, lr)
-            value = lr if method is BASE else self._choose(arena, noise, method.values, make)
+            value = lr if method is BASE else self._choose(arena, noise, method.values_in(arena), make)
             choices.append(make(value))
         return choices
 

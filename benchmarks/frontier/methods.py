@@ -12,7 +12,7 @@ import samopt
 from benchmarks.choice import Choice
 from benchmarks.frontier.arenas import Arena
 from benchmarks.registry import OPTIMIZERS, OptimizerCase
-from samopt.direction import Momentum
+from samopt.direction import ReusedGradient
 
 __all__ = ["BASE", "METHODS", "Method", "name_of"]
 
@@ -26,10 +26,10 @@ class Method:
     Attributes:
         name: What a person types.
         summary: What it does, in a few words.
-        values: What its setting is chosen from.
+        values: What its setting is chosen from, where the arena does not scale it; see ``values_in``.
         wrap: Makes the optimizer from the base, the model and the setting.
         setting: The setting that is chosen.
-        schedule: Settings of the schedule of rho, see ``benchmarks.training.Run``.
+        schedule: Further settings of a run, see ``benchmarks.training.Run``.
         bases: The bases that it can wrap.
     """
 
@@ -40,6 +40,16 @@ class Method:
     setting: str = "rho"
     schedule: Mapping[str, float] = field(default_factory=dict)
     bases: tuple[str, ...] = ("sgd", "adamw")
+
+    def values_in(self, arena: Arena) -> tuple[float, ...]:
+        """Return what the setting is chosen from, smallest first.
+
+        Args:
+            arena: Where.
+        """
+        if self is BASE:
+            return arena.learning_rates
+        return tuple(float(f"{value * arena.radii:.3g}") for value in self.values)
 
     def choice(self, arena: Arena, lr: float, value: float) -> Choice:
         """Return the optimizer of a run.
@@ -84,15 +94,39 @@ def _asam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
 
 
 def _momentum_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.SAM(base, rho=rho, direction="momentum", model=model)
+    return samopt.MomentumSAM(base, rho=rho, model=model)
 
 
 def _momentum_asam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.ASAM(base, rho=rho, direction="momentum", model=model)
+    return samopt.MomentumSAM(base, rho=rho, adaptive=True, model=model)
 
 
 def _adam_step_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.SAM(base, rho=rho, direction=Momentum(preconditioned=True), model=model)
+    return samopt.MomentumSAM(base, rho=rho, preconditioned=True, model=model)
+
+
+def _part_asam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
+    return samopt.ASAM(base, rho=rho, direction=ReusedGradient(), model=model)
+
+
+def _look_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
+    return samopt.LookSAM(base, rho=rho, model=model)
+
+
+def _friendly_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
+    return samopt.FriendlySAM(base, rho=rho, model=model)
+
+
+def _gsam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
+    return samopt.GSAM(base, rho=rho, model=model)
+
+
+def _wsam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
+    return samopt.WSAM(base, rho=rho, model=model)
+
+
+def _lesam(base: Optimizer, model: nn.Module, budget: float) -> Optimizer:
+    return samopt.LESAM(base, budget=budget, model=model)
 
 
 _L2, _ADAPTIVE = _around(0.1), _around(0.3)
@@ -113,6 +147,14 @@ METHODS = {
         Method("sam-every-2", "SAM at every second step", _L2, _sam, schedule={"rho_every": 2}),
         Method("asam-every-2", "ASAM at every second step", _ADAPTIVE, _asam, schedule={"rho_every": 2}),
         Method("asam-every-4", "ASAM at every fourth step", _ADAPTIVE, _asam, schedule={"rho_every": 4}),
+        Method(
+            "asam-quarter", "ASAM, ascent on a quarter", _ADAPTIVE, _part_asam, schedule={"ascent_part": 0.25}
+        ),
+        Method("looksam", "LookSAM, SAM at every fifth step", _L2, _look_sam),
+        Method("friendly-sam", "Friendly SAM, two passes", _L2, _friendly_sam),
+        Method("gsam", "GSAM, two passes", _L2, _gsam),
+        Method("wsam", "WSAM, two passes", _L2, _wsam),
+        Method("lesam", "LE-SAM, two passes, a loss budget", _L2, _lesam, setting="budget"),
     )
 }
 """By name, the base first."""
