@@ -104,6 +104,21 @@ def test_gauss_newton_of_a_linear_model_is_its_hessian():
     assert gauss.values == pytest.approx(hess.values, rel=1e-7)
 
 
+@pytest.mark.parametrize("measure", [sharpness.hessian_eigenvalues, sharpness.gauss_newton_eigenvalues])
+def test_the_curvature_of_one_example_under_a_linear_softmax_is_in_closed_form(measure):
+    """``H = (diag p - p p^T) (x) x x^T``: the eigenvalues of the first factor times ``||x||^2``."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4, bias=False).double()
+    data = [(normal(1, 5, seed=1), torch.tensor([2]))]
+    p = model(data[0][0])[0].softmax(dim=0).detach()
+    expected = torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p)) * data[0][0].square().sum()
+    result = measure(model, sharpness.cross_entropy, data, k=3, tolerance=1e-9)
+    torch.testing.assert_close(torch.tensor(result.values, dtype=torch.float64), expected.flip(0)[:3])
+    trace = sharpness.hessian_trace(model, sharpness.cross_entropy, data, samples=400)
+    assert abs(trace.value - float(expected.sum())) < 4 * trace.standard_error
+    assert trace.standard_error < 0.1 * float(expected.sum())
+
+
 def test_gauss_newton_follows_every_call_of_the_model():
     model = nn.Linear(2, 1, bias=False).double()
     x, z = normal(5, 2), normal(5, 2, seed=1)

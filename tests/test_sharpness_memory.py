@@ -22,9 +22,9 @@ PROGRAM = """
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(40)])
-    batch = torch.randn(2, 1024), torch.randint(1024, (2,))
-    torch.autograd.grad(sharpness.cross_entropy(model, batch), model[39].weight)
+    model = nn.Sequential(*[nn.Linear({width}, {width}, bias=False) for _ in range({layers})])
+    batch = torch.randn(2, {width}), torch.randint({width}, (2,))
+    torch.autograd.grad(sharpness.cross_entropy(model, batch), model[{layers} - 1].weight)
     before = int(open("/proc/self/statm").read().split()[1]) * 4096
     sharpness.{call}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -45,9 +45,19 @@ PROGRAM = """
     ],
 )
 def test_the_peak_is_as_documented(call, copies):
+    assert peak(call, width=1024, layers=40) < copies + 0.5  # temporaries of a tensor, 1/40 copy each, and late code
+
+
+def test_a_hundred_million_parameters_take_three_copies():
+    call = "worst_case(model, sharpness.cross_entropy, [batch], steps=3, adaptive=True)"
+    assert peak(call, width=2048, layers=24) < 3.5
+
+
+def peak(call, width, layers):
+    """The most memory that a call takes beside the model, in copies of its weights."""
     # With a fixed threshold the allocator hands freed tensors back to the system instead of keeping them.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    program = textwrap.dedent(PROGRAM).format(call=call)
+    program = textwrap.dedent(PROGRAM).format(call=call, width=width, layers=layers)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < copies + 0.5  # temporaries of single tensors, 1/40 of a copy each, and code loaded late
+    return float(done.stdout)

@@ -109,6 +109,25 @@ def test_a_measure_changes_nothing(name, mode):
     assert all(a.equal(b) for a, b in zip(kept, (tensor for pair in data for tensor in pair), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_changes_nothing_on_an_accelerator(name):
+    model = conv_net().cuda()
+    before, stream = surroundings(model), torch.cuda.get_rng_state()
+    MEASURES[name](model, noisy, images(), mode="train")
+    assert_unchanged(before, model)
+    assert torch.equal(stream, torch.cuda.get_rng_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_accelerator_finds_what_the_cpu_finds():
+    on_cpu = sharpness.worst_case(conv_net(), sharpness.cross_entropy, images(), rho=0.5, steps=3)
+    on_gpu = sharpness.worst_case(conv_net().cuda(), sharpness.cross_entropy, images(), rho=0.5, steps=3)
+    assert on_gpu.curve == pytest.approx(on_cpu.curve, rel=1e-3)
+
+
 class Fault(Exception):
     """Raised on purpose."""
 

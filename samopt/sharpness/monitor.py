@@ -41,7 +41,8 @@ class SharpnessMonitor:
 
     In a callback: make one where the model is on its device (first training batch), call ``values =
     monitor.step(global_step)`` once an optimizer step, log ``values`` if it is not empty, and save and load
-    ``state_dict()`` with the checkpoint. In distributed training make it in one process; it never communicates.
+    ``state_dict()`` with the checkpoint. It never communicates: in distributed training make it in one process, or in
+    each on batches of its own, and log ``samopt.distributed.mean_over_ranks(monitor.step())``.
 
     Args:
         model: The model in training; compiled and data-parallel wrappers are looked into.
