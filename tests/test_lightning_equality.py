@@ -63,12 +63,29 @@ def test_variants(variant, accumulate, tmp_path):
     assert float(callback.last_step.sharpness) == history.sharpness[-1]
 
 
-def test_an_optimizer_of_ones_own(tmp_path):
+RELATIVES = {
+    "asam": functools.partial(samopt.ASAM, rho=0.3),
+    "gsam": samopt.GSAM,
+    "wsam": samopt.WSAM,
+    "friendly": samopt.FriendlySAM,
+    "look": functools.partial(samopt.LookSAM, every=3),
+    "le": samopt.LESAM,
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", RELATIVES)
+def test_an_optimizer_of_ones_own(name, accumulate, tmp_path):
     module, expected = lit.Module(), lit.Module()
-    make = functools.partial(samopt.ASAM, rho=0.3)
-    lit.fit(tmp_path, module, SharpnessAwareTraining(make))
-    lit.train_by_hand(expected, list(lit.loader()), sam=make)
+    lit.fit(tmp_path, module, SharpnessAwareTraining(RELATIVES[name]), accumulate_grad_batches=accumulate)
+    lit.train_by_hand(expected, list(lit.loader()), sam=RELATIVES[name], accumulate=accumulate)
     lit.assert_same_state(module.net, expected.net)
+
+
+def test_one_pass_is_no_variant(tmp_path):
+    make = functools.partial(samopt.SAM, direction="momentum")
+    with pytest.raises(ValueError, match=r"SAM\(direction=...\) does not need; leave .* return the optimizer from"):
+        lit.fit(tmp_path, lit.Module(), SharpnessAwareTraining(lambda base: make(base, model=None)))
 
 
 def test_options_in_parameter_groups(tmp_path):

@@ -303,7 +303,7 @@ def _free_metrics(trainer: Trainer) -> dict[str, float]:
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, SharpnessAwareOptimizer):
             values = free_metrics(optimizer.last_step)
-            if optimizer.direction is None and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            if not optimizer.is_one_pass and getattr(trainer.precision_plugin, "scaler", None) is not None:
                 # Manual optimization measures them before the GradScaler divides, and it has changed its scale since.
                 values = {name: value for name, value in values.items() if not name.endswith("grad_norm")}
             return values

@@ -75,7 +75,7 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
     if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.is_one_pass:
         raise ValueError(
             f"SharpnessAwareTraining runs a second pass, which {type(optimizer).__name__}(direction=...) does not "
-            "need; leave the callback out"
+            "need; leave the callback out, and return the optimizer from configure_optimizers"
         )
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if isinstance(base, torch.optim.LBFGS):

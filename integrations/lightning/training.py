@@ -144,6 +144,7 @@ class SharpnessAwareTraining(Callback):
             self.optimizer = self._build(given, self._watched(trainer, pl_module))
             self._added = [group.keys() - keys for group, keys in zip(given.param_groups, present, strict=True)]
         optimizer = self.optimizer
+        refuse_unsupported_optimizer(optimizer)
         refuse_scaled_metric(trainer, optimizer)
         keys = [optimizer.option_key(name) for name in _OPTIONS]
         self._group_options = [{key: group[key] for key in keys} for group in optimizer.param_groups]
