@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from samopt.trust_region import DIVERGENCES, divergence
 from samopt.trust_region.divergence import between, check_divergence
+from tests.pages import REPOSITORY
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -132,6 +137,36 @@ def test_no_fp32_copy_of_the_logits_is_made(name: str, monkeypatch: pytest.Monke
     with LargestAllocation() as largest:
         between(name, reference, current, torch.ones(4, 64, dtype=torch.bool))
     assert 0 < largest.entries <= 2**14 < reference.numel() / 4
+
+
+COMPARE_LARGE_LOGITS = """
+import math, pathlib, torch
+from samopt.trust_region.divergence import between
+
+def kibibytes(name):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+classes = 50_000
+reference, current = (torch.zeros(8, 1024, classes, dtype=torch.bfloat16) for _ in range(2))
+current[..., 0] = 1.0
+for logits in (reference, current):
+    logits.add_(0.0)  # zeros are not in memory before they are written
+before = kibibytes("VmRSS")
+distances = between("kl", reference, current, torch.ones(8, 1024, dtype=torch.bool))
+expected = math.log1p((math.e - 1) / classes) - 1 / classes
+assert abs(float(distances.mean()) / expected - 1) < 1e-2, (float(distances.mean()), expected)
+print((kibibytes("VmHWM") - before) * 1024 / (4 * reference.numel()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
+def test_logits_of_a_large_vocabulary_need_a_fraction_of_an_fp32_copy() -> None:
+    code = [sys.executable, "-c", COMPARE_LARGE_LOGITS]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert 0 < float(done.stdout) < 0.25
 
 
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "symmetric_kl"])

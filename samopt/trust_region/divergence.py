@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["DIVERGENCES", "Divergence", "between", "check_divergence", "kl", "l2", "mmd", "reverse_kl", "symmetric_kl"]
 
-_CHUNK = 2**23  # entries in flight: 32 MiB in fp32 for each temporary
+_CHUNK = 2**21  # entries in flight: 8 MiB in fp32 for each temporary
 
 
 class Divergence(Protocol):
@@ -155,8 +155,12 @@ def between(divergence: str | Divergence, reference: Tensor, current: Tensor, ma
             "of a binary classifier logits=lambda output: torch.stack([torch.zeros_like(output), output], -1)"
         )
     measure = _ROWWISE[divergence]
-    pairs = zip(_chunks(reference), _chunks(current), strict=True)
-    return torch.cat([measure(_widen(ours), _widen(theirs)) for ours, theirs in pairs]).view(reference.shape[:-1])
+    # In place: small results kept between large temporaries would leave the allocator holes that fit none of the next.
+    measured = reference.new_empty(reference.shape[:-1].numel(), dtype=_wide(reference))
+    parts = torch.split(measured, _rows_in_chunk(reference))
+    for part, ours, theirs in zip(parts, _chunks(reference), _chunks(current), strict=True):
+        part.copy_(measure(_widen(ours), _widen(theirs)))
+    return measured.view(reference.shape[:-1])
 
 
 def _checked(values: Tensor, reference: Tensor) -> Tensor:
@@ -179,13 +183,13 @@ def _example_mmd(reference: Tensor, current: Tensor, mask: Tensor | None) -> Ten
 
 def _means(outputs: Tensor, mask: Tensor) -> Tensor:
     """Return the mean output of each example: ``(examples, classes)``, widened chunk by chunk."""
-    means = []
-    for output, counted in zip(outputs, mask, strict=True):
-        weights = counted.reshape(-1).to(device=outputs.device, dtype=_wide(outputs))
-        parts = torch.split(weights, _rows_in_chunk(outputs))
-        sums = [part @ _widen(chunk) for part, chunk in zip(parts, _chunks(output), strict=True)]
-        means.append(torch.stack(sums).sum(0) / weights.sum().clamp(min=1))
-    return torch.stack(means)
+    means = outputs.new_zeros(len(outputs), outputs.shape[-1], dtype=_wide(outputs))
+    for mean, output, counted in zip(means, outputs, mask, strict=True):
+        weights = counted.reshape(-1).to(device=outputs.device, dtype=means.dtype)
+        for part, chunk in zip(torch.split(weights, _rows_in_chunk(outputs)), _chunks(output), strict=True):
+            mean.add_(part @ _widen(chunk))
+        mean.div_(weights.sum().clamp(min=1))
+    return means
 
 
 def _chunks(outputs: Tensor) -> tuple[Tensor, ...]:
