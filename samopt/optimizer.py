@@ -6,34 +6,32 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from samopt import kernels
 from samopt.amp import calling_scaler_stage, is_unscaling
+from samopt.ascent_rule import AscentRule, check_options
 from samopt.combination import Combination, check_combination
-from samopt.direction import Direction, GradientDirection, Momentum, StatefulDirection, named_direction
+from samopt.direction import Direction, GradientDirection, named_direction
 from samopt.distributed import refuse_unsupported
 from samopt.geometry import Metric
 from samopt.lightning_trainer import is_trainer_closure, refuse_without_callback
 from samopt.metrics import StepMetrics
 from samopt.one_pass import OnePass
 from samopt.passes import Passes, PassHandle
-from samopt.perturbation import Radius, Region, Target
 from samopt.replay import PassObserver
-from samopt.rounding import Noise, RoundingNoise
+from samopt.rounding import RoundingNoise
 from samopt.second_pass import SecondPass
 from samopt.stall import StallDetector
 from samopt.two_pass import TWO_WAYS, TwoPass
-from samopt.validation import build_base, check_model, check_nonnegative
-from samopt.wrapper import OptimizerWrapper, with_step_hooks
+from samopt.validation import build_base, check_model
+from samopt.wrapper import with_step_hooks
 
 __all__ = ["SharpnessAwareOptimizer"]
 
 
-class SharpnessAwareOptimizer(OptimizerWrapper):
+class SharpnessAwareOptimizer(AscentRule):
     """Any torch optimizer, fed the gradient at ``w + epsilon`` instead of the gradient at ``w``.
 
     The common engine of ``SAM``, ``ASAM`` and their relatives, which differ in the metric and the radius. One step is:
@@ -96,30 +94,27 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         warn_on_stall: bool = True,
         **base_kwargs: Any,
     ) -> None:
-        if norm not in ("l2", "linf"):
-            raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
-        if backend != "auto" and backend not in kernels.BACKENDS:
-            raise ValueError(f'backend must be "auto" or one of {sorted(kernels.BACKENDS)}, got {backend!r}')
-        check_nonnegative("rho", rho)
-        check_nonnegative("eta", eta)
+        check_options(rho=rho, eta=eta, norm=norm, backend=backend)
         uphill = named_direction(direction)
         check_combination(combination, one_pass=isinstance(uphill, Direction))
         base = build_base(params, base_optimizer, base_kwargs, type(self).__name__)
         check_model(model, base, type(self).__name__)
-        if isinstance(uphill, Momentum):
-            uphill.check(base)
         refuse_unsupported(model, base, one_pass=isinstance(uphill, Direction))
-        super().__init__(base, {"rho": rho, "eta": eta, "perturb": True})
-        self.metric = metric
-        self.norm = norm
+        super().__init__(
+            base,
+            metric=metric,
+            rho=rho,
+            eta=eta,
+            norm=norm,
+            direction=uphill,
+            combination=combination,
+            rounding=RoundingNoise(seed) if stochastic_rounding else None,
+            backend=backend,
+        )
         # What is kept from gradients, or made of them for the base, must be the same on every rank.
         self.sync_perturbation = sync_perturbation or combination is not None or isinstance(uphill, GradientDirection)
-        self.backend = backend
         self.measure_grad_norms = measure_grad_norms
-        self._rounding = RoundingNoise(seed) if stochastic_rounding else None
         self._stall = StallDetector() if warn_on_stall else None
-        self.direction = uphill
-        self.combination = combination
         self._set_up_passes(model)
 
     def __init_subclass__(cls) -> None:
@@ -278,51 +273,6 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         super().zero_grad(set_to_none=set_to_none)
         self._passes.gradients_cleared()
 
-    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
-        """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is.
-
-        Raises:
-            ValueError: If a group's option is out of range.
-        """
-        self.validate_groups()
-        taken: list[tuple[Tensor, Tensor | None]] = []
-        targets = []
-        moving = self.may_move()
-        for group in self.param_groups:
-            sign = -1 if group.get("maximize", False) else 1
-            region = Region(self.radius(group), self.option(group, "eta"), sign)
-            moves = moving and self.option(group, "perturb")
-            for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    continue
-                gradient = parameter.grad
-                taken.append((parameter, gradient))
-                if moves and gradient is not None:
-                    targets.append(Target(parameter, gradient.detach(), region))
-        if self._turning is not None and targets:
-            with torch.no_grad():
-                turned = self._turning.turn([t.weight for t in targets], [t.direction for t in targets])
-            targets = [Target(t.weight, d, t.region) for t, d in zip(targets, turned, strict=True)]
-        return taken if any(gradient is not None for _, gradient in taken) else [], targets
-
-    def radius(self, group: dict[str, Any]) -> Radius:
-        """Return the radius of a group's ball.
-
-        Args:
-            group: One of ``param_groups``.
-        """
-        radius: float | Tensor = self.option(group, "rho")
-        return radius
-
-    def may_move(self) -> bool:
-        """Return whether any group moves in this step, as far as the host can tell."""
-        return self.is_on() and (self.combination is None or self.combination.is_due())
-
-    def is_on(self) -> bool:
-        """Return whether any group has a positive ``rho``, so that this is more than the base optimizer."""
-        rhos = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
-        return any(isinstance(rho, Tensor) or rho > 0 for rho in rhos)
-
     def measured(self, second: SecondPass) -> StepMetrics:
         """Return what the step measured, once both passes are over.
 
@@ -331,66 +281,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """
         return second.measure()
 
-    def targets_along(self, direction: Direction) -> list[Target]:
-        """Return every parameter that moves along ``direction``; those without a direction yet do not.
-
-        Args:
-            direction: Where uphill is.
-
-        Raises:
-            ValueError: If a group's option is out of range, or the base has no such direction.
-        """
-        self.validate_groups()
-        if not self.may_move():
-            return []
-        targets = []
-        for group in self.param_groups:
-            region = Region(self.radius(group), self.option(group, "eta"), 1)
-            for parameter in group["params"] if self.option(group, "perturb") else []:
-                towards = direction.of(parameter, group, self.base_optimizer) if parameter.requires_grad else None
-                if towards is not None:
-                    # Autograd need not see this move: it is undone and repeated around one and the same graph.
-                    targets.append(Target(parameter.data, towards, region))
-        return targets
-
-    def rounding_noise(self) -> Noise | None:
-        """Return the numbers that the present ascent rounds with; None rounds to nearest."""
-        return None if self._rounding is None else self._rounding.source()
-
-    def advance_rounding(self) -> None:
-        """Go on to the numbers of the next ascent."""
-        if self._rounding is not None:
-            self._rounding.advance()
-
-    def parameters(self) -> list[Tensor]:
-        """Return every parameter, in the order of the groups."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    def devices(self) -> list[torch.device]:
-        """Return the devices of the parameters."""
-        return list(dict.fromkeys(parameter.device for parameter in self.parameters()))
-
-    def validate_groups(self) -> None:
-        """Raise if an option of a group is out of range.
-
-        Raises:
-            TypeError: If one is not a number.
-            ValueError: If one is negative or not finite.
-        """
-        for index, group in enumerate(self.param_groups):
-            self._check_group(group, index)
-
     def __getstate__(self) -> dict[str, Any]:
         self._passes.settle("copying or pickling")
         return super().__getstate__() | {
-            "metric": self.metric,
-            "direction": self.direction,
-            "combination": self.combination,
-            "norm": self.norm,
             "sync_perturbation": self.sync_perturbation,
-            "backend": self.backend,
             "measure_grad_norms": self.measure_grad_norms,
-            "_rounding": self._rounding,
             "_stall": self._stall,
             "model": self._passes.model,
         }
@@ -405,18 +300,9 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             self._passes.note_unscaling()
 
     def _set_up_passes(self, model: nn.Module | None) -> None:
-        direction = self.direction
-        self._turning = direction if isinstance(direction, GradientDirection) else None
-        self._stateful: dict[str, StatefulDirection | Combination] = {}
-        if isinstance(direction, StatefulDirection):
-            self._stateful["direction"] = direction
-        if self.combination is not None:
-            self._stateful["combination"] = self.combination
-        self.is_one_pass = isinstance(direction, Direction)
-        """Whether the direction is known before a step's gradient, so that its one pass is at ``w + epsilon``."""
         self._passes: Passes
-        if isinstance(direction, Direction):
-            self._passes = OnePass(self, model, direction)
+        if isinstance(self.direction, Direction):
+            self._passes = OnePass(self, model, self.direction)
         else:
             self._passes = TwoPass(self, model, self._observers(model))
 
@@ -426,24 +312,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _before_update(self) -> None:
         """Act on the weights as the base optimizer is about to find them; the gradients are the final ones."""
-        for part in self._stateful.values():
-            part.advance()
-
-    def _own_state(self) -> dict[str, Any]:
-        own: dict[str, Any] = {} if self._rounding is None else {"rounding": self._rounding.position}
-        parameters = self.parameters()
-        for name, part in self._stateful.items():
-            if state := part.state_dict(parameters):
-                own[name] = state
-        return own
+        self.advance_parts()
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        own = own or {}
-        if self._rounding is not None:
-            self._rounding.position = own.get("rounding", 0)
-        parameters = self.parameters()
-        for name, part in self._stateful.items():
-            part.load_state_dict(own.get(name, {}), parameters)
+        super()._load_own_state(own)
         if self._stall is not None and self.state:
             self._stall.dismiss()  # a run that goes on is past its start
         self._passes.reset()
@@ -483,10 +355,3 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def _watch_for_stall(self) -> None:
         if self._stall is not None:
             self._stall.observe(self._passes.metrics)
-
-    def _check_group(self, group: dict[str, Any], index: int) -> None:
-        where = f" in param group {index}"
-        rho, eta = self.option(group, "rho"), self.option(group, "eta")
-        if not isinstance(rho, Tensor):
-            check_nonnegative(self.option_key("rho"), rho, where)
-        check_nonnegative(self.option_key("eta"), eta, where)

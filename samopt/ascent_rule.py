@@ -1,0 +1,236 @@
+"""What makes an ascent: which parameters of which group move, along what, how far, and with what rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from samopt import kernels
+from samopt.combination import Combination
+from samopt.direction import Direction, GradientDirection, Momentum, StatefulDirection
+from samopt.geometry import Metric
+from samopt.perturbation import Radius, Region, Target
+from samopt.rounding import Noise, RoundingNoise
+from samopt.validation import check_nonnegative
+from samopt.wrapper import OptimizerWrapper
+
+__all__ = ["AscentRule", "check_options"]
+
+
+class AscentRule(OptimizerWrapper):
+    """The choices behind ``epsilon = r T^2 d / ||T d||_2``, over the parameter groups of a base optimizer.
+
+    It moves nothing: the passes ask it for targets.
+
+    Args:
+        base_optimizer: The optimizer to wrap.
+        metric: The elementwise metric ``T``.
+        rho: Radius that a group has where it says nothing else.
+        eta: Likewise, the stabiliser of the metric.
+        norm: "l2" or "linf".
+        direction: Where uphill is; None is this batch's gradient.
+        combination: What the base gets of both gradients; None is the second.
+        rounding: Source of numbers for stochastic rounding, or None.
+        backend: Kernel backend.
+
+    Attributes:
+        is_one_pass: Whether the direction is known before a step's gradient, so that its one pass is at
+            ``w + epsilon``.
+
+    Raises:
+        ValueError: If the direction does not suit the base.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        *,
+        metric: Metric,
+        rho: float,
+        eta: float,
+        norm: str,
+        direction: Direction | GradientDirection | None,
+        combination: Combination | None,
+        rounding: RoundingNoise | None,
+        backend: str,
+    ) -> None:
+        if isinstance(direction, Momentum):
+            direction.check(base_optimizer)
+        super().__init__(base_optimizer, {"rho": rho, "eta": eta, "perturb": True})
+        self.metric = metric
+        self.norm = norm
+        self.direction = direction
+        self.combination = combination
+        self.backend = backend
+        self._rounding = rounding
+        self._sort_parts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {
+            "metric": self.metric,
+            "norm": self.norm,
+            "direction": self.direction,
+            "combination": self.combination,
+            "backend": self.backend,
+            "_rounding": self._rounding,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._sort_parts()
+
+    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
+        """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is.
+
+        Raises:
+            ValueError: If a group's option is out of range.
+        """
+        self.validate_groups()
+        taken: list[tuple[Tensor, Tensor | None]] = []
+        targets = []
+        moving = self.may_move()
+        for group in self.param_groups:
+            sign = -1 if group.get("maximize", False) else 1
+            region = Region(self.radius(group), self.option(group, "eta"), sign)
+            moves = moving and self.option(group, "perturb")
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                gradient = parameter.grad
+                taken.append((parameter, gradient))
+                if moves and gradient is not None:
+                    targets.append(Target(parameter, gradient.detach(), region))
+        if self._turning is not None and targets:
+            with torch.no_grad():
+                turned = self._turning.turn([t.weight for t in targets], [t.direction for t in targets])
+            targets = [Target(t.weight, d, t.region) for t, d in zip(targets, turned, strict=True)]
+        return taken if any(gradient is not None for _, gradient in taken) else [], targets
+
+    def radius(self, group: dict[str, Any]) -> Radius:
+        """Return the radius of a group's ball.
+
+        Args:
+            group: One of ``param_groups``.
+        """
+        radius: float | Tensor = self.option(group, "rho")
+        return radius
+
+    def may_move(self) -> bool:
+        """Return whether any group moves in this step, as far as the host can tell."""
+        return self.is_on() and (self.combination is None or self.combination.is_due())
+
+    def is_on(self) -> bool:
+        """Return whether any group has a positive ``rho``, so that this is more than the base optimizer."""
+        rhos = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
+        return any(isinstance(rho, Tensor) or rho > 0 for rho in rhos)
+
+    def targets_along(self, direction: Direction) -> list[Target]:
+        """Return every parameter that moves along ``direction``; those without a direction yet do not.
+
+        Args:
+            direction: Where uphill is.
+
+        Raises:
+            ValueError: If a group's option is out of range, or the base has no such direction.
+        """
+        self.validate_groups()
+        if not self.may_move():
+            return []
+        targets = []
+        for group in self.param_groups:
+            region = Region(self.radius(group), self.option(group, "eta"), 1)
+            for parameter in group["params"] if self.option(group, "perturb") else []:
+                towards = direction.of(parameter, group, self.base_optimizer) if parameter.requires_grad else None
+                if towards is not None:
+                    # Autograd need not see this move: it is undone and repeated around one and the same graph.
+                    targets.append(Target(parameter.data, towards, region))
+        return targets
+
+    def rounding_noise(self) -> Noise | None:
+        """Return the numbers that the present ascent rounds with; None rounds to nearest."""
+        return None if self._rounding is None else self._rounding.source()
+
+    def advance_rounding(self) -> None:
+        """Go on to the numbers of the next ascent."""
+        if self._rounding is not None:
+            self._rounding.advance()
+
+    def parameters(self) -> list[Tensor]:
+        """Return every parameter, in the order of the groups."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def devices(self) -> list[torch.device]:
+        """Return the devices of the parameters."""
+        return list(dict.fromkeys(parameter.device for parameter in self.parameters()))
+
+    def validate_groups(self) -> None:
+        """Raise if an option of a group is out of range.
+
+        Raises:
+            TypeError: If one is not a number.
+            ValueError: If one is negative or not finite.
+        """
+        for index, group in enumerate(self.param_groups):
+            self._check_group(group, index)
+
+    def advance_parts(self) -> None:
+        """Tell the parts with a memory that the base is about to be stepped."""
+        for part in self._stateful.values():
+            part.advance()
+
+    def _own_state(self) -> dict[str, Any]:
+        own: dict[str, Any] = {} if self._rounding is None else {"rounding": self._rounding.position}
+        parameters = self.parameters()
+        for name, part in self._stateful.items():
+            if state := part.state_dict(parameters):
+                own[name] = state
+        return own
+
+    def _load_own_state(self, own: dict[str, Any] | None) -> None:
+        own = own or {}
+        if self._rounding is not None:
+            self._rounding.position = own.get("rounding", 0)
+        parameters = self.parameters()
+        for name, part in self._stateful.items():
+            part.load_state_dict(own.get(name, {}), parameters)
+
+    def _sort_parts(self) -> None:
+        direction = self.direction
+        self.is_one_pass = isinstance(direction, Direction)
+        self._turning = direction if isinstance(direction, GradientDirection) else None
+        self._stateful: dict[str, StatefulDirection | Combination] = {}
+        if isinstance(direction, StatefulDirection):
+            self._stateful["direction"] = direction
+        if self.combination is not None:
+            self._stateful["combination"] = self.combination
+
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
+        where = f" in param group {index}"
+        rho, eta = self.option(group, "rho"), self.option(group, "eta")
+        if not isinstance(rho, Tensor):
+            check_nonnegative(self.option_key("rho"), rho, where)
+        check_nonnegative(self.option_key("eta"), eta, where)
+
+
+def check_options(*, rho: Any, eta: Any, norm: str, backend: str) -> None:
+    """Raise if an option of a constructor is out of range.
+
+    Args:
+        rho: Radius.
+        eta: Stabiliser of the metric.
+        norm: Kind of ball.
+        backend: Kernel backend.
+
+    Raises:
+        TypeError: If ``rho`` or ``eta`` is not a number.
+        ValueError: If it is out of range, or a name is unknown.
+    """
+    if norm not in ("l2", "linf"):
+        raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
+    if backend != "auto" and backend not in kernels.BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {sorted(kernels.BACKENDS)}, got {backend!r}')
+    check_nonnegative("rho", rho)
+    check_nonnegative("eta", eta)
