@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from samopt import kernels
 from samopt.distributed import Shards, local_part
 from samopt.geometry import Euclidean, Metric
-from samopt.kernels import Backend, Backup, Block, Saved
+from samopt.kernels import Backend, Backup, Block, Lengths, Saved, Stride
 from samopt.kernels.memory import lie_alike
 from samopt.kernels.reference import vector_norm
 from samopt.precision import is_low_precision
@@ -83,9 +82,8 @@ class Perturbation:
         self.is_sharded = any(part.shards is not None for part in self._parts)
         """Whether a part of something that moves is on another rank."""
         self._linf = linf
-        lengths = [part.backend.norm(part.block) for part in self._parts]
-        self._lengths = lengths
-        self.norm = self._combine(lengths)
+        self._lengths = self._measured()
+        self.norm = self._lengths.norm
         """``||T d||_2`` over every target, shards on other ranks included: 0-dim, on the first target's device."""
 
     @property
@@ -106,11 +104,13 @@ class Perturbation:
 
         Costs one more read of the directions where the metric is not the identity.
         """
-        plain = [
-            length if part.block.metric is None else part.backend.norm(part.block.without_metric())
-            for part, length in zip(self._parts, self._lengths, strict=True)
-        ]
-        return self._combine(plain)
+        if self._lengths.plain is None:
+            plain = [
+                length if part.block.metric is None else part.backend.norm(part.block.without_metric())
+                for part, length in zip(self._parts, self._lengths.blocks, strict=True)
+            ]
+            return self._combine(plain)
+        return self._lengths.plain
 
     def apply(self, noise: Noise | None = None, *, consume: bool = False) -> Tensor:
         """Save every weight, then move all of them uphill.
@@ -129,13 +129,17 @@ class Perturbation:
         everything = [(part.backend, part.backend.save(part.block, consume)) for part in self._parts]
         self._saved = everything
         applied = []
-        for part, length, (_, saved) in zip(self._parts, self._lengths, everything, strict=True):
-            scale = self._scale(part.region, length.device)
-            weights = part.block.weights
+        for part, length, (_, saved) in zip(self._parts, self._lengths.blocks, everything, strict=True):
+            region, block, backend = part.region, part.block, part.backend
+            stride = Stride(self.norm, region.radius_at(self.norm), region.sign, self._linf)
             with torch.no_grad():
-                part.backend.ascend(part.block, scale, part.noise(noise), saved)
-            if is_low_precision(weights[0]):
-                applied.append(_measure(part.block, saved.backups, self._linf))
+                if backend.climb is not None:
+                    applied.append(backend.climb(block, length, stride, part.noise(noise), saved))
+                    continue
+                scale = stride.scale(length.device)
+                backend.ascend(block, scale, part.noise(noise), saved)
+            if is_low_precision(block.weights[0]):
+                applied.append(_measure(block, saved.backups, self._linf))
             else:
                 applied.append(scale.abs() * (length > 0) if self._linf else scale.abs() * length.nan_to_num(0, 0, 0))
         return self._combine(applied, largest=self._linf)
@@ -151,6 +155,17 @@ class Perturbation:
                 backend.restore(saved)
         self._saved = []
 
+    def _measured(self) -> Lengths:
+        """Return the norms: all at once where one backend can, else part by part."""
+        backends = {part.backend.name: part.backend for part in self._parts}
+        devices = {part.block.weights[0].device for part in self._parts}
+        if len(backends) == len(devices) == 1 and not self.is_sharded:
+            (backend,) = backends.values()
+            if backend.measure is not None:
+                return backend.measure([part.block for part in self._parts])
+        blocks = [part.backend.norm(part.block) for part in self._parts]
+        return Lengths(self._combine(blocks), None, blocks)
+
     def _combine(self, lengths: Sequence[Tensor], *, largest: bool = False) -> Tensor:
         """Return the length of everything from the length of each part."""
         if not lengths:
@@ -164,18 +179,6 @@ class Perturbation:
         for place, some in by_place.items():
             whole.append(join(some) if place is None else place.combine(join(some), largest=largest))
         return whole[0] if len(whole) == 1 else join(whole)
-
-    def _scale(self, region: Region, device: torch.device) -> Tensor:
-        """Return the factor of ``T^2 d`` (l2) or ``T sign(d)`` (l-infinity): 0 where the norm cannot be used."""
-        norm = self.norm
-        usable = torch.isfinite(norm) & (norm > 0)
-        radius = region.radius_at(norm)
-        if isinstance(radius, Tensor):
-            radius = radius.to(device=norm.device, dtype=norm.dtype, non_blocking=True)
-        size = radius * torch.ones_like(norm) if self._linf else radius / norm
-        largest = torch.finfo(torch.float32).max
-        scale = torch.where(usable, region.sign * size, torch.zeros_like(norm)).clamp(-largest, largest)
-        return scale.to(device, non_blocking=True)
 
 
 class Placement:
@@ -204,7 +207,7 @@ class Placement:
         with torch.no_grad():
             self._saved.backups[index].weight.copy_(values)
 
-    def move(self, index: int, offset: Tensor, noise: Callable[[Tensor], Tensor] | None = None) -> None:
+    def move(self, index: int, offset: Tensor, noise: Noise | None = None) -> None:
         """Write ``origin + offset`` into a weight, computed in at least fp32.
 
         Args:
@@ -259,9 +262,9 @@ class _Part:
     backend: Backend[Any]
     shards: Shards | None
 
-    def noise(self, source: Noise | None) -> Callable[[Tensor], Tensor] | None:
+    def noise(self, source: Noise | None) -> Noise | None:
         """Return numbers that are independent among shards, and equal among replicas of one."""
-        return source if source is None or self.shards is None else partial(source, stream=self.shards.position)
+        return source if source is None or self.shards is None else source.on_stream(self.shards.position)
 
 
 def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[Block, Region, Shards | None]]:
@@ -300,8 +303,12 @@ def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:
 
 
 def _longest(lengths: list[Tensor]) -> Tensor:
+    if len(lengths) == 1:
+        return lengths[0]
     return torch.stack(lengths).amax()
 
 
 def _joint_length(lengths: list[Tensor]) -> Tensor:
+    if len(lengths) == 1:
+        return lengths[0]
     return vector_norm(torch.stack(lengths))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -13,11 +11,41 @@ _STRIDE = 0x9E3779B97F4A7C15  # odd, so that neighbouring seeds do not share str
 _STREAM_STRIDE = 0xD1B54A32D192ED03  # odd, so that the streams of one ascent are no other ascent's
 
 
-class Noise(Protocol):
-    """Uniform numbers for one ascent."""
+class Noise:
+    """Uniform numbers for one ascent: each call, of either kind, goes on where the last one ended.
 
-    def __call__(self, like: Tensor, stream: int = 0) -> Tensor:
-        """Return fp32 numbers in [0, 1), shaped and placed like ``like``, independent between streams."""
+    Args:
+        seed: Where the numbers begin.
+        stream: Which of the independent streams from there; replicas of a shard share one.
+    """
+
+    def __init__(self, seed: int, stream: int = 0) -> None:
+        self._seed = seed
+        self._stream = stream
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._streams: dict[int, Noise] = {}
+        self._keys = 0
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Return fp32 numbers in [0, 1), shaped and placed like ``like``."""
+        device = like.device
+        if device not in self._generators:
+            seed = (self._seed + self._stream * _STREAM_STRIDE) % 2**63
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
+        return torch.rand(like.shape, generator=self._generators[device], device=device, dtype=torch.float32)
+
+    def key(self) -> int:
+        """Return 64 bits for a kernel that makes its own numbers."""
+        self._keys += 1
+        return _mixed(_mixed(self._seed + self._stream * _STREAM_STRIDE) + self._keys)
+
+    def on_stream(self, stream: int) -> Noise:
+        """Return the same ascent's numbers on another stream.
+
+        Args:
+            stream: Which.
+        """
+        return self._streams.setdefault(stream, Noise(self._seed, stream))
 
 
 class RoundingNoise:
@@ -47,14 +75,12 @@ class RoundingNoise:
 
     def source(self) -> Noise:
         """Return this ascent's source."""
-        seed = self._seed * _STRIDE + self.position
-        generators: dict[tuple[torch.device, int], torch.Generator] = {}
+        return Noise(self._seed * _STRIDE + self.position)
 
-        def uniform(like: Tensor, stream: int = 0) -> Tensor:
-            key = like.device, stream
-            if key not in generators:
-                own_seed = (seed + stream * _STREAM_STRIDE) % 2**63
-                generators[key] = torch.Generator(like.device).manual_seed(own_seed)
-            return torch.rand(like.shape, generator=generators[key], device=like.device, dtype=torch.float32)
 
-        return uniform
+def _mixed(value: int) -> int:
+    """Return 64 bits that all depend on all bits of ``value`` (Steele et al. 2014, the output step of SplitMix)."""
+    value = (value + _STRIDE) % 2**64
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 
@@ -19,6 +20,7 @@ ETA = 0.1
 METRICS = {"none": None, "adaptive": Adaptive(), "fisher": Fisher()}
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 LOW = [torch.bfloat16, torch.float16]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def dense(*shapes):
@@ -31,8 +33,8 @@ LAYOUTS = {
     "empty": dense((0,), (3, 0)),
     "one": dense((1,), (1, 1)),
     "odd": dense((7, 3), (129,), (3, 5, 7)),
-    "large": dense((1000, 1003)),
-    "tiny": dense(*[(1 + i % 3,) for i in range(200)]),
+    "large": dense((160, 131) if INTERPRETED else (1000, 1003)),  # more than a chunk
+    "tiny": dense(*[(1 + i % 3,) for i in range(12 if INTERPRETED else 200)]),
     "unaligned": lambda: [torch.randn(1026, dtype=torch.float64)[1:-1].view(32, 32)],
     "transposed": lambda: [torch.randn(9, 5, dtype=torch.float64).t()],
     "every-second": lambda: [torch.randn(8, 6, dtype=torch.float64)[:, ::2]],
@@ -43,6 +45,9 @@ RUNS = {
     "reference": lambda layout, metric, linf, dtype: True,
     "foreach": lambda layout, metric, linf, dtype: metric != "fisher" and not linf and dtype not in LOW,
     "cpu": lambda layout, *rest: layout != "every-second" and RUNS["foreach"](layout, *rest),
+    "triton": lambda layout, metric, linf, dtype: (
+        INTERPRETED and dtype is not torch.float64 and layout != "every-second"
+    ),  # tests/test_triton.py runs this file with the interpreter
     "swap": lambda *case: RUNS["cpu"](*case),  # here in place; tests/test_kernels_memory.py has weights that can move
 }
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from samopt.kernels import cpu, foreach, reference, swap
-from samopt.kernels.block import Backup, Block, NoiseSource, Saved
+from samopt.kernels import cpu, foreach, reference, swap, triton
+from samopt.kernels.block import Backup, Block, Lengths, NoiseSource, Saved, Stride
 
-__all__ = ["BACKENDS", "Ascend", "Backend", "Backup", "Block", "NoiseSource", "Save", "Saved", "select"]
+__all__ = [
+    "BACKENDS",
+    "Ascend",
+    "Backend",
+    "Backup",
+    "Block",
+    "Climb",
+    "Lengths",
+    "NoiseSource",
+    "Save",
+    "Saved",
+    "Stride",
+    "select",
+]
 
 _S = TypeVar("_S", bound=Saved)
 _S_co = TypeVar("_S_co", bound=Saved, covariant=True)
@@ -32,6 +45,15 @@ class Ascend(Protocol[_S_contra]):
         """Write them; an interrupt at any moment leaves ``saved`` able to put the weights back."""
 
 
+class Climb(Protocol[_S_contra]):
+    """Writes the perturbed weights with the arithmetic of the radius on the device."""
+
+    def __call__(
+        self, block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: _S_contra
+    ) -> Tensor:
+        """Write them, as ``Ascend`` does, and return the norm of the move; ``length`` is the block's own norm."""
+
+
 @dataclass(frozen=True)
 class Backend(Generic[_S]):
     """One row of the table.
@@ -42,6 +64,8 @@ class Backend(Generic[_S]):
         save: What puts the block back.
         ascend: Writes the perturbed weights.
         restore: Puts the weights back, bit for bit; may run again.
+        measure: The norms of several blocks of one device at once, for backends where each launch counts.
+        climb: The ascent with all of its arithmetic in it, likewise.
     """
 
     name: str
@@ -50,6 +74,8 @@ class Backend(Generic[_S]):
     save: Save[_S]
     ascend: Ascend[_S]
     restore: Callable[[_S], None]
+    measure: Callable[[Sequence[Block]], Lengths] | None = None
+    climb: Climb[_S] | None = None
 
 
 BACKENDS: dict[str, Backend[Any]] = {
@@ -59,8 +85,20 @@ BACKENDS: dict[str, Backend[Any]] = {
     "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.save, foreach.ascend, foreach.restore),
     "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore),
     "swap": Backend("swap", cpu.supports, cpu.norm, swap.save, swap.ascend, swap.restore),
+    "triton": Backend(
+        "triton",
+        triton.supports,
+        triton.norm,
+        triton.save,
+        triton.ascend,
+        triton.restore,
+        triton.measure,
+        triton.climb,
+    ),
 }
-_PREFERENCE = ("cpu", "foreach", "reference")  # "swap" changes addresses, so it is there for those who ask
+# "swap" changes addresses, so it is there for those who ask.
+_PREFERENCE = {"cpu": ("cpu", "foreach", "reference"), "cuda": ("triton", "foreach", "reference")}
+_ELSEWHERE = ("foreach", "reference")
 
 
 def select(block: Block, backend: str) -> Backend[Any]:
@@ -77,7 +115,8 @@ def select(block: Block, backend: str) -> Backend[Any]:
         RuntimeError: If the named backend cannot run the block.
     """
     if backend == "auto":
-        return next(BACKENDS[name] for name in _PREFERENCE if BACKENDS[name].supports(block) is None)
+        names = _PREFERENCE.get(block.weights[0].device.type, _ELSEWHERE)
+        return next(BACKENDS[name] for name in names if BACKENDS[name].supports(block) is None)
     if (reason := BACKENDS[backend].supports(block)) is not None:
         raise RuntimeError(f'backend="{backend}" cannot run here: {reason}; use backend="auto" to fall back')
     return BACKENDS[backend]

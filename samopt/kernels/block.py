@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from samopt.geometry import Metric
 
-__all__ = ["Backup", "Block", "NoiseSource", "Saved"]
+__all__ = ["Backup", "Block", "Lengths", "NoiseSource", "Saved", "Stride"]
 
-NoiseSource: TypeAlias = Callable[[Tensor], Tensor]
-"""Returns numbers uniform in [0, 1), shaped and placed like its argument."""
+
+class NoiseSource(Protocol):
+    """Numbers uniform in [0, 1) for stochastic rounding."""
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """Return some, shaped and placed like ``like``."""
+
+    def key(self) -> int:
+        """Return 64 bits for a kernel that makes its own, others at each call."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +64,50 @@ class Saved:
     """
 
     backups: list[Backup]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Norms of what is about to move, each 0-dim, on its device.
+
+    Attributes:
+        norm: ``||T d||_2`` over everything.
+        plain: ``||d||_2`` over everything; None where that would take another read.
+        blocks: ``||T d||_2`` over each block.
+    """
+
+    norm: Tensor
+    plain: Tensor | None
+    blocks: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Stride:
+    """How far uphill to go.
+
+    Attributes:
+        norm: ``||T d||_2`` over everything that moves, 0-dim; 0 and what is not finite move nothing.
+        radius: The radius ``r``, a number or a 0-dim tensor.
+        sign: 1, or -1 to go downhill.
+        linf: Whether the ball is the l-infinity one.
+    """
+
+    norm: Tensor
+    radius: float | Tensor
+    sign: int
+    linf: bool
+
+    def scale(self, device: torch.device) -> Tensor:
+        """Return the factor of ``T^2 d`` (l2) or ``T sign(d)`` (l-infinity): 0 where the norm cannot be used.
+
+        Args:
+            device: Where to.
+        """
+        norm, radius = self.norm, self.radius
+        usable = torch.isfinite(norm) & (norm > 0)
+        if isinstance(radius, Tensor):
+            radius = radius.to(device=norm.device, dtype=norm.dtype, non_blocking=True)
+        size = radius * torch.ones_like(norm) if self.linf else radius / norm
+        largest = torch.finfo(torch.float32).max
+        scale = torch.where(usable, self.sign * size, torch.zeros_like(norm)).clamp(-largest, largest)
+        return scale.to(device, non_blocking=True)

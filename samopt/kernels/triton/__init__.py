@@ -1,0 +1,83 @@
+"""The Triton row of the dispatch table, which imports Triton when a kernel first runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from samopt.kernels.block import Block, Lengths, NoiseSource, Stride
+from samopt.kernels.memory import lie_alike
+from samopt.kernels.triton.availability import unavailable
+
+if TYPE_CHECKING:
+    from samopt.kernels.triton.launch import Way
+
+__all__ = ["ascend", "climb", "measure", "norm", "restore", "save", "supports"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_METRICS = {"adaptive", "fisher"}
+
+
+def supports(block: Block) -> str | None:
+    """Return why Triton cannot run ``block``, or None where it can."""
+    weight, direction = block.weights[0], block.directions[0]
+    if (reason := unavailable(weight.device)) is not None:
+        return reason
+    if block.metric is not None and block.metric.name not in _METRICS:
+        return f"the {block.metric.name} metric has no Triton form"
+    if weight.dtype not in _DTYPES:
+        return f"a parameter has dtype {weight.dtype}, not float32, bfloat16 or float16"
+    if direction.layout is not torch.strided or type(direction) is not Tensor:
+        return f"a gradient is a {type(direction).__name__} of layout {direction.layout}, not a dense Tensor"
+    if direction.dtype is not weight.dtype:
+        return f"a gradient has dtype {direction.dtype}, its parameter {weight.dtype}"
+    if any(direction.device != weight.device for direction in block.directions):
+        return f"a gradient is on another device than its parameter, on {weight.device}"
+    if not all(map(lie_alike, block.weights, block.directions)):
+        return "the strides of a gradient are not those of its parameter, or one of them has gaps"
+    return None
+
+
+def norm(block: Block) -> Tensor:
+    """Return ``||T d||_2`` over the block: a 0-dim fp64 tensor."""
+    from samopt.kernels.triton import launch
+
+    return launch.norm(block)
+
+
+def measure(blocks: Sequence[Block]) -> Lengths:
+    """Return the norms of blocks of one device: a launch for each block, and one that joins them."""
+    from samopt.kernels.triton import launch
+
+    return launch.measure(blocks)
+
+
+def save(block: Block, consume: bool = False) -> Way:
+    """Return room for every weight: its direction's memory where that may be overwritten, else fresh memory."""
+    from samopt.kernels.triton import launch
+
+    return launch.save(block, consume)
+
+
+def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Way | None = None) -> None:
+    """Write ``w + scale T^2 d`` (l2) or ``w + scale T sign(d)`` (l-infinity), and the old ``w`` into ``saved``."""
+    from samopt.kernels.triton import launch
+
+    launch.ascend(block, scale, noise, saved)
+
+
+def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Way) -> Tensor:
+    """Ascend as far as ``stride`` says, with its arithmetic on the device; return the norm of the move."""
+    from samopt.kernels.triton import launch
+
+    return launch.climb(block, length, stride, noise, saved)
+
+
+def restore(saved: Way) -> None:
+    """Copy the saved weights back, bit for bit, if the device has saved them; may run again."""
+    from samopt.kernels.triton import launch
+
+    launch.restore(saved)

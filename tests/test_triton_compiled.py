@@ -1,0 +1,109 @@
+"""The Triton kernels compiled for GPUs that are not here: wide accesses, no stack, the bytes that the docs promise."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.compiled import BLOCK, TARGETS, bytes_per_element, compiled, resources
+
+pytest.importorskip("triton")
+
+METRICS = ["none", "adaptive", "fisher"]
+DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
+CHUNK = 1 << 14
+
+
+def dtype(name):
+    import triton.language as tl
+
+    return {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "u32": tl.uint32, "u16": tl.uint16}[name]
+
+
+def sum_chunk(kind, metric):
+    return "stages.sum_chunk", {"DTYPE": dtype(kind), "METRIC": metric, "BLOCK": BLOCK}
+
+
+def ascend_chunk(kind, metric, linf=False, on_device=False, saves=True):
+    low = kind != "fp32"
+    constants = {
+        "DTYPE": dtype(kind), "METRIC": metric, "LINF": linf, "SCALED": False, "ON_DEVICE": on_device, "SAVES": saves,
+        "STOCHASTIC": low, "MEASURED": low, "INTERPRETED": False, "CHUNK": CHUNK, "BLOCK": BLOCK,
+    }  # fmt: skip
+    return "stages.ascend_chunk", constants
+
+
+def restore_chunk(kind):
+    return "stages.restore_chunk", {"DTYPE": dtype(kind), "BLOCK": BLOCK}
+
+
+def wide_kernels():
+    """Every kernel that passes over elements, with the bytes an element of its widest use of memory."""
+    for kind in DTYPES:
+        for metric in METRICS:
+            yield f"sum-{kind}-{metric}", (sum_chunk, kind, metric)
+            yield f"ascend-{kind}-{metric}", (ascend_chunk, kind, metric)
+    yield "ascend-fp32-adaptive-linf-device", (ascend_chunk, "fp32", "adaptive", True, True)
+    yield "ascend-bf16-fisher-linf", (ascend_chunk, "bf16", "fisher", True)
+    for kind in ("u32", "u16"):
+        yield f"restore-{kind}", (restore_chunk, kind)
+
+
+CASES = dict(wide_kernels())
+
+
+def build(case, target):
+    make, *arguments = CASES[case]
+    name, constants = make(*arguments)
+    return compiled(name, tuple(constants.items()), target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_move_128_bits_at_a_time_without_a_stack(case, target):
+    kernel = build(case, target)
+    assert set(resources(kernel).values()) == {0}
+    writes = not case.startswith("sum")
+    if target == "gfx942":
+        words = 4 if "32" in case else 2  # the 256 threads of a program have four elements each
+        assert re.search(rf"(buffer|global|flat)_load_dwordx{words}", kernel.asm["amdgcn"])
+        assert not writes or re.search(rf"(buffer|global|flat)_store_dwordx{words}", kernel.asm["amdgcn"])
+    else:
+        assert "ld.global.v4.b32" in kernel.asm["ptx"]
+        assert not writes or "st.global.v4.b32" in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_of_one_program_compile_without_a_stack(target):
+    for name, constants in (
+        ("stages.join_sums", {"BLOCK": BLOCK}),
+        ("stages.join_moves", {"LINF": False, "BLOCK": BLOCK}),
+        ("stages.join_moves", {"LINF": True, "BLOCK": BLOCK}),
+    ):
+        assert set(resources(compiled(name, tuple(constants.items()), target)).values()) == {0}
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_step_moves_the_bytes_of_the_table(kind):
+    width = DTYPES[kind]
+    bits = "u32" if width == 4 else "u16"
+    moved = {
+        name: bytes_per_element(compiled(kernel, tuple(constants.items()), "sm_90"))
+        for name, (kernel, constants) in {
+            "norm": sum_chunk(kind, "none"),
+            "adaptive norm": sum_chunk(kind, "adaptive"),
+            "ascend": ascend_chunk(kind, "none"),
+            "adaptive ascend": ascend_chunk(kind, "adaptive"),
+            "restore": restore_chunk(bits),
+        }.items()
+    }
+    assert moved == {
+        "norm": width,
+        "adaptive norm": 2 * width,
+        "ascend": 4 * width,
+        "adaptive ascend": 4 * width,
+        "restore": 2 * width,
+    }
+    assert (moved["norm"] + moved["ascend"]) / width == 5  # 20 bytes in fp32
+    assert (moved["adaptive norm"] + moved["adaptive ascend"]) / width == 6  # 24
