@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from benchmarks.plot import COLOURS
 from benchmarks.rows import Row
@@ -54,20 +56,21 @@ def _scatter(found: Sequence[Panel], colours: Mapping[str, str]) -> Figure:
     figure = _figure(2.4 * len(_SCATTERED), 2.4 * len(found))
     grid = figure.subplots(len(found), len(_SCATTERED), sharey="row", squeeze=False)
     for line, panel in zip(grid, found, strict=True):
-        line[0].set_ylabel(f"{_title(panel)}\ntest accuracy, %", fontsize=9)
+        line[0].set_ylabel(f"{panel.task}\n{labels_text(panel.label_noise)}\ntest accuracy, %", fontsize=8)
         for axes, measure in zip(line, _SCATTERED, strict=True):
             for name, runs in panel.runs.items():
                 sharp = [row.metrics[measure.name] for row in runs]
                 axes.plot(sharp, [100 * row.metrics["accuracy"] for row in runs], "o", color=colours[name], label=name)
             if any(row.metrics[measure.name] > 0 for runs in panel.runs.values() for row in runs):
                 axes.set_xscale("log")
+                _few_ticks(axes.xaxis)
             axes.set_xlabel(measure.label.replace(", ", ",\n", 1), fontsize=8)
-            axes.tick_params(labelsize=7, which="both")
+            axes.tick_params(labelsize=8)
     return figure
 
 
 def _ascent(found: Sequence[Panel], colours: Mapping[str, str]) -> Figure:
-    figure = _figure(3.6 * len(found), 3.6)
+    figure = _figure(max(3.2 * len(found), 5), 3.6)
     for axes, panel in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         steps = len(next(iter(panel.runs.values()))[0].curves["ascent"])
         _bands(axes, panel, colours, "ascent", range(1, steps + 1))
@@ -77,7 +80,7 @@ def _ascent(found: Sequence[Panel], colours: Mapping[str, str]) -> Figure:
 
 
 def _landscape(found: Sequence[Panel], colours: Mapping[str, str]) -> Figure:
-    figure = _figure(3.6 * len(found), 3.6)
+    figure = _figure(max(3.2 * len(found), 5), 3.6)
     for axes, panel in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _bands(axes, panel, colours, "landscape", LANDSCAPE_PLACES)
         axes.set_xlabel("along a random direction,\nin units of each filter's norm", fontsize=9)
@@ -91,7 +94,14 @@ def _bands(axes: Axes, panel: Panel, colours: Mapping[str, str], curve: str, pla
         axes.plot(places, values.mean(axis=0), color=colours[name], label=name)
         axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=colours[name], alpha=0.15, linewidth=0)
     axes.set_yscale("log")
+    _few_ticks(axes.yaxis)
     axes.set_title(_title(panel), fontsize=10)
+
+
+def _few_ticks(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _figure(width: float, height: float) -> Figure:
