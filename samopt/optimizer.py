@@ -64,8 +64,8 @@ class SharpnessAwareOptimizer(AscentRule):
             papers' setting), and only the second pass's are exchanged; that takes ``model``, and in explicit form
             ``first_pass()``. Sharded parameters have one perturbation in either case.
         backend: Kernel backend, a name in ``samopt.kernels.BACKENDS`` or "auto".
-        measure_grad_norms: Measure both gradient norms for ``last_step`` (one read of the gradients each where the
-            metric does not give them for free).
+        measure_grad_norms: Measure the gradient norms for ``last_step`` (one read of the gradients each where the
+            metric does not give them for free). None is True for two passes; False for one, whose cost would show.
         warn_on_stall: Warn once when the loss stays at its starting level while the perturbation is on.
         **base_kwargs: Arguments of ``base_optimizer``.
 
@@ -90,7 +90,7 @@ class SharpnessAwareOptimizer(AscentRule):
         seed: int = 0,
         sync_perturbation: bool = False,
         backend: str = "auto",
-        measure_grad_norms: bool = True,
+        measure_grad_norms: bool | None = None,
         warn_on_stall: bool = True,
         **base_kwargs: Any,
     ) -> None:
@@ -113,7 +113,7 @@ class SharpnessAwareOptimizer(AscentRule):
         )
         # What is kept from gradients, or made of them for the base, must be the same on every rank.
         self.sync_perturbation = sync_perturbation or combination is not None or isinstance(uphill, GradientDirection)
-        self.measure_grad_norms = measure_grad_norms
+        self.measure_grad_norms = not self.is_one_pass if measure_grad_norms is None else measure_grad_norms
         self._stall = StallDetector() if warn_on_stall else None
         self._set_up_passes(model)
 

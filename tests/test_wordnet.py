@@ -22,6 +22,7 @@ from benchmarks.wordnet.encoder import Classifier, Encoded
 from benchmarks.wordnet.finetune import FineTune
 from benchmarks.wordnet.lexicon import SUPERSENSES, Synset, read_lexicon
 from benchmarks.wordnet.methods import METHODS
+from benchmarks.wordnet.report import markdown
 from benchmarks.wordnet.split import Example, make_split
 from tests.pages import REPOSITORY
 
@@ -230,6 +231,26 @@ def test_settings_are_chosen_on_validation_definitions_alone(tmp_path: Path, mon
     assert all(row.settings["lr"] == 5e-4 for row in tests)
 
 
+def test_the_report_shows_gains_by_seed_and_what_was_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    compare(path)
+    rows = read_rows(path)
+    text = markdown(rows)
+    by = {(row.evaluated_on, row.optimizer, row.seed): row.metrics for row in rows}
+    base, sam = sorted({optimizer for kind, optimizer, _ in by if kind == "test"})
+    for metric in ("accuracy", "shifted_accuracy"):
+        gains = [100 * (by["test", sam, seed][metric] - by["test", base, seed][metric]) for seed in (0, 1)]
+        assert f"{sum(gains) / 2:+.1f} ± {abs(gains[0] - gains[1]) / 2**0.5:.1f} |" in text
+    assert f"| {base} | 2 |" in text
+    (chosen,) = re.findall(r"\*\*rho ([\d.]+): ([\d.]+)\*\*", text)
+    assert sam == f"sam:rho={chosen[0]}"
+    assert float(chosen[1]) == max(
+        round(100 * metrics["accuracy"], 1)
+        for (kind, name, _), metrics in by.items()
+        if kind == "validation" and name.startswith("sam")
+    )
+
+
 def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     assert len(compare(path)) == 10
@@ -264,4 +285,6 @@ def test_the_quick_form_of_the_command(tmp_path: Path) -> None:
     assert min(rows[3].curves["distance"]) > 0.0
     assert (tmp_path / "out" / "trust-regions.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
-    assert table.count("\n") == 6 and "| tram-previous:scale=" in table
+    assert "**32 training definitions, 3 steps of 8; tests of 16 definitions" in table
+    assert len(re.findall(r"^\| (?:adamw|sam|tram-previous|tram-noise):\w+=", table, re.MULTILINE)) == 4
+    assert "Validation accuracy" not in table and "measured on" in table
