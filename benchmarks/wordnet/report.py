@@ -54,7 +54,7 @@ def markdown(rows: Sequence[Row]) -> str:
         parts.append("Validation accuracy, %, of each setting; the one in bold was chosen:")
         parts.append(_lines(("Optimizer", "Settings"), ("---", "---"), *choices))
     notes = [
-        "accuracy on definitions (in domain) and on usage examples (shifted): mean ± sample standard deviation over n seeds",
+        "in domain: definitions; shifted: usage examples; accuracy, mean ± sample standard deviation over n seeds",
         "gain: accuracy minus AdamW's for the same seed",
         "loss: training loss, mean over the last tenth of the steps, before each step, at unperturbed weights",
         "ms/step: median over steps that the optimizers took in turns",
