@@ -14,6 +14,22 @@ from samopt.trust_region import EMA, InputNoise, PreviousStep
 from tests.cases import batch, bits, closure_of, mlp, same_bits
 
 
+def test_both_constructor_forms_take_the_same_steps() -> None:
+    weights = []
+    for wraps in (True, False):
+        model = mlp(torch.float64)
+        options = {"model": model, "trust_region": EMA(0.5), "divergence": "l2", "scale": 3.0, "max_radius": 0.2}
+        if wraps:
+            optimizer = samopt.TRAM(torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9), **options)
+        else:
+            optimizer = samopt.TRAM(model.parameters(), torch.optim.SGD, lr=0.3, momentum=0.9, **options)
+        for step in range(3):
+            optimizer.step(closure_of(optimizer, model, batch(torch.float64, seed=step)))
+        assert 0 < optimizer.last_step.radius.item() <= 0.2
+        weights.append(bits(model))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*weights, strict=True))
+
+
 def test_a_larger_scale_is_a_larger_radius_until_the_bound() -> None:
     radii = []
     for scale, bound in ((1.0, None), (8.0, None), (8.0, 1e-3)):

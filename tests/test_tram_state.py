@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import samopt
 from samopt.trust_region import EMA, TRUST_REGIONS, InputNoise, Pretrained
@@ -117,6 +118,21 @@ def test_other_checkpoints_load_with_a_warning_and_a_plain_step(saved_by: str) -
     assert optimizer.last_step.distance.item() == optimizer.last_step.radius.item() == 0.0
     optimizer.step(closure_of(optimizer, model, batch(seed=2)))
     assert optimizer.last_step.distance.item() > 0.0
+
+
+def test_distributed_checkpoints_leave_the_reference_out_and_loading_one_says_so() -> None:
+    def built() -> tuple[nn.Module, samopt.TRAM]:
+        model = mlp()
+        return model, samopt.TRAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model=model, scale=20)
+
+    (model, optimizer), (other_model, other) = built(), built()
+    for step in range(2):
+        optimizer.step(closure_of(optimizer, model, batch(seed=step)))
+    weights, state = get_state_dict(model, optimizer)
+    with pytest.warns(UserWarning, match="no trust region, and .* is PreviousStep: its reference starts from"):
+        set_state_dict(other_model, other, model_state_dict=weights, optim_state_dict=state)
+    other.step(closure_of(other, other_model, batch(seed=2)))
+    assert other.last_step.distance.item() == 0.0
 
 
 def test_the_reference_is_all_that_the_state_dict_gains() -> None:
