@@ -30,6 +30,12 @@ SCENARIOS = {
     "per-rank every second step": {"sam_every": 2},
     "asam": {"sam": "asam"},
     "per-rank, static graph": {"ddp_static_graph": True},
+    "one pass": {"sam_direction": "momentum"},
+    "one pass, accumulated and clipped": {
+        "sam_direction": "momentum",
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.1,
+    },
     "without sam": {"sam": "none"},
     "per-rank, one without gradients": {"kind": "SilentOnOneRank"},
     "measured on the first rank": {"eval_steps": 2},
@@ -104,7 +110,8 @@ def by_hand(options):
     model.train()
     base = hf.momentum_sgd(model)
     kind = {"sam": samopt.SAM, "asam": samopt.ASAM, "none": None}[options.get("sam", "sam")]
-    optimizer = None if kind is None else kind(base, model=model)
+    direction = options.get("sam_direction", "gradient")
+    optimizer = None if kind is None else kind(base, model=model, direction=direction)
     accumulate = options.get("gradient_accumulation_steps", 1)
     batches = hf.batches_of(hf.language(32))
     shards = [batches[rank::RANKS] for rank in range(RANKS)]
@@ -129,7 +136,7 @@ def by_hand(options):
             return total
 
         (optimizer or base).zero_grad()
-        perturbs = optimizer is not None and step % options.get("sam_every", 1) == 0
+        perturbs = direction == "gradient" and optimizer is not None and step % options.get("sam_every", 1) == 0
         learns_graph = step == 0 and options.get("ddp_static_graph")  # from an exchange, whatever the mode
         if perturbs and not options.get("sam_sync_perturbation") and not learns_graph:
             gradients = []
@@ -155,7 +162,7 @@ def by_hand(options):
         losses.append(sum(values) / RANKS)
         if options.get("max_grad_norm"):
             nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"])
-        base.step()
+        (optimizer if direction == "momentum" else base).step()
         scheduler.step()
     return model, losses
 
