@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
@@ -292,6 +293,30 @@ def test_beyond_its_threshold_an_optimizer_diverges(name):
                 state["step"].fill_(1e9)
             optimizer.step()
         assert (float(model.w0.detach().abs()) > 1e3) == diverges
+
+
+def test_full_batch_training_on_digits_sharpens_to_its_threshold_and_stays_there():
+    """Cohen et al. 2021, figure 1: the largest eigenvalue rises to 2 / lr, then hovers there."""
+    inputs, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(inputs[:200]).float() / 16
+    data = x - x.mean(0), nn.functional.one_hot(torch.from_numpy(labels[:200]), 10).float()
+
+    def squared_error(model, data):
+        return 0.5 * (model(data[0]) - data[1]).square().sum(dim=1).mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.6)
+    ratios = {}
+    for step in range(901):
+        if step in (0, 300, 600, 750, 900):
+            result = sharpness.preconditioned_eigenvalues(model, squared_error, [data], optimizer, tolerance=0.01)
+            ratios[step] = result.value / result.threshold
+        optimizer.zero_grad()
+        squared_error(model, data).backward()
+        optimizer.step()
+    assert ratios[0] < 0.6 < ratios[300]
+    assert all(0.9 < ratios[step] < 1.1 for step in (600, 750, 900))
 
 
 def test_learning_rates_of_groups_are_part_of_the_preconditioner():
