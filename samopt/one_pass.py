@@ -45,6 +45,7 @@ class OnePass:
     def __init__(self, optimizer: SharpnessAwareOptimizer, model: nn.Module | None, direction: Direction) -> None:
         self._optimizer: SharpnessAwareOptimizer = weakref.proxy(optimizer)
         self._direction = direction
+        self._taken = direction if isinstance(direction, TakenDirection) else None
         self._perturbation: Perturbation | None = None
         self._has_ascended = False
         self._is_aside = False  # whether a first pass is running, at w
@@ -66,7 +67,7 @@ class OnePass:
     @property
     def needs_first_pass(self) -> bool:
         """Whether the direction has to be taken anew, in a pass of its own, before this step's ascent."""
-        return isinstance(self._direction, TakenDirection) and self._direction.is_due() and self._optimizer.may_move()
+        return self._taken is not None and self._taken.is_due() and self._optimizer.may_move()
 
     def enter(self) -> None:
         """Move the weights to ``w + epsilon``; does nothing where they are, or while there is no direction yet.
@@ -166,8 +167,7 @@ class OnePass:
         Raises:
             RuntimeError: If the pass computed no gradients.
         """
-        direction = self._direction
-        if not isinstance(direction, TakenDirection) or self._is_aside:
+        if self._taken is None or self._is_aside:
             yield
             return
         self.be_exact()
@@ -179,7 +179,7 @@ class OnePass:
             aside.begin()
             with nullcontext() if optimizer.sync_perturbation else unsynced(self.model):
                 yield
-            direction.take(parameters)
+            self._taken.take(parameters)
         finally:
             self._is_aside = False
             aside.end()

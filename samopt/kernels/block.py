@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from samopt.geometry import Metric
 
 __all__ = ["Backup", "Block", "Lengths", "NoiseSource", "Saved", "Stride"]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class NoiseSource(Protocol):
@@ -104,10 +107,18 @@ class Stride:
             device: Where to.
         """
         norm, radius = self.norm, self.radius
+        if norm.device.type == "cpu" and device.type == "cpu":
+            return torch.tensor(self._factor(float(norm), float(radius)), dtype=norm.dtype)
         usable = torch.isfinite(norm) & (norm > 0)
         if isinstance(radius, Tensor):
             radius = radius.to(device=norm.device, dtype=norm.dtype, non_blocking=True)
         size = radius * torch.ones_like(norm) if self.linf else radius / norm
-        largest = torch.finfo(torch.float32).max
-        scale = torch.where(usable, self.sign * size, torch.zeros_like(norm)).clamp(-largest, largest)
+        scale = torch.where(usable, self.sign * size, torch.zeros_like(norm)).clamp(-_LARGEST, _LARGEST)
         return scale.to(device, non_blocking=True)
+
+    def _factor(self, norm: float, radius: float) -> float:
+        """Return what ``scale`` does, of numbers that are at hand."""
+        if not 0 < norm < math.inf:
+            return 0.0
+        factor = self.sign * (radius if self.linf else radius / norm)
+        return factor if math.isnan(factor) else min(max(factor, -_LARGEST), _LARGEST)

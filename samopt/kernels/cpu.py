@@ -110,7 +110,11 @@ def norm(block: Block) -> Tensor:
     Sums of squares are taken in rows short enough for the block's own precision; where they overflow or vanish there,
     the reference starts again in fp64.
     """
-    room = scratch(block)
+    sizes = [direction.numel() for direction in block.directions]
+    if block.metric is None and sum(sizes) <= _SMALL and block.weights[0].dtype is torch.float32:
+        # Nothing that fp32 holds has a square that fp64 does not.
+        return torch.linalg.vector_norm(_joined(block.directions), dtype=torch.float64)
+    room = scratch(block) if block.metric is not None else []
     rows: list[Tensor] = []
     for piece in pieces(block):
         uphill = piece.direction
@@ -122,7 +126,7 @@ def norm(block: Block) -> Tensor:
     lengths = torch.cat(rows).double()
     length = torch.dot(lengths, lengths).sqrt()
     limits = torch.finfo(block.weights[0].dtype)
-    elements = sum(direction.numel() for direction in block.directions)
+    elements = sum(sizes)
     # Squares below the smallest normal number lose digits or vanish; here all of them together are below one rounding.
     safe = (elements * limits.tiny / limits.eps) ** 0.5 <= float(length) < float("inf")
     return length if safe else reference.norm(block)
@@ -144,10 +148,12 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Exchan
     step = float(scale)
     if step == 0:
         return
-    room = scratch(block)
+    room: list[Tensor] = []
     for piece in pieces(block, None if saved is None else saved.places):
-        together = block.metric is None and len(piece.weights) > 1
-        target = None if together else moved(piece, block, step, room, room[0][: piece.weight.numel()])
+        target = None
+        if block.metric is not None or len(piece.weights) == 1:
+            room = room or scratch(block)
+            target = moved(piece, block, step, room, room[0][: piece.weight.numel()])
         if saved is not None:
             saved.keep(piece)  # only now may the weights change, whenever an interrupt comes
         if target is None:
