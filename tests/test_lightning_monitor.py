@@ -1,67 +1,22 @@
-"""Sharpness in the logs of a Lightning run: the right numbers, wherever they go, and no other change to the run."""
+"""Sharpness in the logs of a Lightning run: the right numbers, wherever they go."""
 
 from __future__ import annotations
 
-import csv
-import functools
-import importlib
-import json
 import math
 
 import matplotlib.image
 import pytest
-import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import samopt
 from samopt import sharpness
-from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor
+from samopt.integrations.lightning import SharpnessAwareTraining
 from tests import lit
+from tests.lit_monitor import FREE, KeepWeights, Quiet, expected_values, monitor, rows
 
 pytestmark = pytest.mark.lightning
-
-MEASURES = {
-    "worst": functools.partial(sharpness.worst_case, rho=0.1, adaptive=True, steps=3),
-    "average": functools.partial(sharpness.average_case, rho=0.1, adaptive=True, samples=3),
-}
-FREE = {"sam", "perturbed_loss", "grad_norm", "perturbed_grad_norm", "radius", "applied_radius"}
-
-
-def monitor(**options):
-    return SharpnessMonitor(**{"measures": MEASURES, "every_n_steps": 3, "examples": 8, "max_fraction": None} | options)
-
-
-class Quiet(lit.Module):
-    """Without noise of its own in the loss, so that an oracle can compute it."""
-
-    def loss(self, batch):
-        self.logits = self(batch[0])
-        return torch.nn.functional.cross_entropy(self.logits, batch[1])
-
-
-class KeepWeights(Callback):
-    """Keeps a copy of the network after every step."""
-
-    def __init__(self):
-        self.nets = {}
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        net = lit.network()
-        net.load_state_dict(pl_module.net.state_dict())
-        self.nets.setdefault(trainer.global_step, net)  # BatchNorm's statistics go on within a window
-
-
-def rows(folder):
-    with open(folder / "metrics.csv", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def expected_values(net, batches):
-    return {
-        f"sharpness/{name}": measure(net, sharpness.cross_entropy, batches).value for name, measure in MEASURES.items()
-    }
 
 
 @pytest.mark.parametrize("sam", [True, False])
@@ -122,58 +77,6 @@ def test_a_plain_run_has_no_free_metrics(tmp_path):
     lit.fit(tmp_path, lit.Module(), Callback(), callbacks=[monitor()], logger=logger)
     columns = {name for row in rows(tmp_path / "run" / "version_0") for name in row if name.startswith("sharpness/")}
     assert columns == {"sharpness/worst", "sharpness/average"}
-
-
-VARIED = {
-    "plain": {},
-    "accumulating, clipped": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
-    "validation inside an epoch": {"val_check_interval": 2},
-    "bf16-mixed": {"precision": "bf16-mixed"},
-    "bf16-true": {"precision": "bf16-true"},
-}
-
-
-def observed(folder, name, callback, watch, scheduler="step"):
-    options = dict(VARIED[name])
-    dtype = torch.bfloat16 if options.get("precision") == "bf16-true" else torch.float32
-    torch.manual_seed(5)
-    module, keep = lit.Module(scheduler=scheduler), []
-
-    class Loss(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            keep.append(float(outputs["loss"]))
-
-    trainer = lit.fit(
-        folder,
-        module,
-        callback,
-        data=lit.loader(dtype=dtype),
-        validation=lit.loader(8, dtype),
-        callbacks=[Loss(), *watch],
-        **options,
-    )
-    return trainer, keep, torch.get_rng_state()
-
-
-@pytest.mark.parametrize("data", ["training", "validation"])
-@pytest.mark.parametrize("name", VARIED)
-@pytest.mark.parametrize("sam", [True, False])
-def test_a_monitored_run_is_the_unmonitored_one(sam, name, data, tmp_path):
-    """Weights, buffers, optimizer, metrics, attributes, losses and random numbers, where every step is measured."""
-
-    def callback():
-        return SharpnessAwareTraining("asam") if sam else Callback()
-
-    watch = monitor(measures=["worst_case", "average_case", "per_layer", "lambda_max"], every_n_steps=2, data=data)
-    ours, losses, stream = observed(tmp_path, name, callback(), [watch])
-    theirs, expected_losses, expected_stream = observed(tmp_path, name, callback(), [])
-    assert len(watch.history) >= 3
-    for collected in (ours.callback_metrics, ours.logged_metrics):
-        for key in [key for key in collected if key.startswith("sharpness/")]:
-            del collected[key]
-    lit.assert_same_run(ours, theirs)
-    assert losses == expected_losses
-    assert torch.equal(stream, expected_stream)
 
 
 def test_each_layer_and_the_largest_eigenvalue(tmp_path):
@@ -320,141 +223,3 @@ def test_other_callbacks_follow_the_values(tmp_path):
     lit.fit(tmp_path, lit.Module(), callbacks=[watch, stop, best], enable_checkpointing=True, max_epochs=4)
     assert float(best.best_model_score) == pytest.approx(min(v["sharpness/worst"] for v in watch.history.values()))
     assert float(stop.best_score) in [pytest.approx(v["sharpness/worst"]) for v in watch.history.values()]
-
-
-def test_history_goes_on_after_a_checkpoint(tmp_path):
-    path = tmp_path / "records.jsonl"
-    first = monitor(path=path)
-    saving = ModelCheckpoint(tmp_path, filename="saved", every_n_epochs=1)
-    lit.fit(tmp_path, lit.Module(), callbacks=[first, saving], enable_checkpointing=True, max_epochs=1)
-    second = monitor(path=path)
-    lit.fit(tmp_path, lit.Module(), callbacks=[second], ckpt_path=tmp_path / "saved.ckpt")
-    assert sorted(second.history) == [3, 6, 9, 12]
-    assert second.history[3] == first.history[3]
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [record["step"] for record in records] == [3, 6, 9, 12]
-
-
-def test_compiled_modules_are_not_compiled_again(tmp_path):
-    """Measuring runs what is compiled as Python; another compilation would be counted."""
-    compiled = []
-
-    def backend(graph, inputs):
-        compiled.append(len(inputs))
-        return graph.forward
-
-    counts, nets = [], []
-    for watch in ([monitor(measures=["worst_case", "lambda_max"])], []):
-        module = lit.Module()
-        module.net[5].momentum = 0.1
-        net = module.net
-        module.net = torch.compile(net, backend=backend)
-        compiled.clear()
-        lit.fit(tmp_path, module, callbacks=watch, data=lit.loader(24))
-        counts.append(len(compiled))
-        nets.append(net)
-        torch._dynamo.reset()
-    assert counts[0] == counts[1] > 0
-    lit.assert_same_state(*nets)
-
-
-PACKAGES = ["pytorch_lightning", "lightning.pytorch"]
-YAML = """
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
-    - class_path: samopt.integrations.lightning.SharpnessAwareTraining
-    - class_path: samopt.integrations.lightning.SharpnessMonitor
-      init_args:
-        measures: {measures}
-        every_n_steps: 3
-        examples: 8
-        max_fraction: null
-        plot: false
-"""
-
-
-@pytest.mark.parametrize("measures", ["[worst_case, per_layer]", "{worst_case: {rho: 0.1, steps: 2}, per_layer: {}}"])
-@pytest.mark.parametrize("package", PACKAGES)
-def test_yaml(package, measures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cli = importlib.import_module(f"{package}.cli")
-
-    class Module(lit.Shared, importlib.import_module(package).LightningModule):
-        def __init__(self):
-            super().__init__()
-
-        def train_dataloader(self):
-            return lit.loader()
-
-    (tmp_path / "run.yaml").write_text(YAML.replace("{measures}", measures), encoding="utf-8")
-    run = cli.LightningCLI(
-        Module,
-        args=["fit", "--config", str(tmp_path / "run.yaml")],
-        save_config_callback=None,
-        seed_everything_default=None,
-    )
-    callback = run.trainer.callbacks[1]
-    assert isinstance(callback, SharpnessMonitor)
-    assert sorted(callback.history) == [3, 6]
-    settings = callback.monitor.history[0]["measures"]["worst_case"]["settings"]
-    assert settings["rho"] == (0.1 if "0.1" in measures else 0.5)
-    assert settings["adaptive"] in (True, "True")
-    assert "sharpness/per_layer/net.0" in callback.history[3]
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_configure_callbacks(package, tmp_path):
-    pl = importlib.import_module(package)
-    watch = monitor()
-
-    class Module(lit.Shared, pl.LightningModule):
-        def configure_callbacks(self):
-            return [watch]
-
-    lit.fit(tmp_path, Module(), pl.Callback(), package=pl)
-    assert sorted(watch.history) == [3, 6, 9, 12]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
-        ({"examples": 0}, ValueError, "examples must be at least 1, got 0"),
-        ({"data": "test"}, ValueError, 'data must be "training" or "validation", got \'test\'; give other data'),
-        ({"max_fraction": 2.0}, ValueError, r"max_fraction must be in \(0, 1\], got 2.0"),
-        ({"measures": "worst_case"}, TypeError, r"got the string 'worst_case'; write \['worst_case'\]"),
-        ({"measures": ["sharpest"]}, ValueError, "must be one of worst_case, average_case.*got 'sharpest'"),
-        ({"measures": {"sharpest": {"rho": 1.0}}}, ValueError, "must be one of worst_case.*got 'sharpest'"),
-        ({"measures": [3]}, TypeError, "must be a name, or a function such as .*got 3; bind"),
-        ({"measures": ["per_layer", sharpness.per_layer]}, ValueError, "two measures are called 'per_layer'; give"),
-        ({"measures": []}, ValueError, "measures is empty; name some of worst_case"),
-    ],
-)
-def test_options_are_checked_where_they_are_given(options, error, message):
-    with pytest.raises(error, match=message):
-        SharpnessMonitor(**options)
-
-
-def test_a_training_step_without_a_loss(tmp_path):
-    class Odd(lit.Module):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) if self.training else None
-
-    with pytest.raises(TypeError, match="training_step returned NoneType for a batch.*give it loss_fn="):
-        lit.fit(tmp_path, Odd(), callbacks=[monitor()])
-
-
-def test_sharded_models_are_refused(tmp_path):
-    from pytorch_lightning.strategies import ModelParallelStrategy
-
-    trainer = lit.trainer(tmp_path)
-    trainer.strategy.__class__ = type("Sharding", (type(trainer.strategy), ModelParallelStrategy), {"__init__": None})
-    with pytest.raises(ValueError, match="needs the whole model in each process, but Sharding shards it"):
-        monitor().setup(trainer, lit.Module(), "fit")
