@@ -14,6 +14,7 @@ from benchmarks.sharpness_study.measures import MEASURES, measure_model
 from benchmarks.sharpness_study.report import QUANTITIES, agreement, markdown
 from benchmarks.summary import panels
 from samopt import sharpness
+from tests.pages import REPOSITORY
 
 COMMAND = ("sharpness", "--task", "digits", "--train-size", "128", "--epochs", "1", "--label-noise", "0.4")
 
@@ -97,3 +98,8 @@ def test_a_table_has_means_spreads_and_what_the_search_missed():
     assert "| Hessian trace | 2 ± 1.4 | 0.5 ± 0 |" in text
     assert "found 60.0 to 90.0 % (median 90.00 %)" in text
     assert "at commit abc" in text
+
+
+def test_the_published_table_is_that_of_the_published_rows():
+    folder = REPOSITORY / "docs" / "results" / "sharpness"
+    assert (folder / "table.md").read_text(encoding="utf-8") == markdown(read_rows(folder / "runs.jsonl"))
