@@ -14,6 +14,7 @@ import samopt
 from samopt import sharpness
 from samopt.sharpness.budget import Budget, OverBudget
 from tests.cases import batch, closure_of, mlp
+from tests.quadratics import Weights
 
 
 class Clock:
@@ -117,6 +118,25 @@ def test_the_history_is_appended_to_a_file_line_by_line(tmp_path):
     again.step(), again.step()
     assert [record["step"] for record in map(json.loads, path.read_text().splitlines())] == [2, 4, 6, 8]
     assert [record["step"] for record in again.history] == [2, 4, 6, 8]
+
+
+def test_the_file_is_strict_json_where_the_loss_becomes_infinite(tmp_path):
+    path = tmp_path / "sharpness.jsonl"
+    model = Weights([1.0])
+    monitor = sharpness.SharpnessMonitor(
+        model,
+        lambda model, batch: -torch.log(2 - model.w0).sum(),
+        [None],
+        every=1,
+        path=path,
+        max_fraction=None,
+        measures={"worst": partial(sharpness.worst_case, rho=1.0, steps=1)},
+    )
+    assert monitor.step() == {"sharpness/worst": float("inf")}
+    assert monitor.history[0]["measures"]["worst"]["value"] == float("inf")
+    record = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert record["measures"]["worst"]["value"] is None
+    assert record["measures"]["worst"]["loss"] == 0
 
 
 def test_training_does_not_notice_it():

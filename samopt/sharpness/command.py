@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import samopt
 from samopt.sharpness.loading import CommandError, load_weights, named_function, read_state_dict
 from samopt.sharpness.losses import LossFn, accuracy, cross_entropy, hf_loss
 from samopt.sharpness.requests import MEASURES, Request, parse_request
-from samopt.sharpness.results import Result
+from samopt.sharpness.results import Result, to_json
 
 __all__ = ["main"]
 
@@ -117,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
         error = "-" if result.standard_error is None else f"{result.standard_error:.2g}"
         print(f"{request.label:40} {result.value:12.6g} {error:>10} {result.cost:10.1f} {seconds:8.1f}")
         report["results"][request.label] = {**result.to_dict(), "seconds": seconds}
-        (options.output / "results.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (options.output / "results.json").write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
         if not options.no_plots:
             result.plot().savefig(options.output / f"{_file_name(request.label)}.png", dpi=110)
     print(f"written to {options.output}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from torch import nn
 from samopt.sharpness.batches import read_batches
 from samopt.sharpness.budget import Budget, OverBudget
 from samopt.sharpness.losses import LossFn
-from samopt.sharpness.results import Result, plain
+from samopt.sharpness.results import Result, plain, to_json
 from samopt.sharpness.worst_case import worst_case
 
 __all__ = ["SharpnessMonitor"]
@@ -53,7 +52,7 @@ class SharpnessMonitor:
             name; or a list of such functions, named by their ``__name__``. Bind arguments with ``functools.partial``.
             None is SAM's one-step sharpness at radius 0.05.
         optimizer: A samopt optimizer, whose ``last_step`` joins each record; it costs nothing but reading it.
-        path: File to append each record to, as a line of JSON.
+        path: File to append each record to, as a line of JSON; numbers that are not finite are null there.
         max_fraction: Largest share of the time that measuring may take, in (0, 1]; None for no limit.
 
     Raises:
@@ -195,7 +194,7 @@ class SharpnessMonitor:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
 
 
 def _named(measures: Mapping[str, MeasureFn] | Iterable[MeasureFn] | None) -> dict[str, MeasureFn]:

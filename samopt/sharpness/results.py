@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Result", "mean_and_error", "new_figure", "plain"]
+__all__ = ["Result", "mean_and_error", "new_figure", "plain", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,21 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     return value if isinstance(value, str | int | float) or value is None else str(value)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as strict JSON; numbers that are not finite, which JSON lacks, become null.
+
+    Args:
+        value: As for ``plain``.
+        indent: As for ``json.dumps``.
+    """
+    return json.dumps(_without_nan(plain(value)), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return [_without_nan(entry) for entry in value] if isinstance(value, list) else value
