@@ -60,16 +60,14 @@ METHODS = {
     method.name: method
     for method in (
         ADAMW,
-        Method("sam", "rho", (0.02, 0.05, 0.1), lambda m, lr, rho: samopt.SAM(_adamw(m, lr), rho=rho, model=m)),
-        Method("asam", "rho", (0.1, 0.2, 0.5), lambda m, lr, rho: samopt.ASAM(_adamw(m, lr), rho=rho, model=m)),
-        Method(
-            "fisher", "rho", (0.02, 0.05, 0.1), lambda m, lr, rho: samopt.FisherSAM(_adamw(m, lr), rho=rho, model=m)
-        ),
-        _tram("tram-previous", lambda: "previous", (10.0, 30.0, 100.0)),
-        _tram("tram-ema", lambda: EMA(decay=0.95), (0.3, 1.0, 3.0)),
-        _tram("tram-pretrained", lambda: "pretrained", (0.03, 0.1, 0.3)),
-        _tram("tram-noise", lambda: InputNoise(std=0.1), (10.0, 30.0, 100.0)),
-        _tram("tram-fisher", lambda: InputNoise(std=0.1), (3.0, 10.0, 30.0), metric="fisher"),
+        Method("sam", "rho", (0.02, 0.1, 0.5), lambda m, lr, rho: samopt.SAM(_adamw(m, lr), rho=rho, model=m)),
+        Method("asam", "rho", (0.1, 0.5, 2.0), lambda m, lr, rho: samopt.ASAM(_adamw(m, lr), rho=rho, model=m)),
+        Method("fisher", "rho", (0.02, 0.1, 0.5), lambda m, lr, rho: samopt.FisherSAM(_adamw(m, lr), rho=rho, model=m)),
+        _tram("tram-previous", lambda: "previous", (100.0, 1000.0, 10000.0)),
+        _tram("tram-ema", lambda: EMA(decay=0.95), (3.0, 10.0, 30.0)),
+        _tram("tram-pretrained", lambda: "pretrained", (0.3, 1.0, 3.0)),
+        _tram("tram-noise", lambda: InputNoise(std=0.1), (100.0, 300.0, 1000.0)),
+        _tram("tram-fisher", lambda: InputNoise(std=0.1), (20.0, 100.0, 500.0), metric="fisher"),
     )
 }
 """By name, the base first."""
