@@ -15,8 +15,9 @@ from benchmarks.data import Pool, make_split
 from benchmarks.errors import BenchmarkError
 from benchmarks.lightning import comparison
 from benchmarks.lightning.comparison import Comparison, Plan
+from benchmarks.lightning.measures import MEASURES
 from benchmarks.lightning.methods import METHODS
-from benchmarks.lightning.training import MEASURES, train
+from benchmarks.lightning.training import train
 from benchmarks.registry import OPTIMIZERS, TASKS
 from benchmarks.rows import read_rows
 from benchmarks.seeds import stream_seed

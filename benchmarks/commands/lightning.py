@@ -22,7 +22,6 @@ _TASK = "fashion_small"
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    task = TASKS[_TASK]
     add("--methods", type=_methods, default=",".join(METHODS), help="comma-separated (default: %(default)s)")
     add("--seeds", type=arguments.seeds, default="0,1,2", help="comma-separated (default: %(default)s)")
     add(
@@ -31,9 +30,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         default="0,0.4",
         help="comma-separated fractions of the training labels to randomise (default: %(default)s)",
     )
-    add("--epochs", type=arguments.positive_int, default=task.epochs, help="default: %(default)s")
-    add("--train-size", type=arguments.positive_int, default=task.train_size, help="default: %(default)s")
-    add("--batch-size", type=arguments.positive_int, default=task.batch_size, help="default: %(default)s")
+    add("--epochs", type=arguments.positive_int, default=10, help="default: %(default)s")
+    add("--train-size", type=arguments.positive_int, default=1000, help="default: %(default)s")
+    add("--batch-size", type=arguments.positive_int, default=64, help="default: %(default)s")
     add("--data", help="folder with Fashion-MNIST, or 'hub' to download it; default: Debian's")
     add("--threads", type=arguments.positive_int, default=THREADS, help="CPU threads (default: %(default)s)")
     add("--output", type=Path, default=Path("results/lightning"), help="folder, continued (default: %(default)s)")

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from benchmarks.lightning.measures import MEASURES
 from benchmarks.rows import Row
 from benchmarks.summary import Estimate, estimate
 from benchmarks.table import labels_text
@@ -25,9 +26,6 @@ _HEADINGS = (
     "Worst case",
     "Average case",
     "Train loss",
-    "ms/step",
-    "x base",
-    "Monitor, % of time",
 )
 _QUANTITIES = {
     "accuracy": "test accuracy",
@@ -61,11 +59,13 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [" | ".join(_HEADINGS), " | ".join("---" for _ in _HEADINGS), *map(" | ".join, _cells(rows))]
     row = rows[0]
     where, examples, settings = row.environment, row.examples, row.settings
+    worst, noise = MEASURES["worst_case"]["rho"], MEASURES["average_case"]["rho"]
     notes = (
         f"{examples['train']} training images, {examples['test']} test images, {settings['epochs']:g} epochs, batches "
         f"of {settings['batch_size']:g}; mean ± sample standard deviation over n seeds; gain over the base with the "
-        f"same seed. Nothing was chosen on this task. One process, {where['threads']} thread(s) of {where['device']}, "
-        f"torch {where['torch']}."
+        "same seed. Nothing was chosen on this task. Adaptive sharpness on four training batches: worst case within "
+        f"radius {worst:g}, average case under noise of {100 * noise:g}% of each weight. One process, "
+        f"{where['threads']} thread(s) of {where['device']}, torch {where['torch']}."
     )
     return "".join(f"| {line} |\n" for line in lines) + f"\n{notes}\n"
 
@@ -115,7 +115,6 @@ def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             bases = {row.seed: row for row in found.get(runs[0].base, [])}
             pairs = [(row, bases[row.seed]) for row in runs if row.seed in bases and row.base != method]
             gain = [row.metrics["accuracy"] - base.metrics["accuracy"] for row, base in pairs]
-            cost = [row.metrics["seconds_per_step"] / base.metrics["seconds_per_step"] for row, base in pairs]
             cells.append(
                 (
                     labels_text(label_noise),
@@ -125,10 +124,7 @@ def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
                     _spread(estimate(gain), "+.1f", 100) if gain else "",
                     _spread(of["worst_case"], ".3f"),
                     _spread(of["average_case"], ".4f"),
-                    f"{of['train_loss'].mean:.3f}",
-                    f"{1000 * of['seconds_per_step'].mean:.1f}",
-                    f"{estimate(cost).mean:.2f}" if cost else "",
-                    f"{100 * of['monitor_share'].mean:.0f}",
+                    _spread(of["train_loss"], ".3f"),
                 )
             )
     return cells

@@ -19,20 +19,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from benchmarks.data import Split
+from benchmarks.lightning.measures import MEASURES
 from benchmarks.lightning.methods import Method
 from benchmarks.registry import OPTIMIZERS
 from benchmarks.seeds import stream_seed
 from benchmarks.training import build_model, epoch_order
 from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor
 
-__all__ = ["MEASURES", "Outcome", "train"]
-
-MEASURES: dict[str, dict[str, Any]] = {
-    "worst_case": {"rho": 0.5, "steps": 5},
-    "average_case": {"rho": 0.05, "samples": 5},
-    "per_layer": {"rho": 0.5, "steps": 1},
-}
-"""Adaptive sharpness, on four training batches."""
+__all__ = ["Outcome", "train"]
 
 _SHARPNESS_BATCHES = 4
 _EVALUATION_BATCH = 1000
