@@ -1,5 +1,5 @@
 """The commands; importing this package registers them."""
 
-from benchmarks.commands import demo, frontier, lightning, report, sharpness, train, wordnet
+from benchmarks.commands import demo, frontier, lightning, optimizer, report, sharpness, train, wordnet
 
-__all__ = ["demo", "frontier", "lightning", "report", "sharpness", "train", "wordnet"]
+__all__ = ["demo", "frontier", "lightning", "optimizer", "report", "sharpness", "train", "wordnet"]
