@@ -15,6 +15,7 @@ __all__ = ["draw_history"]
 
 _COLUMNS = 2
 _PANEL = 5.0, 3.4  # inches
+_TITLES = {"sam": "rise in the optimizer's own ascent"}
 
 
 def draw_history(history: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> Figure:
@@ -38,8 +39,8 @@ def draw_history(history: Mapping[int, Mapping[str, float]], names: Sequence[str
         for label, points in lines.items():
             axes.plot(points.keys(), points.values(), marker=".", label=label)
         if len(lines) > 1 or "" not in lines:
-            axes.legend(fontsize="x-small")
-        axes.set_title(name.replace("_", " "))
+            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.set_title(_TITLES.get(name) or name.replace("_", " "))
         axes.set_xlabel("optimizer step")
     for axes in grid[len(panels) :]:
         axes.remove()

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import samopt
 from samopt import sharpness
+from samopt.integrations.history import draw_history
 from samopt.integrations.lightning import SharpnessAwareTraining
 from tests import lit
 from tests.lit_monitor import FREE, KeepWeights, Quiet, expected_values, monitor, rows
@@ -109,6 +110,21 @@ def test_tensorboard_gets_values_and_the_picture(tmp_path):
     assert "sharpness/per_layer/net.0" in board.Tags()["scalars"]
     assert board.Tags()["images"] == ["sharpness"]
     assert matplotlib.image.imread(f"{logger.log_dir}/sharpness.png").std() > 0
+
+
+def test_the_picture_has_a_panel_for_each_measure_and_a_line_for_each_layer():
+    history = {
+        step: {"sharpness/sam": 0.1 * step, "sharpness/worst_case": 0.2 * step, "sharpness/per_layer": 5.0}
+        | {f"sharpness/per_layer/net.{layer}": float(layer) for layer in range(3)}
+        for step in (3, 6)
+    }
+    history[9] = {"sharpness/sam": 1.0}  # the measures were left out
+    panels = draw_history(history, ["sam", "worst_case", "average_case", "per_layer"]).axes
+    assert [axes.get_title() for axes in panels] == ["rise in the optimizer's own ascent", "worst case", "per layer"]
+    drawn = [{line.get_label(): list(line.get_xydata().ravel()) for line in axes.lines} for axes in panels]
+    assert list(drawn[0].values()) == [[3, pytest.approx(0.3), 6, pytest.approx(0.6), 9, 1.0]]
+    assert list(drawn[1].values()) == [[3, pytest.approx(0.6), 6, pytest.approx(1.2)]]
+    assert drawn[2] == {f"net.{layer}": [3, layer, 6, layer] for layer in range(3)}
 
 
 def test_the_picture_where_it_was_asked_for(tmp_path):
