@@ -94,7 +94,7 @@ def growth(quick: bool) -> dict[str, list[Case]]:
     Args:
         quick: Whether to return the two smallest of each only.
     """
-    sizes = [1_000, 10_000, 100_000, 1_000_000]
+    sizes = [1_000, 10_000, 100_000, 400_000]
     counts = [1, 16, 256, 4096]
     kept = 2 if quick else len(sizes)
     return {
