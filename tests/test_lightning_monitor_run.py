@@ -108,6 +108,9 @@ def test_history_goes_on_after_a_checkpoint(tmp_path):
     saving = ModelCheckpoint(tmp_path, filename="saved", every_n_epochs=1)
     lit.fit(tmp_path, lit.Module(), callbacks=[first, saving], enable_checkpointing=True, max_epochs=1)
     second = monitor(path=path)
+    assert second.state_dict() == {}
+    second.load_state_dict(state := first.state_dict())
+    assert second.state_dict() == state
     lit.fit(tmp_path, lit.Module(), callbacks=[second], ckpt_path=tmp_path / "saved.ckpt")
     assert sorted(second.history) == [3, 6, 9, 12]
     assert second.history[3] == first.history[3]

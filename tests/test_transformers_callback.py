@@ -66,6 +66,25 @@ def test_the_logged_numbers_are_those_of_the_measures(every, tmp_path):
             assert entry[f"sharpness/{name}"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_measures_by_name_and_the_layers_of_one(tmp_path):
+    keep = KeepWeights()
+    callback = make_callback(measures={"per_layer": {"steps": 1, "rho": 0.1}, "worst_case": {"steps": 1}}, every=7)
+    trainer = hf.make_trainer(tmp_path, hf.norms(), hf.points(), callbacks=[keep, callback], **evaluated())
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "sharpness/per_layer" in entry]
+    assert [entry["step"] for entry in entries] == [7, 14]
+    for entry in entries:
+        measured = callback.monitor.batches
+        expected = sharpness.per_layer(
+            keep.models[entry["step"]], sharpness.hf_loss, measured, rho=0.1, adaptive=True, steps=1
+        ).layers
+        for name, result in expected.items():
+            assert entry[f"sharpness/per_layer/{name}"] == pytest.approx(result.value, rel=1e-5, abs=1e-8)
+        assert entry["sharpness/worst_case"] >= 0
+    with pytest.raises(ValueError, match="must be one of worst_case, average_case, per_layer, lambda_max.*'sharpest'"):
+        SharpnessCallback(["sharpest"])
+
+
 def test_free_metrics_stand_beside_the_training_loss(tmp_path):
     trainer = hf.make_trainer(tmp_path, hf.norms(), hf.points(), logging_steps=4)
     trainer.train()

@@ -270,7 +270,9 @@ class SharpnessMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, for the checkpoint."""
-        return {} if self.monitor is None else {"monitor": self.monitor.state_dict(), "history": self.history}
+        if self.monitor is None:
+            return self._loaded  # of a run resumed so lately that there is no sample yet
+        return {"monitor": self.monitor.state_dict(), "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a history to go on with.
