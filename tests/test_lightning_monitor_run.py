@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 
@@ -100,6 +101,26 @@ def test_compiled_modules_are_not_compiled_again(tmp_path):
         torch._dynamo.reset()
     assert counts[0] == counts[1] > 0
     lit.assert_same_state(*nets)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("while measuring"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+def test_an_exception_while_measuring_leaves_everything_as_it_was(error, tmp_path):
+    """In the middle of a worst case, where the weights are elsewhere."""
+    calls = []
+
+    def loss(model, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise error
+        return sharpness.cross_entropy(model, batch)
+
+    module, expected = lit.Module(), lit.Module()
+    watch = monitor(measures={"worst_case": {"rho": 5.0}}, loss_fn=loss)
+    with pytest.raises(type(error)) if isinstance(error, RuntimeError) else contextlib.suppress(SystemExit):
+        lit.fit(tmp_path, module, callbacks=[watch])
+    lit.fit(tmp_path, expected, max_steps=3)
+    assert len(calls) == 3
+    lit.assert_same_state(module, expected)
 
 
 def test_history_goes_on_after_a_checkpoint(tmp_path):
