@@ -15,6 +15,7 @@ from samopt.ascent_rule import AscentRule, check_options
 from samopt.combination import Combination, check_combination
 from samopt.direction import Direction, GradientDirection, named_direction
 from samopt.distributed import refuse_unsupported
+from samopt.fused_step import fuses, take_fused_step
 from samopt.geometry import Metric
 from samopt.lightning_trainer import is_trainer_closure, refuse_without_callback
 from samopt.metrics import StepMetrics
@@ -330,8 +331,14 @@ class SharpnessAwareOptimizer(AscentRule):
             self._before_update()
             return loss
 
-        self.base_optimizer.step(oracle)
-        self._passes.reset()
+        base, passes = self.base_optimizer, self._passes
+        # What acts on the weights or on both gradients before the update has to find the weights exact.
+        acts = self.combination is not None or type(self)._before_update is not SharpnessAwareOptimizer._before_update
+        if isinstance(passes, TwoPass) and not acts and fuses(self.backend, base):
+            take_fused_step(base, passes, oracle)
+        else:
+            base.step(oracle)
+        passes.reset()
         self._watch_for_stall()
         return first_losses[0] if first_losses else None
 

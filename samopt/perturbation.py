@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from samopt import kernels
 from samopt.distributed import Shards, local_part
@@ -155,6 +156,23 @@ class Perturbation:
                 backend.restore(saved)
         self._saved = []
 
+    def restore_and_step(self, base: Optimizer) -> bool:
+        """Do ``undo`` and the base's step in one pass over memory, where the backend of everything that moved can.
+
+        Args:
+            base: The base optimizer.
+
+        Returns:
+            Whether it was done; if not, nothing was.
+        """
+        fusions = {backend.name: backend.fusion for backend, _ in self._saved}
+        if len(fusions) != 1 or self.is_sharded or (fusion := fusions.popitem()[1]) is None:
+            return False
+        done = fusion.restore_and_step(base, [saved for _, saved in self._saved])
+        if done:
+            self._saved = []
+        return done
+
     def _measured(self) -> Lengths:
         """Return the norms: all at once where one backend can, else part by part."""
         backends = {part.backend.name: part.backend for part in self._parts}
@@ -170,6 +188,8 @@ class Perturbation:
         """Return the length of everything from the length of each part."""
         if not lengths:
             return torch.zeros(())
+        if len(lengths) == 1 and self._parts[0].shards is None:
+            return lengths[0]
         # How parts are cut may differ between ranks; where their shards are may not, so that all ranks join in.
         by_place: dict[Shards | None, list[Tensor]] = {}
         for part, length in zip(self._parts, lengths, strict=True):

@@ -40,6 +40,7 @@ class SecondPass:
 
     Attributes:
         loss: Set it to the second pass's loss to have it in ``last_step``.
+        perturbation: The ascent, and the way back.
         is_spoiled: Whether an interrupt left the gradients half combined.
     """
 
@@ -59,10 +60,10 @@ class SecondPass:
         self.loss: Any = None
         self.is_spoiled = False
         with torch.no_grad():
-            self._perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
-            norm = self._perturbation.gradient_norm() if measure_grad_norms else None
+            self.perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
+            norm = self.perturbation.gradient_norm() if measure_grad_norms else None
         self._is_alone = not runs_on_several_ranks()
-        self.is_needed = self._perturbation.usable is not False or (may_move and not self._is_alone)
+        self.is_needed = self.perturbation.usable is not False or (may_move and not self._is_alone)
         """False where the host knows that nothing moves: the first gradients are all zero, or not all finite.
 
         True among several ranks, unless none of them moves: one that left out its second pass would leave the others
@@ -77,7 +78,7 @@ class SecondPass:
         self._metrics = StepMetrics(
             loss=as_scalar(first_loss),
             grad_norm=norm,
-            radius=largest_radius(targets, self._perturbation.norm),
+            radius=largest_radius(targets, self.perturbation.norm),
             applied_radius=torch.zeros(()),
         )
 
@@ -95,14 +96,14 @@ class SecondPass:
         if self.is_needed:
             if not self._keep_gradients:
                 self._gradients.clear()  # now their memory is the perturbation's alone, unless the user holds them
-            applied = self._perturbation.apply(noise, consume=not self._keep_gradients)
+            applied = self.perturbation.apply(noise, consume=not self._keep_gradients)
             self._metrics = replace(self._metrics, applied_radius=applied)
-        if self._perturbation.is_sharded:
+        if self.perturbation.is_sharded:
             reshard(replay.model)
-        self._perturbation.release_directions()
+        self.perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
-    def leave(self, replay: Replay, failed: bool = False) -> None:
+    def leave(self, replay: Replay, failed: bool = False, *, restore: bool = True) -> None:
         """Put weights, buffers and random streams back; may be called again if it was interrupted.
 
         Gradients of the first pass that were not used, because they were zero or not finite, are put back too, in place
@@ -111,9 +112,11 @@ class SecondPass:
         Args:
             replay: As for ``enter``.
             failed: Whether an exception cut the pass short.
+            restore: Whether to put the weights back; if not, ``perturbation`` can do it later.
         """
-        self._perturbation.undo()
-        if self._perturbation.is_sharded:
+        if restore:
+            self.perturbation.undo()
+        if self.perturbation.is_sharded:
             if failed:
                 abandon_pass(replay.model)
             reshard(replay.model)
@@ -146,4 +149,4 @@ class SecondPass:
 
     def first_gradients_finite(self) -> Tensor | None:
         """Return whether the first gradients were finite, on their device; None where that is seen to already."""
-        return torch.isfinite(self._perturbation.norm) if self._is_alone and self._perturbation.usable is None else None
+        return torch.isfinite(self.perturbation.norm) if self._is_alone and self.perturbation.usable is None else None

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
 
 from samopt.distributed import unsynced
 from samopt.gradients import any_nonzero, dense_gradients, poison_unless
 from samopt.metrics import StepMetrics, as_scalar
+from samopt.perturbation import Perturbation
 from samopt.replay import PassObserver, Replay, RngState
 from samopt.second_pass import SecondPass
 
@@ -48,6 +50,8 @@ class TwoPass:
         self._current: SecondPass | None = None
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
+        self._leaves_perturbed = False  # whether the base's step is to restore the weights
+        self._left: Perturbation | None = None  # what it has to restore
         self.metrics = StepMetrics()
 
     @property
@@ -198,6 +202,31 @@ class TwoPass:
         second.enter(self._replay, start, optimizer.rounding_noise())
         return second
 
+    @contextmanager
+    def left_perturbed(self) -> Generator[None]:
+        """Leave the weights perturbed after a second pass, until the end of this context at the latest."""
+        try:
+            try:
+                self._leaves_perturbed = True
+                yield
+            finally:
+                self._settle_left()
+        finally:
+            self._settle_left()  # does nothing unless an interrupt hit the first one
+
+    def restore_and_step(self, base: Optimizer) -> bool:
+        """Put back the weights that were left perturbed, and take the base's step, in one where that can be.
+
+        Args:
+            base: The base optimizer.
+
+        Returns:
+            Whether the step was taken; if not, the weights are back nevertheless.
+        """
+        done = self._left is not None and self._left.restore_and_step(base)
+        self._settle_left()
+        return done
+
     def restore(self) -> None:
         """Put the weights back and keep the second pass's gradients.
 
@@ -229,6 +258,13 @@ class TwoPass:
                 "call restore() after ascend()"
             )
 
+    def _settle_left(self) -> None:
+        """Put back what was left perturbed, and is still; may be called again if it was interrupted."""
+        if self._left is not None:
+            self._left.undo()
+        self._left = None
+        self._leaves_perturbed = False
+
     def _put_back(self, failed: bool) -> None:
         """Undo ``ascend`` and set up what an update needs; a no-op with nothing to undo, so that it can be retried."""
         second = self._current
@@ -238,7 +274,10 @@ class TwoPass:
         failed = failed or second.is_spoiled
         if failed:
             optimizer.base_optimizer.zero_grad()
-        second.leave(self._replay, failed)
+        leaves_perturbed = self._leaves_perturbed and not failed
+        if leaves_perturbed:
+            self._left = second.perturbation
+        second.leave(self._replay, failed, restore=not leaves_perturbed)
         if not failed:
             if optimizer.may_move() and optimizer.combination is not None:
                 second.combine(optimizer.combination)

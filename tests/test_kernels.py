@@ -48,6 +48,7 @@ RUNS = {
     "triton": lambda layout, metric, linf, dtype: (
         INTERPRETED and dtype is not torch.float64 and layout != "every-second"
     ),  # tests/test_triton.py runs this file with the interpreter
+    "triton-fused": lambda *case: RUNS["triton"](*case),
     "swap": lambda *case: RUNS["cpu"](*case),  # here in place; tests/test_kernels_memory.py has weights that can move
 }
 

@@ -38,14 +38,37 @@ def restore_chunk(kind):
     return "stages.restore_chunk", {"DTYPE": dtype(kind), "BLOCK": BLOCK}
 
 
+def sgd_chunk(kind, momentum=True, first=False, on_device=False):
+    constants = {
+        "DTYPE": dtype(kind), "ON_DEVICE": on_device, "MOMENTUM": momentum, "FIRST": first, "NESTEROV": momentum,
+        "DECAY": True, "MAXIMIZE": True, "INTERPRETED": False, "BLOCK": BLOCK,
+    }  # fmt: skip
+    return "base_steps.sgd_chunk", constants
+
+
+def adam_chunk(kind, amsgrad=False, on_device=False, decay="decoupled"):
+    constants = {
+        "DTYPE": dtype(kind), "ON_DEVICE": on_device, "COUNTED": on_device, "AMSGRAD": amsgrad, "DECAY": decay,
+        "MAXIMIZE": False, "INTERPRETED": False, "BLOCK": BLOCK,
+    }  # fmt: skip
+    return "base_steps.adam_chunk", constants
+
+
 def wide_kernels():
-    """Every kernel that passes over elements, with the bytes an element of its widest use of memory."""
+    """Every kernel that passes over elements, with its widest use of registers."""
     for kind in DTYPES:
         for metric in METRICS:
             yield f"sum-{kind}-{metric}", (sum_chunk, kind, metric)
             yield f"ascend-{kind}-{metric}", (ascend_chunk, kind, metric)
     yield "ascend-fp32-adaptive-linf-device", (ascend_chunk, "fp32", "adaptive", True, True)
     yield "ascend-bf16-fisher-linf", (ascend_chunk, "bf16", "fisher", True)
+    for kind in DTYPES:
+        yield f"sgd-{kind}", (sgd_chunk, kind)
+        yield f"adamw-{kind}", (adam_chunk, kind)
+    yield "sgd-fp32-plain", (sgd_chunk, "fp32", False)
+    yield "sgd-fp32-first-device", (sgd_chunk, "fp32", True, True, True)
+    yield "adam-fp32-amsgrad-device", (adam_chunk, "fp32", True, True, "l2")
+    yield "adam-bf16-amsgrad-device", (adam_chunk, "bf16", True, True, "l2")
     for kind in ("u32", "u16"):
         yield f"restore-{kind}", (restore_chunk, kind)
 
@@ -96,6 +119,9 @@ def test_a_step_moves_the_bytes_of_the_table(kind):
             "ascend": ascend_chunk(kind, "none"),
             "adaptive ascend": ascend_chunk(kind, "adaptive"),
             "restore": restore_chunk(bits),
+            "sgd": sgd_chunk(kind, momentum=False),
+            "sgd with momentum": sgd_chunk(kind),
+            "adamw": adam_chunk(kind),
         }.items()
     }
     assert moved == {
@@ -104,6 +130,10 @@ def test_a_step_moves_the_bytes_of_the_table(kind):
         "ascend": 4 * width,
         "adaptive ascend": 4 * width,
         "restore": 2 * width,
+        # The backup is read in the place of the weight, so these are what torch's own fused steps move.
+        "sgd": 3 * width,
+        "sgd with momentum": 5 * width,
+        "adamw": 7 * width,
     }
     assert (moved["norm"] + moved["ascend"]) / width == 5  # 20 bytes in fp32
     assert (moved["adaptive norm"] + moved["adaptive ascend"]) / width == 6  # 24

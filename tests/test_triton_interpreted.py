@@ -123,7 +123,8 @@ def test_a_table_is_reused_until_an_address_changes():
     weights = [torch.randn(5), torch.randn(40_000)]
 
     def table():
-        return pointer_table((addresses_of(weights),), tuple(w.numel() for w in weights), 4, torch.device("cpu"))
+        sizes = tuple(w.numel() for w in weights)
+        return pointer_table((addresses_of(weights),), (4 * 16384,), sizes, torch.device("cpu"))
 
     first = table()
     assert table() is first
@@ -230,3 +231,12 @@ def test_what_has_no_triton_form_is_refused_by_name_and_left_to_others_by_auto()
     sum((w**2).sum() for w in weights).backward()
     with pytest.raises(RuntimeError, match='backend="triton" cannot run here: a parameter has dtype torch.float64'):
         optimizer.ascend()
+
+
+def test_parameters_that_share_memory_are_left_to_others():
+    room = torch.zeros(10)
+    block = Block([room[:6], room[4:]], [torch.ones(6), torch.ones(6)], None, 0.0, False)
+    with pytest.raises(RuntimeError, match="two parameters share memory"):
+        select(block, "triton")
+    apart = Block([room[:5], room[5:]], [torch.ones(5), torch.ones(5)], None, 0.0, False)
+    assert select(apart, "triton").name == "triton"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from samopt.kernels import cpu, foreach, reference, swap, triton
 from samopt.kernels.block import Backup, Block, Lengths, NoiseSource, Saved, Stride
@@ -18,6 +19,7 @@ __all__ = [
     "Backup",
     "Block",
     "Climb",
+    "Fusion",
     "Lengths",
     "NoiseSource",
     "Save",
@@ -55,6 +57,19 @@ class Climb(Protocol[_S_contra]):
 
 
 @dataclass(frozen=True)
+class Fusion(Generic[_S_contra]):
+    """Restore and base step as one.
+
+    Attributes:
+        refuses: Returns None where the step of an optimizer can be taken, else the reason why not.
+        restore_and_step: Puts everything back and takes the step; returns whether it did, nothing being done if not.
+    """
+
+    refuses: Callable[[Optimizer], str | None]
+    restore_and_step: Callable[[Optimizer, Sequence[_S_contra]], bool]
+
+
+@dataclass(frozen=True)
 class Backend(Generic[_S]):
     """One row of the table.
 
@@ -66,6 +81,7 @@ class Backend(Generic[_S]):
         restore: Puts the weights back, bit for bit; may run again.
         measure: The norms of several blocks of one device at once, for backends where each launch counts.
         climb: The ascent with all of its arithmetic in it, likewise.
+        fusion: The restore as a part of the base's step, where a closure leaves nothing in between.
     """
 
     name: str
@@ -76,7 +92,19 @@ class Backend(Generic[_S]):
     restore: Callable[[_S], None]
     measure: Callable[[Sequence[Block]], Lengths] | None = None
     climb: Climb[_S] | None = None
+    fusion: Fusion[_S] | None = None
 
+
+_TRITON = Backend(
+    "triton",
+    triton.supports,
+    triton.norm,
+    triton.save,
+    triton.ascend,
+    triton.restore,
+    triton.measure,
+    triton.climb,
+)
 
 BACKENDS: dict[str, Backend[Any]] = {
     "reference": Backend(
@@ -85,18 +113,10 @@ BACKENDS: dict[str, Backend[Any]] = {
     "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.save, foreach.ascend, foreach.restore),
     "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore),
     "swap": Backend("swap", cpu.supports, cpu.norm, swap.save, swap.ascend, swap.restore),
-    "triton": Backend(
-        "triton",
-        triton.supports,
-        triton.norm,
-        triton.save,
-        triton.ascend,
-        triton.restore,
-        triton.measure,
-        triton.climb,
-    ),
+    "triton": _TRITON,
+    "triton-fused": replace(_TRITON, name="triton-fused", fusion=Fusion(triton.refuses, triton.restore_and_step)),
 }
-# "swap" changes addresses, so it is there for those who ask.
+# For those who ask: "swap" changes addresses, and "triton-fused" takes the step in the base's place.
 _PREFERENCE = {"cpu": ("cpu", "foreach", "reference"), "cuda": ("triton", "foreach", "reference")}
 _ELSEWHERE = ("foreach", "reference")
 

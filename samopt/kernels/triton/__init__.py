@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from samopt.kernels.block import Block, Lengths, NoiseSource, Stride
 from samopt.kernels.memory import lie_alike
@@ -15,10 +18,11 @@ from samopt.kernels.triton.availability import unavailable
 if TYPE_CHECKING:
     from samopt.kernels.triton.launch import Way
 
-__all__ = ["ascend", "climb", "measure", "norm", "restore", "save", "supports"]
+__all__ = ["ascend", "climb", "measure", "norm", "refuses", "restore", "restore_and_step", "save", "supports"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _METRICS = {"adaptive", "fisher"}
+_BASES = (SGD, Adam, AdamW)
 
 
 def supports(block: Block) -> str | None:
@@ -38,7 +42,17 @@ def supports(block: Block) -> str | None:
         return f"a gradient is on another device than its parameter, on {weight.device}"
     if not all(map(lie_alike, block.weights, block.directions)):
         return "the strides of a gradient are not those of its parameter, or one of them has gaps"
+    width = weight.element_size()
+    if _overlap(tuple((w.data_ptr(), w.data_ptr() + w.numel() * width) for w in block.weights)):
+        return "two parameters share memory, which one launch would move in no certain order"
     return None
+
+
+@functools.lru_cache(maxsize=16)
+def _overlap(ranges: tuple[tuple[int, int], ...]) -> bool:
+    """Return whether two ranges of addresses have one in common."""
+    filled = sorted((begin, end) for begin, end in ranges if begin < end)
+    return any(begin < end for (_, end), (begin, _) in itertools.pairwise(filled))
 
 
 def norm(block: Block) -> Tensor:
@@ -81,3 +95,22 @@ def restore(saved: Way) -> None:
     from samopt.kernels.triton import launch
 
     launch.restore(saved)
+
+
+def refuses(base: Optimizer) -> str | None:
+    """Return why no kernel takes the step of ``base``, or None where one does."""
+    if type(base) not in _BASES:
+        return f"{type(base).__name__} is none of torch's SGD, Adam and AdamW"
+    if "step" in vars(base):
+        return f"the step method of this {type(base).__name__} was replaced, as by a scheduler made for it"
+    for group in base.param_groups:
+        if group.get("differentiable") or any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+            return f"this {type(base).__name__} is differentiable or has tensors for betas"
+    return None
+
+
+def restore_and_step(base: Optimizer, ways: Sequence[Way]) -> bool:
+    """Restore and take the base's step in one pass over memory; return whether it was done."""
+    from samopt.kernels.triton import fused
+
+    return fused.restore_and_step(base, ways)

@@ -20,11 +20,24 @@ from samopt.kernels.triton.availability import interprets
 from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, pointer_table
 from samopt.precision import is_low_precision
 
-__all__ = ["BLOCK", "OPTIONS", "Way", "ascend", "climb", "measure", "norm", "restore", "save"]
+__all__ = [
+    "BLOCK",
+    "DTYPES",
+    "OPTIONS",
+    "Way",
+    "ascend",
+    "climb",
+    "measure",
+    "norm",
+    "note_writes",
+    "on",
+    "restore",
+    "save",
+]
 
 BLOCK = 1024  # elements at a time: eight for each of the 128 threads of a program, 128 bits in bf16 and twice in fp32
 _SUMS = 1024  # sums that the one program of a second stage reads at a time
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BITS = {4: tl.uint32, 2: tl.uint16}
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -39,7 +52,7 @@ class Way(Saved):
         weights: The weights.
         rooms: Memory for the old value of each.
         table: Their addresses.
-        written: int64 on the device: ``stamp`` if the backups hold the old weights.
+        written: int64 on the device, one for each chunk: ``stamp`` while its backup holds the old weights.
         stamp: A number that no other ascent has.
     """
 
@@ -63,12 +76,12 @@ def measure(blocks: Sequence[Block]) -> Lengths:
     total = sum(counts)
     sums = torch.empty(2, total, dtype=torch.float64, device=device)
     lengths = torch.empty(2 + len(blocks), dtype=torch.float64, device=device)
-    with _on(device):
+    with on(device):
         for index, (block, table) in enumerate(zip(blocks, tables, strict=True)):
             if table.chunks:
                 stages.sum_chunk[(table.chunks,)](
                     table.data, table.chunks, sums, total, sum(counts[:index]), block.eta, block.eta**0.5,
-                    DTYPE=_DTYPES[block.weights[0].dtype], METRIC=_metric(block), BLOCK=BLOCK, **OPTIONS,
+                    DTYPE=DTYPES[block.weights[0].dtype], METRIC=_metric(block), BLOCK=BLOCK, **OPTIONS,
                 )  # fmt: skip
         stages.join_sums[(1,)](
             sums, total, boundaries(counts, device), len(blocks), lengths, BLOCK=_SUMS, **OPTIONS
@@ -82,8 +95,9 @@ def save(block: Block, consume: bool = False) -> Way:
         direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
         for weight, direction in zip(block.weights, block.directions, strict=True)
     ]
-    written = torch.empty(1, dtype=torch.int64, device=block.weights[0].device)
-    return Way([], block.weights, rooms, _table_of(block, rooms), written, next(_stamps))
+    table = _table_of(block, rooms)
+    written = torch.empty(table.chunks, dtype=torch.int64, device=block.weights[0].device)
+    return Way([], block.weights, rooms, table, written, next(_stamps))
 
 
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Way | None = None) -> None:
@@ -125,7 +139,7 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
     if not measured:
         return applied[0]
     whole = torch.empty(1, dtype=torch.float64, device=device)
-    with _on(device):
+    with on(device):
         stages.join_moves[(1,)](applied, len(applied), whole, LINF=block.linf, BLOCK=_SUMS, **OPTIONS)
     return whole[0]
 
@@ -135,12 +149,12 @@ def restore(saved: Way) -> None:
     table = saved.table
     if not table.chunks:
         return
-    with _on(saved.written.device):
+    with on(saved.written.device):
         stages.restore_chunk[(table.chunks,)](
             table.data, table.chunks, saved.written, saved.stamp,
             DTYPE=_BITS[saved.weights[0].element_size()], BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
-    _note_writes(saved.weights)
+    note_writes(saved.weights)
 
 
 def _ascend(
@@ -162,23 +176,23 @@ def _ascend(
         return
     stochastic = noise is not None and is_low_precision(block.weights[0])
     key = noise.key() if noise is not None and stochastic else 0
-    with _on(block.weights[0].device):
+    with on(block.weights[0].device):
         stages.ascend_chunk[(table.chunks,)](
             table.data, table.chunks, norm, own_length, radius, radius_at, sign, block.eta, block.eta**0.5,
             _signed(key & 0xFFFFFFFF), _signed(key >> 32),
             None if saved is None else saved.written, 0 if saved is None else saved.stamp, applied,
-            DTYPE=_DTYPES[block.weights[0].dtype], METRIC=_metric(block), LINF=block.linf,
+            DTYPE=DTYPES[block.weights[0].dtype], METRIC=_metric(block), LINF=block.linf,
             SCALED=norm is None, ON_DEVICE=radius_at is not None, SAVES=saved is not None,
             STOCHASTIC=stochastic, MEASURED=measured, INTERPRETED=interprets(), CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
-    _note_writes(block.weights)
+    note_writes(block.weights)
 
 
 def _table_of(block: Block, rooms: Sequence[Tensor]) -> PointerTable:
     weights = block.weights
     sizes = tuple(weight.numel() for weight in weights)
     addresses = addresses_of(weights), addresses_of(block.directions), addresses_of(rooms)
-    return pointer_table(addresses, sizes, weights[0].element_size(), weights[0].device)
+    return pointer_table(addresses, (CHUNK * weights[0].element_size(),) * 3, sizes, weights[0].device)
 
 
 def _metric(block: Block) -> str:
@@ -190,11 +204,19 @@ def _signed(bits: int) -> int:
     return bits - 2**32 if bits >= 2**31 else bits
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` the one that launches go to."""
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which launches go to ``device``.
+
+    Args:
+        device: Where the tensors are.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _note_writes(weights: Sequence[Tensor]) -> None:
-    """Tell autograd of writes that it did not see."""
+def note_writes(weights: Sequence[Tensor]) -> None:
+    """Tell autograd of writes that it did not see.
+
+    Args:
+        weights: What was written.
+    """
     torch.autograd.graph.increment_version(weights)

@@ -150,7 +150,7 @@ def ascend_chunk(
         root_eta: Its square root.
         key_low: Half of the key of the rounding noise.
         key_high: The other half.
-        written: int64, where to leave ``stamp``, if ``SAVES``: the sign that the backups are the old weights.
+        written: int64, where each chunk leaves ``stamp``, if ``SAVES``: the sign that its backup is the old weights.
         stamp: A number that no other ascent has.
         applied: fp64, where to leave the norm of the move; where ``MEASURED``, its square or largest entry by chunk.
         DTYPE: Of weights and directions.
@@ -185,7 +185,7 @@ def ascend_chunk(
             tl.store(applied, tl.where(moved, tl.abs(scale) * by, 0.0), mask=chunk == 0)
     step = scale.to(tl.float32)
     if SAVES:
-        tl.store(written, stamp, mask=chunk == 0)
+        tl.store(written + chunk, stamp)
 
     lane = tl.arange(0, BLOCK)
     sizes = tl.zeros([BLOCK], tl.float64)
@@ -275,7 +275,7 @@ def restore_chunk(table, chunks, written, stamp: tl.int64, DTYPE: tl.constexpr, 
     Args:
         table: The pointer table.
         chunks: Its width.
-        written: int64, where the ascent left its stamp.
+        written: int64, where the ascent left its stamps.
         stamp: The stamp.
         DTYPE: Unsigned integers as wide as the weights.
         BLOCK: Elements at a time.
@@ -284,7 +284,7 @@ def restore_chunk(table, chunks, written, stamp: tl.int64, DTYPE: tl.constexpr, 
     w_address = tl.load(table + chunk)
     b_address = tl.load(table + 2 * chunks + chunk)
     size = tl.load(table + 3 * chunks + chunk).to(tl.int32)
-    size = tl.where(tl.load(written) == stamp, size, 0)
+    size = tl.where(tl.load(written + chunk) == stamp, size, 0)
     w_start = w_address.to(tl.pointer_type(DTYPE))
     b_start = b_address.to(tl.pointer_type(DTYPE))
     whole = tl.where(((w_address | b_address) & 15) == 0, size // BLOCK * BLOCK, 0)

@@ -44,17 +44,17 @@ def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def pointer_table(
-    addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], width: int, device: torch.device
+    addresses: tuple[tuple[int, ...], ...], strides: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> PointerTable:
     """Return a table; the same one for the same addresses and sizes, and never one with an address that has changed.
 
     Args:
-        addresses: Of each list of tensors.
-        sizes: Their numbers of elements, the same in every list.
-        width: Bytes of an element.
+        addresses: Of each list of tensors; 0 for none.
+        strides: For each list, the bytes from one chunk of a tensor to the next.
+        sizes: The tensors' numbers of elements.
         device: Where the tensors are.
     """
-    return _unless_captured(_table, device)(addresses, sizes, width, device)
+    return _unless_captured(_table, device)(addresses, strides, sizes, device)
 
 
 def boundaries(sizes: tuple[int, ...], device: torch.device) -> Tensor:
@@ -74,14 +74,15 @@ def _unless_captured(made: functools._lru_cache_wrapper[_T], device: torch.devic
 
 @functools.lru_cache(maxsize=_TABLES)
 def _table(
-    addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], width: int, device: torch.device
+    addresses: tuple[tuple[int, ...], ...], strides: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 ) -> PointerTable:
     elements = torch.tensor(sizes, dtype=torch.int64)
     chunks = (elements + CHUNK - 1) // CHUNK
     tensor = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
-    within = (torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]) * CHUNK
-    rows = [torch.tensor(row, dtype=torch.int64)[tensor] + within * width for row in addresses]
-    rows.append((elements[tensor] - within).clamp(max=CHUNK))
+    within = torch.arange(len(tensor)) - (chunks.cumsum(0) - chunks)[tensor]
+    starts = [torch.tensor(row, dtype=torch.int64)[tensor] for row in addresses]
+    rows = [start + (start != 0) * within * stride for start, stride in zip(starts, strides, strict=True)]
+    rows.append((elements[tensor] - within * CHUNK).clamp(max=CHUNK))
     return PointerTable(_on_device(torch.stack(rows), device), len(tensor))
 
 
