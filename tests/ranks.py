@@ -18,10 +18,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed.fsdp
 import torch.multiprocessing
 
-__all__ = ["run_on_ranks", "start_group"]
+__all__ = ["needs_fully_shard", "run_on_ranks", "start_group"]
+
+needs_fully_shard = pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, "fully_shard"),
+    reason="torch before 2.6 has no torch.distributed.fsdp.fully_shard",
+)
 
 _LIMIT = 120.0  # seconds, for one body
 _PATIENCE = 5.0  # seconds, for the other ranks once one has raised
