@@ -543,7 +543,7 @@ def test_help_explains_tasks_optimizers_and_output(capsys):
     text = capsys.readouterr().out
     for registry in (TASKS, OPTIMIZERS, COMMANDS):
         for name in registry.names():
-            assert re.search(rf"^ +{re.escape(name)} ", text, re.MULTILINE), name
+            assert re.search(rf"^ +{re.escape(name)}( |$)", text, re.MULTILINE), name
     assert "runs.jsonl" in text
     assert "table.md" in text
     assert max(map(len, text.splitlines())) <= 100
