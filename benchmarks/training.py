@@ -61,6 +61,7 @@ class Run:
         batch_size: Examples a step; an incomplete last batch of an epoch is left out.
         sharpness_rho: Radius of the sharpness measure.
         device: Where to train.
+        clock: What steps are timed by.
 
     Raises:
         BenchmarkError: If a setting is out of range, or there is not one whole batch.
@@ -82,6 +83,7 @@ class Run:
         batch_size: int,
         sharpness_rho: float,
         device: torch.device,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.choice = choice
         self.seed = seed
@@ -91,6 +93,7 @@ class Run:
         self._split = split
         self._batch_size = batch_size
         self._device = device
+        self._clock = clock
         self._sharpness_rho = sharpness_rho
         self._steps_per_epoch = len(split.labels) // batch_size
         self._epoch = 0
@@ -143,10 +146,10 @@ class Run:
             part = max(1, round(self.choice.settings["ascent_part"] * len(labels)))
             closures.append(partial(self._gradient, inputs[:part], labels[:part]))
         _wait_for(self._device)
-        start = time.perf_counter()
+        start = self._clock()
         loss: Any = self._optimizer.step(*closures)  # type: ignore[arg-type]  # a tensor is torch's custom
         _wait_for(self._device)
-        self.step_seconds.append(time.perf_counter() - start)
+        self.step_seconds.append(self._clock() - start)
         return torch.as_tensor(loss).detach()
 
     def _gradient(self, inputs: Tensor, labels: Tensor) -> Tensor:

@@ -136,10 +136,10 @@ def test_updates_are_timed_in_turns_and_their_memory_is_counted(monkeypatch: pyt
     order: list[str] = []
     timed = measure.Bench.time_step
     monkeypatch.setattr(
-        measure.Bench, "time_step", lambda self, name, device: (order.append(name), timed(self, name, device))[1]
+        measure.Bench, "time_step", lambda self, name, *how: (order.append(name), timed(self, name, *how))[1]
     )
     names = ["base", "textbook", "samopt-cpu"]
-    rows = measure_updates("update", bench_case(), "sam", names, rounds=3, device=CPU, note=pytest.fail)
+    rows = measure_updates("update", bench_case(), "sam", names, rounds=3, device=CPU, clock="wall", note=pytest.fail)
     assert [row.contender for row in rows] == names
     assert [order[i : i + 3] for i in range(0, 12, 3)] == [
         names, [*names[1:], names[0]], [*names[2:], *names[:2]], names
@@ -156,7 +156,7 @@ def test_updates_are_timed_in_turns_and_their_memory_is_counted(monkeypatch: pyt
 def test_a_contender_that_cannot_run_is_left_out_with_the_reason() -> None:
     notes: list[str] = []
     rows = measure_updates(
-        "update", bench_case(), "sam", ["base", "samopt-triton"], rounds=1, device=CPU, note=notes.append
+        "update", bench_case(), "sam", ["base", "samopt-triton"], rounds=1, device=CPU, clock="wall", note=notes.append
     )
     assert [row.contender for row in rows] == ["base"]
     assert re.match("samopt-triton is left out: .*CUDA", notes[0])
@@ -166,7 +166,14 @@ def test_a_missing_package_is_left_out_with_the_reason(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     notes: list[str] = []
     measure_updates(
-        "update", bench_case(), "sam", ["base", "pytorch_optimizer"], rounds=1, device=CPU, note=notes.append
+        "update",
+        bench_case(),
+        "sam",
+        ["base", "pytorch_optimizer"],
+        rounds=1,
+        device=CPU,
+        clock="wall",
+        note=notes.append,
     )
     assert notes == ["pytorch_optimizer is left out: import of pytorch_optimizer halted; None in sys.modules"]
 
@@ -176,14 +183,14 @@ def test_whole_steps_include_the_passes_each_form_needs(monkeypatch: pytest.Monk
     case = bench_case()
     loss = Case.loss
     monkeypatch.setattr(Case, "loss", lambda self, module, x: (passes.append("pass"), loss(self, module, x))[1])
-    rows = measure_steps(case, "sam", ["base", "textbook"], rounds=2, device=CPU, note=pytest.fail)
+    rows = measure_steps(case, "sam", ["base", "textbook"], rounds=2, device=CPU, clock="wall", note=pytest.fail)
     assert [row.contender for row in rows] == ["base", "textbook", ONE_PASS]
     assert len(passes) == 3 * (1 + 2 + 1)
     assert all(row.peak is None for row in rows)
 
 
 def measurement(contender: str, *milliseconds: float, metric: str = "sam") -> Measurement:
-    environment = dict.fromkeys(("device", "threads", "torch", "python", "samopt", "commit"), "?")
+    environment = dict.fromkeys(("device", "threads", "torch", "python", "samopt", "commit", "clock"), "?")
     rates = [8e9] * len(milliseconds)
     return Measurement(
         "update", "tiny500", metric, contender, 500_000, 500, milliseconds, rates, 2_000_000, 0, environment
@@ -233,6 +240,8 @@ def test_measured_cases_are_not_measured_again(tmp_path: Path, capsys: pytest.Ca
     assert [row.contender for row in rows] == ["base", "textbook"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     assert read_measurements(tmp_path / "updates.jsonl") == rows
+    assert main(["optimizer", "--clock", "sun", "--output", str(tmp_path)]) == 2
+    assert "--clock must be one of wall, cpu, got 'sun'" in capsys.readouterr().err
     assert main(["optimizer", "--cases", "resnet81"]) == 2
     assert "unknown case 'resnet81'; did you mean 'resnet18'?" in capsys.readouterr().err
 

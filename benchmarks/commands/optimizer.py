@@ -15,6 +15,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.registry import COMMANDS, Command
 from benchmarks.results import INTERRUPTED
 from benchmarks.updates.cases import CASES, Case, growth
+from benchmarks.updates.clock import CLOCKS
 from benchmarks.updates.contenders import CONTENDERS, METRICS
 from benchmarks.updates.measure import (
     Measurement,
@@ -45,11 +46,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step-rounds", type=arguments.positive_int, default=7, help="of each whole step (default: %(default)s)")
     add("--device", default="cpu", help="as torch names it (default: %(default)s)")
     add("--threads", type=arguments.positive_int, default=1, help="CPU threads (default: %(default)s)")
+    add("--clock", default="wall", help="wall, or cpu where other programs share the machine (default: %(default)s)")
     add("--output", type=Path, default=Path("results/optimizer"), help="folder, continued (default: %(default)s)")
     add("--quick", action="store_true", help="one case, three contenders, two rounds: does it run?")
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.clock not in CLOCKS:
+        raise BenchmarkError(f"--clock must be one of {', '.join(CLOCKS)}, got {options.clock!r}")
     torch.set_num_threads(options.threads)
     if options.quick:
         vars(options).update(_QUICK)
@@ -85,7 +89,12 @@ def _measure(options: argparse.Namespace, known: list[Measurement], notes: list[
     """Measure every group of rows that is not known yet."""
     device = select_device(options.device)
     done = {(one.kind, one.case, one.metric) for one in known}
-    shared = {"names": options.contenders or list(CONTENDERS), "device": device, "note": notes.append}
+    shared = {
+        "names": options.contenders or list(CONTENDERS),
+        "device": device,
+        "clock": options.clock,
+        "note": notes.append,
+    }
     cases = options.cases or [case for case in CASES.values() if device.type == "cuda" or not case.needs_gpu]
     kinds = {"update": cases} | growth(options.quick)
     for metric in options.metrics:

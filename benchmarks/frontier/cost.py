@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Cost:
-    """Time of one short run against the base's.
+    """Processor time of one short run against the base's, so that other programs on the machine do not count.
 
     Attributes:
         task: The task's name.
@@ -120,6 +121,7 @@ def _take_turns(task_name: str, choices: Sequence[Choice], split: Split, start: 
             batch_size=task.batch_size,
             sharpness_rho=0.0,
             device=_CPU,
+            clock=time.process_time,
         )
         for choice in choices
     ]

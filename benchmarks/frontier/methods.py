@@ -147,9 +147,7 @@ METHODS = {
         Method("sam-every-2", "SAM at every second step", _L2, _sam, schedule={"rho_every": 2}),
         Method("asam-every-2", "ASAM at every second step", _ADAPTIVE, _asam, schedule={"rho_every": 2}),
         Method("asam-every-4", "ASAM at every fourth step", _ADAPTIVE, _asam, schedule={"rho_every": 4}),
-        Method(
-            "asam-quarter", "ASAM, ascent on a quarter", _ADAPTIVE, _part_asam, schedule={"ascent_part": 0.25}
-        ),
+        Method("asam-quarter", "ASAM, ascent on a quarter", _ADAPTIVE, _part_asam, schedule={"ascent_part": 0.25}),
         Method("looksam", "LookSAM, SAM at every fifth step", _L2, _look_sam),
         Method("friendly-sam", "Friendly SAM, two passes", _L2, _friendly_sam),
         Method("gsam", "GSAM, two passes", _L2, _gsam),

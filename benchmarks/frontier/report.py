@@ -145,7 +145,7 @@ def _notes(rows: Sequence[Row], costs: Sequence[Cost]) -> str:
         "Gain: accuracy minus the base's with the same seed, in points, with its 95% confidence interval by Student's "
         "t. In the first table the interval is widened (Bonferroni) for the number of methods that the best was picked "
         "from, and a method is named only where all of it is above 0.",
-        f"Cost: time of the method's steps divided by the base's, median (and 20% to 80% quantiles) of "
+        f"Cost: processor time of the method's steps divided by the base's, median (and 20% to 80% quantiles) of "
         f"{costs[0].repetitions} runs of {costs[0].steps} steps each, taken in turns in one process. A method is "
         f"within a budget if its cost is at most {100 * SLACK:g}% above it.",
         "Every setting was chosen from three values on validation data, with a seed of its own: first the base's "

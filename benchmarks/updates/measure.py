@@ -42,7 +42,7 @@ class Measurement:
         peak: Most bytes of tensors alive at once beyond the weights, one set of gradients and the base's state; None
             where it was not measured.
         retained: Bytes still alive after the step, without the gradients.
-        environment: Commit, versions, device, threads.
+        environment: Commit, versions, device, threads, clock.
     """
 
     kind: str
@@ -99,14 +99,14 @@ class Bench:
         self.set_gradients()
         update.descend()
 
-    def time_step(self, name: str, device: torch.device) -> float:
+    def time_step(self, name: str, device: torch.device, clock: str) -> float:
         """Return the seconds of both halves, without what stands for the backward passes."""
         update = self.updates[name]
         self.set_gradients()
-        first = seconds(device, update.ascend) if name != "base" else 0.0
+        first = seconds(device, clock, update.ascend) if name != "base" else 0.0
         if name != "base":
             self.set_gradients()
-        return first + seconds(device, update.descend)
+        return first + seconds(device, clock, update.descend)
 
     def memory_of(self, name: str) -> tuple[int, int]:
         """Return the bytes alive at the peak of a step and after it, beyond weights, gradients and the base's state."""
@@ -136,6 +136,7 @@ def measure_updates(
     *,
     rounds: int,
     device: torch.device,
+    clock: str,
     note: Callable[[str], None],
 ) -> list[Measurement]:
     """Return what each contender's own part of a step costs.
@@ -147,14 +148,17 @@ def measure_updates(
         names: Contenders, with the base among them.
         rounds: Turns that are counted; one before them warms up.
         device: Where.
+        clock: A name in ``CLOCKS``.
         note: Called with a line of text for each contender that cannot run.
     """
     torch.manual_seed(0)
     bench = Bench(case.build().to(device), metric, names, note)
     memory = {name: bench.memory_of(name) for name in bench.updates}
-    times, rates = _rounds(list(bench.updates), rounds, device, lambda name: bench.time_step(name, device))
+    times, rates = _rounds(
+        list(bench.updates), rounds, device, clock, lambda name: bench.time_step(name, device, clock)
+    )
     return [
-        _measurement(kind, case, metric, name, bench.parameters, times[name], rates, memory[name], device)
+        _measurement(kind, case, metric, name, bench.parameters, times[name], rates, memory[name], device, clock)
         for name in bench.updates
     ]
 
@@ -166,6 +170,7 @@ def measure_steps(
     *,
     rounds: int,
     device: torch.device,
+    clock: str,
     note: Callable[[str], None],
 ) -> list[Measurement]:
     """Return how long a whole step takes with each contender: the model's passes, and the update.
@@ -176,6 +181,7 @@ def measure_steps(
         names: Contenders, with the base among them; the one-pass form joins them.
         rounds: Turns that are counted; one before them warms up.
         device: Where.
+        clock: A name in ``CLOCKS``.
         note: Called with a line of text for each contender that cannot run.
     """
     assert case.batch is not None
@@ -203,10 +209,15 @@ def measure_steps(
 
     names = [*bench.updates, ONE_PASS]
     times, rates = _rounds(
-        names, rounds, device, lambda n: seconds(device, one_pass_step if n == ONE_PASS else lambda: step(n))
+        names,
+        rounds,
+        device,
+        clock,
+        lambda n: seconds(device, clock, one_pass_step if n == ONE_PASS else lambda: step(n)),
     )
     return [
-        _measurement("step", case, metric, name, bench.parameters, times[name], rates, None, device) for name in names
+        _measurement("step", case, metric, name, bench.parameters, times[name], rates, None, device, clock)
+        for name in names
     ]
 
 
@@ -254,10 +265,10 @@ def _backward(case: Case, module: nn.Module, inputs: Tensor) -> None:
 
 
 def _rounds(
-    names: Sequence[str], rounds: int, device: torch.device, time_one: Callable[[str], float]
+    names: Sequence[str], rounds: int, device: torch.device, clock: str, time_one: Callable[[str], float]
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Return the milliseconds of each, and the rate of a copy, round by round; the first of a round takes turns."""
-    copying = Copy(device)
+    copying = Copy(device, clock)
     times: dict[str, list[float]] = {name: [] for name in names}
     rates = []
     for turn in range(rounds + 1):
@@ -278,10 +289,11 @@ def _measurement(
     rates: list[float],
     memory: tuple[int, int] | None,
     device: torch.device,
+    clock: str,
 ) -> Measurement:
     peak, retained = memory or (None, None)
     elements = sum(parameter.numel() for parameter in parameters)
-    environment = describe(device)
+    environment = describe(device) | {"clock": "events" if device.type == "cuda" else clock}
     return Measurement(
         kind, case.name, metric, name, elements, len(parameters), times, rates, peak, retained, environment
     )

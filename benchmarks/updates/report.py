@@ -102,8 +102,8 @@ def markdown(measurements: Sequence[Measurement], notes: Sequence[str]) -> str:
         "each element in that time; GB/s: of the bytes that are known to be moved, base included.",
         "Peak: most bytes alive for each element beyond weights, one set of gradients and the base's state.",
         f"A copy of 256 MiB moved {rate.text('.1f')} GB/s, read and written bytes counted.",
-        f"Measured on {e['device']}, threads: {e['threads']}, torch {e['torch']}, python {e['python']}, samopt "
-        f"{e['samopt']} at commit {e['commit']}.",
+        f"Measured on {e['device']}, threads: {e['threads']}, clock: {e['clock']}, torch {e['torch']}, python "
+        f"{e['python']}, samopt {e['samopt']} at commit {e['commit']}.",
         *notes,
     ]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)]) + "\n"
