@@ -31,7 +31,7 @@ _QUICK = Plan(
     label_noise=(0.4,),
     tune=False,
 )
-_TIMED = {"steps": 20, "repetitions": 11}
+_TIMED = {"steps": 20, "repetitions": 7}
 _TIMED_QUICKLY = {"steps": 4, "repetitions": 2}
 
 
