@@ -1,12 +1,15 @@
 """SAM under DistributedDataParallel, started by torchrun, with checkpoints that a restart goes on from.
 
 torchrun --standalone --nproc-per-node 2 --max-restarts 1 benchmarks/distributed/ddp.py --checkpoint run.pt
+
+With restarts, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or a new rank may call at the address of one that is gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,7 @@ def main() -> None:
         if rank == 0:
             print(f"epoch {epoch}: test accuracy {accuracy:.3f}, sharpness {measured['sharpness']:.4f}", flush=True)
             save(options.checkpoint, network, optimizer, epoch + 1)
+    time.sleep(0.2)  # gloo's threads need Python to let go of what was sent last, and abort where it is gone
     distributed.destroy_process_group()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def main() -> None:
         if rank == 0:
             print(f"epoch {epoch}: test accuracy {accuracy:.3f}, sharpness {measured['sharpness']:.4f}", flush=True)
         save(options.checkpoint, model, optimizer, epoch + 1)
+    time.sleep(0.2)  # gloo's threads need Python to let go of what was sent last, and abort where it is gone
     distributed.destroy_process_group()
 
 
