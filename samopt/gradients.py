@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samopt.distributed import local_part
 
-__all__ = ["any_nonzero", "dense_gradients", "poison_unless"]
+__all__ = ["any_nonzero", "dense_gradients", "poison"]
 
 
 def any_nonzero(groups: list[dict[str, Any]]) -> bool:
@@ -48,13 +48,13 @@ def dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return gradients
 
 
-def poison_unless(finite: Tensor, groups: list[dict[str, Any]]) -> None:
+def poison(zero_or_nan: Tensor, groups: list[dict[str, Any]]) -> None:
     """Make one entry of the gradients nan where the first pass's were not finite, without asking the device.
 
     The base optimizer, or a ``GradScaler`` before it, then meets a non-finite gradient as it would have without us.
 
     Args:
-        finite: 0-dim boolean tensor.
+        zero_or_nan: 0-dim tensor: nan if they were not, else 0.
         groups: Parameter groups, with the second pass's gradients.
     """
     values = next((entries for gradient in _gradients(groups) if (entries := _entries(gradient)).numel()), None)
@@ -62,7 +62,7 @@ def poison_unless(finite: Tensor, groups: list[dict[str, Any]]) -> None:
         return
     first_entry = values[(slice(0, 1),) * values.dim()]
     with torch.no_grad():
-        first_entry.copy_(torch.where(finite.to(values.device, non_blocking=True), first_entry, torch.nan))
+        first_entry.add_(zero_or_nan.to(values.device, non_blocking=True))
 
 
 def _gradients(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

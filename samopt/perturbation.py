@@ -100,6 +100,11 @@ class Perturbation:
         norm = float(self.norm)
         return 0.0 < norm < float("inf")
 
+    @property
+    def zero(self) -> Tensor:
+        """``norm`` times 0: nan where it is not finite."""
+        return self._lengths.zero
+
     def gradient_norm(self) -> Tensor:
         """Return ``||d||_2`` over every target, without the metric: 0-dim, on the device of ``norm``.
 
@@ -182,7 +187,8 @@ class Perturbation:
             if backend.measure is not None:
                 return backend.measure([part.block for part in self._parts])
         blocks = [part.backend.norm(part.block) for part in self._parts]
-        return Lengths(self._combine(blocks), None, blocks)
+        norm = self._combine(blocks)
+        return Lengths(norm, None, norm * 0, blocks)
 
     def _combine(self, lengths: Sequence[Tensor], *, largest: bool = False) -> Tensor:
         """Return the length of everything from the length of each part."""

@@ -147,6 +147,6 @@ class SecondPass:
         norm = gradient_norm(self._moving, self._backend) if measured else None
         return replace(self._metrics, perturbed_loss=as_scalar(self.loss), perturbed_grad_norm=norm)
 
-    def first_gradients_finite(self) -> Tensor | None:
-        """Return whether the first gradients were finite, on their device; None where that is seen to already."""
-        return torch.isfinite(self.perturbation.norm) if self._is_alone and self.perturbation.usable is None else None
+    def zero_or_nan(self) -> Tensor | None:
+        """Return 0, or nan if the first gradients were not finite, on their device; None where that is seen to."""
+        return self.perturbation.zero if self._is_alone and self.perturbation.usable is None else None

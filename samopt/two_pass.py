@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from samopt.distributed import unsynced
-from samopt.gradients import any_nonzero, dense_gradients, poison_unless
+from samopt.gradients import any_nonzero, dense_gradients, poison
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.perturbation import Perturbation
 from samopt.replay import PassObserver, Replay, RngState
@@ -283,9 +283,9 @@ class TwoPass:
                 second.combine(optimizer.combination)
             else:
                 self._complete()
-            finite = second.first_gradients_finite()
-            if finite is not None:
-                poison_unless(finite, optimizer.param_groups)
+            zero_or_nan = second.zero_or_nan()
+            if zero_or_nan is not None:
+                poison(zero_or_nan, optimizer.param_groups)
             self.metrics = optimizer.measured(second)
             self._is_ready = True
         self._current = None

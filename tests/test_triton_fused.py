@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import samopt
+from samopt.perturbation import Perturbation
 from tests.cases import assert_same, batch, bits, closure_form, closure_of, explicit_form, mlp, same_bits, tensors
 from tests.test_interrupts import InterruptAt
 
@@ -292,62 +292,119 @@ def test_states_of_another_memory_format_are_left_to_the_base():
     torch.testing.assert_close(run(FUSED), run("reference"), rtol=2e-6, atol=2e-7)
 
 
-class LargeOperations(TorchDispatchMode):
-    """Lists torch's own operations on anything as large as a weight."""
+class Operations(TorchDispatchMode):
+    """Lists torch's operations other than views, allocations and host numbers: those that an accelerator launches."""
+
+    FREE = (
+        "detach.",
+        "alias.",
+        "view.",
+        "select.",
+        "slice.",
+        "unbind.",
+        "empty",
+        "lift_fresh.",
+        "zeros.",
+        "_record_function",
+    )
 
     def __init__(self):
         super().__init__()
         self.names = []
+        self.listens = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        large = any(isinstance(t, torch.Tensor) and t.numel() >= 1000 for t in tree_leaves((args, kwargs, result)))
-        if large and func.__name__ not in ("detach.default", "empty_like.default", "alias.default"):
+        if self.listens and not func.__name__.startswith(self.FREE):
             self.names.append(func.__name__)
-        return result
+        return func(*args, **(kwargs or {}))
+
+
+NORM, MEASURED = ["sum_chunk", "join_sums"], ["sum_chunk", "join_sums"]
 
 
 @pytest.mark.parametrize(
     ("kind", "backend", "measure", "launches"),
     [
-        (torch.float32, "triton", False, ["sum_chunk", "join_sums", "ascend_chunk", "restore_chunk"]),
-        (torch.float32, FUSED, False, ["sum_chunk", "join_sums", "ascend_chunk", "sgd_chunk"]),
-        (torch.bfloat16, FUSED, False, ["sum_chunk", "join_sums", "ascend_chunk", "join_moves", "sgd_chunk"]),
-        (
-            torch.float32, FUSED, True,
-            ["sum_chunk", "join_sums", "ascend_chunk", "sum_chunk", "join_sums", "sgd_chunk"],
-        ),
+        (torch.float32, "triton", False, [*NORM, "ascend_chunk", "restore_chunk", "add_.Tensor"]),
+        (torch.float32, FUSED, False, [*NORM, "ascend_chunk", "add_.Tensor", "sgd_chunk"]),
+        (torch.bfloat16, FUSED, False, [*NORM, "ascend_chunk", "join_moves", "add_.Tensor", "sgd_chunk"]),
+        (torch.float32, FUSED, True, [*NORM, "ascend_chunk", "add_.Tensor", *MEASURED, "sgd_chunk"]),
     ],
     ids=["restore", "fused", "fused-bf16", "fused-measured"],
-)  # fmt: skip
-def test_a_step_launches_five_kernels_at_most_and_torch_touches_no_weight(
-    kind, backend, measure, launches, monkeypatch
-):
+)
+def test_what_a_step_launches_on_an_accelerator(kind, backend, measure, launches, monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction
 
-    made, run = [], InterpretedFunction.run
-    monkeypatch.setattr(
-        InterpretedFunction, "run", lambda self, *a, **o: (made.append(self.fn.__name__), run(self, *a, **o))[1]
-    )
+    from samopt.kernels.triton import fused, launch
+    from samopt.kernels.triton.tables import pointer_table
+
+    operations, interpret = Operations(), InterpretedFunction.run
+
+    def unlisted(function, name=None):
+        def call(*arguments, **options):
+            operations.names.extend([] if name is None else [name])
+            operations.listens = False
+            try:
+                return function(*arguments, **options)
+            finally:
+                operations.listens = True
+
+        return call
+
+    def run(self, *arguments, **options):  # how the interpreter does it is no matter
+        unlisted(interpret, self.fn.__name__)(self, *arguments, **options)
+
+    for module in (launch, fused):  # tables are made on the host
+        monkeypatch.setattr(module, "pointer_table", unlisted(pointer_table))
+    monkeypatch.setattr(Perturbation, "usable", None)  # as on an accelerator, where the norm is not read
+    monkeypatch.setattr(InterpretedFunction, "run", run)
     weights = [nn.Parameter(torch.randn(1000).to(kind)) for _ in range(6)]
-    base = SGD(weights, lr=0.1, momentum=0.9)
-    optimizer = samopt.SAM(base, rho=0.5, backend=backend, measure_grad_norms=measure)
-    large = LargeOperations()
+    slopes = [torch.ones_like(w) for w in weights]
+    optimizer = samopt.SAM(
+        SGD(weights, lr=0.1, momentum=0.9), rho=0.5, backend=backend, measure_grad_norms=measure, warn_on_stall=False
+    )
 
     def closure():
+        for w, slope in zip(weights, slopes, strict=True):
+            w.grad = slope
+        return torch.zeros(())
+
+    def step():
+        if backend == FUSED:
+            optimizer.step(closure)
+        else:
+            closure()
+            with optimizer.perturbed():
+                closure()
+
+    step()  # makes the tables and the momenta
+    operations.names.clear()
+    with operations:
+        step()
+    assert " ".join(operations.names) == " ".join(launches)
+
+
+@pytest.mark.parametrize("backend", [FUSED, "triton", "reference"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=str)
+def test_a_base_on_an_accelerator_meets_a_first_gradient_that_was_not_finite(kind, backend, monkeypatch):
+    monkeypatch.setattr(Perturbation, "usable", None)  # as on an accelerator, where the norm is not read
+    weights = tensors((4,), (3,), dtype=kind)
+    before = [w.detach().clone() for w in weights]
+    optimizer = samopt.SAM(SGD(weights, lr=0.5, foreach=False), rho=0.5, backend=backend, warn_on_stall=False)
+    slopes = iter([torch.inf, 1.0, 60_000.0, 1.0])
+
+    def closure():
+        slope = next(slopes)
         for w in weights:
-            w.grad = torch.ones_like(w)
-        return torch.ones(())
+            w.grad = torch.full_like(w, slope)
+        return torch.zeros(())
 
     optimizer.step(closure)
-    made.clear()
-    if backend == FUSED:
-        with large:
-            optimizer.step(closure)
-        assert set(large.names) == {"ones_like.default"}  # the closure's
-    else:
-        closure()
-        with large, optimizer.perturbed():
-            pass
-        assert large.names == []
-    assert made == launches
+    assert bool(weights[0][0].isnan()) and not bool(weights[0][1:].isnan().any())
+    assert torch.equal(weights[0][1:].detach(), before[0][1:] - 0.5) and torch.equal(
+        weights[1].detach(), before[1] - 0.5
+    )
+    with torch.no_grad():
+        weights[0].copy_(before[0])
+    optimizer.step(closure)  # the norm is more than fp16 can hold
+    assert torch.equal(weights[0].detach(), before[0] - 0.5) and torch.equal(weights[1].detach(), before[1] - 0.5 - 0.5)

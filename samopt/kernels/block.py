@@ -76,11 +76,13 @@ class Lengths:
     Attributes:
         norm: ``||T d||_2`` over everything.
         plain: ``||d||_2`` over everything; None where that would take another read.
+        zero: ``norm`` times 0: nan where it is not finite.
         blocks: ``||T d||_2`` over each block.
     """
 
     norm: Tensor
     plain: Tensor | None
+    zero: Tensor
     blocks: list[Tensor]
 
 

@@ -113,7 +113,8 @@ def norm(block: Block) -> Tensor:
     sizes = [direction.numel() for direction in block.directions]
     if block.metric is None and sum(sizes) <= _SMALL and block.weights[0].dtype is torch.float32:
         # Nothing that fp32 holds has a square that fp64 does not.
-        return torch.linalg.vector_norm(_joined(block.directions), dtype=torch.float64)
+        whole: Tensor = torch.linalg.vector_norm(_joined(block.directions), dtype=torch.float64)
+        return whole
     room = scratch(block) if block.metric is not None else []
     rows: list[Tensor] = []
     for piece in pieces(block):

@@ -75,7 +75,7 @@ def measure(blocks: Sequence[Block]) -> Lengths:
     counts = tuple(table.chunks for table in tables)
     total = sum(counts)
     sums = torch.empty(2, total, dtype=torch.float64, device=device)
-    lengths = torch.empty(2 + len(blocks), dtype=torch.float64, device=device)
+    lengths = torch.empty(3 + len(blocks), dtype=torch.float64, device=device)
     with on(device):
         for index, (block, table) in enumerate(zip(blocks, tables, strict=True)):
             if table.chunks:
@@ -86,7 +86,7 @@ def measure(blocks: Sequence[Block]) -> Lengths:
         stages.join_sums[(1,)](
             sums, total, boundaries(counts, device), len(blocks), lengths, BLOCK=_SUMS, **OPTIONS
         )  # fmt: skip
-    return Lengths(lengths[0], lengths[1], list(lengths[2:]))
+    return Lengths(lengths[0], lengths[1], lengths[2], list(lengths[3:]))
 
 
 def save(block: Block, consume: bool = False) -> Way:

@@ -78,14 +78,14 @@ def _square(x):
 
 @triton.jit(do_not_specialize=["total", "blocks"])
 def join_sums(sums, total, bounds, blocks, lengths, BLOCK: tl.constexpr):
-    """Write the norm of everything, the norm without the metric, and the norm of each block: one program, one order.
+    """Write the norm of everything, without the metric, and of each block: one program, so one order.
 
     Args:
         sums: fp64, a row with the metric and a row without.
         total: Width of a row.
         bounds: int64, where each block's sums begin, and ``total``.
         blocks: How many blocks.
-        lengths: fp64, room for ``2 + blocks`` numbers.
+        lengths: fp64, room for ``3 + blocks`` numbers; the third is the norm times 0.
         BLOCK: Sums at a time.
     """
     lane = tl.arange(0, BLOCK)
@@ -101,11 +101,12 @@ def join_sums(sums, total, bounds, blocks, lengths, BLOCK: tl.constexpr):
             scaled += tl.load(sums + at + lane, mask=inside, other=0.0)
             plain += tl.load(sums + total + at + lane, mask=inside, other=0.0)
         part = tl.sum(scaled)
-        tl.store(lengths + 2 + block, tl.sqrt(part))
+        tl.store(lengths + 3 + block, tl.sqrt(part))
         everything += part
         everything_plain += tl.sum(plain)
     tl.store(lengths, tl.sqrt(everything))
     tl.store(lengths + 1, tl.sqrt(everything_plain))
+    tl.store(lengths + 2, everything * 0.0)
 
 
 @triton.jit(do_not_specialize=["chunks", "sign", "key_low", "key_high", "stamp"])
