@@ -24,6 +24,7 @@ __all__ = ["advice_table", "markdown", "plot"]
 
 _MARKERS = ("o", "s", "^", "D")
 _DPI = 115
+_ADVICE = ("Where (accuracy of the base, %)", "Budget", "Use", "Gain over the base", "Its cost")
 _HEADINGS = ("Method", "What it does", "n", "Cost, x base", "Accuracy, %", "Gain over the base")
 
 
@@ -36,7 +37,7 @@ def advice_table(found: Sequence[Place]) -> Table:
     table = Table(
         title="which variant to use, by training cost", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False
     )
-    for heading in _advice_headings():
+    for heading in _ADVICE:
         table.add_column(heading, overflow="fold")
     for cells in _advice_rows(found):
         table.add_row(*cells)
@@ -51,7 +52,7 @@ def markdown(found: Sequence[Place], rows: Sequence[Row], costs: Sequence[Cost])
         rows: The runs that it was measured in.
         costs: What the methods cost.
     """
-    parts = ["**Which variant to use, by training cost**", _grid(_advice_headings(), _advice_rows(found))]
+    parts = ["**Which variant to use, by training cost**", _grid(_ADVICE, _advice_rows(found))]
     for place in found:
         spread = {cost.method: cost for cost in costs if cost.task == place.task}
         cells = [_cells(outcome, place, spread[outcome.method]) for outcome in place.outcomes]
@@ -107,24 +108,23 @@ def _draw(ax: Axes, place: Place, costs: dict[str, Cost]) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _advice_headings() -> tuple[str, ...]:
-    return ("Where", "Base alone", *(f"up to {budget:g}x" for budget in BUDGETS))
-
-
 def _advice_rows(found: Sequence[Place]) -> list[tuple[str, ...]]:
     summed = [*found, overall(found)] if len(found) > 1 else found
     return [
-        (_title(place), _spread(place.base), *(_advice(advise(place, budget)) for budget in BUDGETS))
+        (f"{_title(place)} ({_spread(place.base)})", f"{budget:g}x", *_advice(advise(place, budget)))
         for place in summed
+        for budget in BUDGETS
     ]
 
 
-def _advice(advice: Advice) -> str:
+def _advice(advice: Advice) -> tuple[str, str, str]:
     if advice.best is None or advice.gain is None:
-        return "the base: nothing else is this cheap"
-    text = f"{_interval(advice.gain.mean, advice.margin)} at {advice.best.cost:.2f}x"
-    name = advice.best.label
-    return f"{name}: {text}" if advice.is_better else f"the base: nothing surely beats it (nearest: {name}, {text})"
+        return "the base", "nothing else is this cheap", ""
+    gained = _interval(advice.gain.mean, advice.margin)
+    cost = f"{advice.best.cost:.2f}x"
+    if advice.is_better:
+        return advice.best.label, gained, cost
+    return "the base", f"nothing surely beats it; nearest: {advice.best.label}, {gained}", cost
 
 
 def _cells(outcome: Outcome, place: Place, cost: Cost) -> tuple[str, ...]:
