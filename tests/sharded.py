@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed import fsdp, tensor
 
 from tests.cases import Epsilon, batch, loss_of
 
 __all__ = ["Scale", "backward_of", "full", "fully_sharded", "own_part", "textbook_sharded_step", "uneven"]
+
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("torch before 2.6 has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
 
 
 class Scale(nn.Module):
@@ -36,8 +39,8 @@ def fully_sharded(model: nn.Sequential, **options: Any) -> nn.Sequential:
     """``model`` after FSDP2's ``fully_shard`` of each linear layer, and of the whole for what is left."""
     for layer in model:
         if isinstance(layer, nn.Linear):
-            fully_shard(layer, **options)
-    return fully_shard(model, **options)
+            fsdp.fully_shard(layer, **options)
+    return fsdp.fully_shard(model, **options)
 
 
 def own_part(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -70,7 +73,7 @@ def textbook_sharded_step(
     with torch.no_grad():
         for p, move in zip(parameters, moves, strict=True):
             whole = (full([p])[0].double() + move).to(p.dtype)
-            p.copy_(distribute_tensor(whole, p.device_mesh, p.placements) if hasattr(p, "placements") else whole)
+            p.copy_(tensor.distribute_tensor(whole, p.device_mesh, p.placements) if hasattr(p, "placements") else whole)
     base.zero_grad()
     backward()
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Checkpoints of sharded runs by torch.distributed.checkpoint, given the wrapper itself: resumed bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from torch.distributed import checkpoint
@@ -110,3 +112,22 @@ def test_a_run_on_one_process_goes_on_sharded(tmp_path):
         closure_form(optimizer, model, batch(torch.float64, seed=step))
     for weights in run_on_ranks(load_what_one_process_saved, "adamw", tmp_path):
         torch.testing.assert_close(weights, bits(model), **TOLERANCE[torch.float64])
+
+
+def test_trams_reference_is_missed_loudly_where_the_helpers_drop_it():
+    def tram():
+        model = uneven()
+        return model, samopt.TRAM(BASES["adamw"](model.parameters()), model=model, trust_region="pretrained", scale=5.0)
+
+    model, optimizer = tram()
+    for step in range(2):
+        closure_form(optimizer, model, batch(torch.float64, seed=step))
+    weights, state = helpers.get_state_dict(model, optimizer)
+    other, resumed = tram()
+    with pytest.warns(UserWarning, match="holds no trust region.*its reference starts from the current weights"):
+        helpers.set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # its own state dict has everything
+    for each_model, each in ((model, optimizer), (other, resumed)):
+        closure_form(each, each_model, batch(torch.float64, seed=2))
+    assert_same(bits(other), bits(model))
+    assert resumed.last_step.distance == optimizer.last_step.distance > 0

@@ -1,11 +1,13 @@
 """Parameters sharded by FSDP2: one perturbation over all shards, exact, without gathering anything whole."""
 
+import datetime
+import time
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp, tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import samopt
 from tests.cases import (
@@ -26,6 +28,7 @@ from tests.collectives import Collectives
 from tests.ranks import run_on_ranks
 from tests.sharded import backward_of, full, fully_sharded, own_part, textbook_sharded_step, uneven
 
+TIMEOUT = 3.0  # seconds
 FORMS = {"closure": closure_form, "explicit": explicit_form}
 DOUBLE = torch.float64
 
@@ -85,10 +88,10 @@ def with_a_frozen_layer(model):
 CASES = {
     "mixed precision": (
         unchanged,
-        {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+        {"mp_policy": fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
     ),
     "a frozen layer": (with_a_frozen_layer, {}),
-    "CPU offload": (unchanged, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    "CPU offload": (unchanged, {"offload_policy": fsdp.CPUOffloadPolicy(pin_memory=False)}),
     "parameters kept whole after forward": (unchanged, {"reshard_after_forward": False}),
 }
 
@@ -249,6 +252,38 @@ def test_an_exception_in_the_second_pass_leaves_weights_exact_and_fsdp_usable(wh
         assert all(torch.equal(a, b) for a, b in zip(ours, fresh, strict=True))
 
 
+def fail_on_the_last_rank():
+    """A second pass in which rank 1 raises before its backward, in a group that waits three seconds."""
+    group = torch.distributed.new_group(timeout=datetime.timedelta(seconds=TIMEOUT))
+    mesh = torch.distributed.DeviceMesh.from_group(group, "cpu")
+    model = fully_sharded(uneven(), mesh=mesh)
+    optimizer = samopt.SAM(BASES["adamw"](model.parameters()), rho=0.5, model=model)
+    data = own_part(0)
+    closure_form(optimizer, model, data)
+    before = bits(model)
+    loss_of(model, data).backward()
+    start, error = time.monotonic(), None
+    try:
+        with optimizer.perturbed():
+            loss = loss_of(model, data)
+            if torch.distributed.get_rank() == 1:
+                raise ZeroDivisionError
+            loss.backward()
+    except (ZeroDivisionError, RuntimeError) as raised:
+        error = type(raised).__name__
+    return error, time.monotonic() - start, same_bits(model, before), optimizer.is_perturbed
+
+
+def test_a_failing_rank_leaves_all_shards_exact_and_holds_nobody_beyond_the_timeout():
+    waiting, failing = run_on_ranks(fail_on_the_last_rank)
+    assert failing[0] == "ZeroDivisionError"
+    assert waiting[0] == "RuntimeError"  # gloo's, for a rank that did not come
+    assert waiting[1] < TIMEOUT + 10
+    for _, _, exact, is_perturbed in (waiting, failing):
+        assert exact
+        assert not is_perturbed
+
+
 def step_with_nan_on_one_rank(form):
     model = fully_sharded(uneven())
     optimizer = samopt.SAM(BASES["sgd"](model.parameters()), rho=0.5, model=model)
@@ -310,8 +345,8 @@ def test_one_pass_along_the_momentum_of_shards():
 def round_equal_shards(shape):
     """What a shard of bf16 weights becomes; both shards, and all gradients, hold equal values."""
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards"))
-    placements = [Replicate(), Shard(0)]
-    ones = distribute_tensor(torch.ones(512, 1, dtype=torch.bfloat16), mesh, placements)
+    placements = [tensor.Replicate(), tensor.Shard(0)]
+    ones = tensor.distribute_tensor(torch.ones(512, 1, dtype=torch.bfloat16), mesh, placements)
     weight = nn.Parameter(ones.clone())
     weight.grad = ones
     optimizer = samopt.SAM([weight], torch.optim.SGD, lr=0.1, rho=0.05)

@@ -11,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import samopt
 from tests.cases import BASES, TOLERANCE, VARIANTS, assert_same, batch, bits, loss_of, mlp, parameters_of
-from tests.ranks import needs_fully_shard, run_on_ranks
+from tests.ranks import run_on_ranks
 from tests.sharded import full, fully_sharded, own_part, uneven
 
 DOUBLE = torch.float64
 RHO = 0.5
-WRAPPERS = pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=needs_fully_shard), "tensor"])
+WRAPPERS = pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "tensor"])
 MOMENTA = pytest.mark.parametrize(("base", "buffer"), [("sgd-momentum", "momentum_buffer"), ("adamw", "exp_avg")])
 
 

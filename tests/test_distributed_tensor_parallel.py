@@ -3,9 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed import fsdp, tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import samopt
@@ -40,8 +39,8 @@ def train(variant, data_ranks, tensor_ranks, steps):
     model = parallelize_module(Network(), mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if data_ranks > 1:
         for layer in (model.up, model.down):
-            fully_shard(layer, mesh=mesh["data"])
-        fully_shard(model, mesh=mesh["data"])
+            fsdp.fully_shard(layer, mesh=mesh["data"])
+        fsdp.fully_shard(model, mesh=mesh["data"])
     kind = named(variant)
     optimizer = kind.wrap(torch.optim.AdamW(model.parameters(), lr=0.01), rho=kind.rho, model=model)
     part = mesh["data"].get_local_rank()
@@ -74,9 +73,9 @@ def test_ranks_train_as_one_process_does(mesh, variant):
 def ascend_with_a_gradient_still_to_be_summed():
     """Where a replicated weight goes whose gradient each rank has a summand of."""
     mesh = init_device_mesh("cpu", (2,))
-    weight = nn.Parameter(distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Replicate()]))
+    weight = nn.Parameter(tensor.distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [tensor.Replicate()]))
     summand = [torch.tensor([1.0, 0.0]), torch.tensor([2.0, 4.0])][mesh.get_local_rank()]
-    weight.grad = DTensor.from_local(summand, mesh, [Partial()])
+    weight.grad = tensor.DTensor.from_local(summand, mesh, [tensor.Partial()])
     optimizer = samopt.SAM([weight], torch.optim.SGD, lr=0.1, rho=0.5)
     with optimizer.perturbed():
         there = weight.to_local().detach().clone()
