@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 METRICS = ["none", "adaptive", "fisher"]
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CHUNK = 1 << 14
+POINTERS = {"table", "sums", "bounds", "lengths", "norm", "own_length", "written", "applied", "sizes"}
 
 
 def dtype(name):
@@ -137,3 +138,23 @@ def test_a_step_moves_the_bytes_of_the_table(kind):
     }
     assert (moved["norm"] + moved["ascend"]) / width == 5  # 20 bytes in fp32
     assert (moved["adaptive norm"] + moved["adaptive ascend"]) / width == 6  # 24
+
+
+def test_no_number_that_changes_is_compiled_into_a_kernel():
+    from samopt.kernels.triton import base_steps, stages
+
+    kernels = [base_steps.adam_chunk, base_steps.sgd_chunk, stages.ascend_chunk, stages.join_moves, stages.join_sums]
+    for kernel in [*kernels, stages.restore_chunk, stages.sum_chunk]:
+        for parameter in kernel.params:
+            pointer = parameter.name in POINTERS or parameter.name.endswith("_at")
+            if parameter.is_constexpr or pointer or parameter.name in ("eta", "root_eta"):
+                continue  # Triton tells floating-point numbers apart by their type alone
+            assert parameter.do_not_specialize or parameter.annotation_type == "fp64", parameter.name
+
+
+def test_numbers_keep_the_precision_that_python_gave_them():
+    from samopt.kernels.triton import stages
+
+    assert {p.name: p.annotation_type for p in stages.ascend_chunk.params if p.annotation_type} == {
+        "radius": "fp64", "sign": "i32", "key_low": "i32", "key_high": "i32", "stamp": "i64",
+    }  # fmt: skip
