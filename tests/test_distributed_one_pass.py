@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import samopt
 from tests.cases import BASES, TOLERANCE, VARIANTS, assert_same, batch, bits, loss_of, mlp, parameters_of
+from tests.collectives import Collectives
 from tests.ranks import run_on_ranks
 from tests.sharded import full, fully_sharded, own_part, uneven
 
@@ -141,6 +142,25 @@ def continued_and_resumed(wrapper, base, dtype):
 def test_a_resumed_run_is_the_uninterrupted_one(base, dtype, wrapper):
     for uninterrupted, resumed in run_on_ranks(continued_and_resumed, wrapper, base, dtype):
         assert_same(resumed, uninterrupted)
+
+
+def sent(wrapper, wrap):
+    model = wrapped(wrapper)
+    base = BASES["adamw"](model.parameters())
+    optimizer = samopt.ASAM(base, rho=RHO, direction="momentum", model=model) if wrap else base
+    for step in range(3):
+        step_once(model, optimizer, data_of(wrapper, step))
+    with Collectives() as collectives:
+        step_once(model, optimizer, data_of(wrapper, 3))
+    return collectives.calls
+
+
+@WRAPPERS
+def test_beyond_what_the_base_sends_there_are_only_single_numbers(wrapper):
+    for plain, calls in zip(run_on_ranks(sent, wrapper, False), run_on_ranks(sent, wrapper, True), strict=True):
+        assert plain
+        assert [call for call in calls if call[1] > 1 or call[0] != "allgather_"] == plain
+        assert len(calls) - len(plain) <= (0 if wrapper == "ddp" else 4)
 
 
 def replicas(dtype, steps):
