@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -135,8 +136,9 @@ def main(words: Sequence[str] | None = None) -> int:
             )
         ],
     )
+    start = time.process_time()
     trainer.train()
-    _report(trainer, run)
+    _report(trainer, run, time.process_time() - start)
     return 0
 
 
@@ -169,7 +171,7 @@ def _accuracy(predictions: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean())}
 
 
-def _report(trainer: SAMTrainer, run: RunArguments) -> None:
+def _report(trainer: SAMTrainer, run: RunArguments, processor_seconds: float) -> None:
     folder = Path(run.output_dir)
     history = trainer.state.log_history
     curves = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in _CURVES}
@@ -177,6 +179,7 @@ def _report(trainer: SAMTrainer, run: RunArguments) -> None:
         "arguments": {name: value for name, value in run.to_dict().items() if name.startswith("sam")}
         | {name: getattr(run, name) for name in ("seed", "learning_rate", "max_steps", "per_device_train_batch_size")},
         "environment": environment.describe(run.device),
+        "processor_seconds": processor_seconds,
         "history": history,
     }
     (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -189,6 +192,7 @@ def _report(trainer: SAMTrainer, run: RunArguments) -> None:
             table.add_row(name, f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}")
     seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     table.add_row("seconds of training, with evaluation", "", f"{seconds:.1f}")
+    table.add_row("seconds of processor time", "", f"{processor_seconds:.1f}")
     console = Console()
     console.print(table)
     console.print(f"wrote {folder}/run.json and sharpness.png; tensorboard --logdir {folder}", soft_wrap=True)

@@ -22,6 +22,7 @@ def test_it_runs_from_a_command_line(tmp_path, capsys):
     logged = {name for entry in record["history"] for name in entry}
     assert {"loss", "sharpness/sam", "sharpness/worst_case_adaptive", "eval_usages_accuracy"} <= logged
     assert record["arguments"]["sam_rho"] == 0.3
+    assert record["processor_seconds"] > 0
     assert (tmp_path / "sharpness.png").stat().st_size > 10_000
     assert "--sam asam, seed 42, 2 steps" in capsys.readouterr().out
 
