@@ -14,7 +14,7 @@ from torch import nn
 
 import samopt
 from benchmarks.cli import main
-from benchmarks.updates import measure
+from benchmarks.updates import contenders, measure
 from benchmarks.updates.cases import CASES, Case, growth
 from benchmarks.updates.contenders import CONTENDERS, ETA, RHO
 from benchmarks.updates.measure import ONE_PASS, Measurement, measure_steps, measure_updates, read_measurements
@@ -69,16 +69,36 @@ def test_every_contender_makes_the_same_update(name: str, metric: str) -> None:
     weights, first, second = ([t.detach().double() for t in ts] for ts in (parameters, *gradients))
     perturbed, stepped = fp64_step(weights, first, second, metric)
     update = CONTENDERS[name].build(parameters, metric)
-    for parameter, gradient in zip(parameters, gradients[0], strict=True):
-        parameter.grad = gradient.clone()
+    set_gradients(parameters, gradients[0])
     update.ascend()
-    for parameter, expected in zip(parameters, perturbed, strict=True):
-        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-7)
-    for parameter, gradient in zip(parameters, gradients[1], strict=True):
-        parameter.grad = gradient.clone()
+    assert_at(parameters, perturbed)
+    set_gradients(parameters, gradients[1])
     update.descend()
-    for parameter, expected in zip(parameters, stepped, strict=True):
+    assert_at(parameters, stepped)
+
+
+def set_gradients(parameters, gradients) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+
+
+def assert_at(parameters, weights) -> None:
+    for parameter, expected in zip(parameters, weights, strict=True):
         torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_closure_form_makes_the_same_update_in_its_second_half() -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(5))]
+    gradients = [[torch.randn_like(p) for p in parameters] for _ in range(2)]
+    weights, first, second = ([t.detach().double() for t in ts] for ts in (parameters, *gradients))
+    update = contenders._OursInOneCall("cpu", parameters, "asam")
+    set_gradients(parameters, gradients[0])
+    update.ascend()
+    assert_at(parameters, weights)
+    set_gradients(parameters, gradients[1])
+    update.descend()
+    assert_at(parameters, fp64_step(weights, first, second, "asam")[1])
 
 
 def test_the_textbook_loop_restores_every_bit() -> None:

@@ -120,6 +120,7 @@ class _Ours:
         self.base = _base(parameters)
         wrap = samopt.ASAM if metric == "asam" else samopt.SAM
         self._optimizer = wrap(self.base, rho=RHO, backend=backend, warn_on_stall=False, **options)
+        self._parameters = parameters
         for parameter in parameters[:1]:
             self._try(parameter)
 
@@ -138,6 +139,29 @@ class _Ours:
         self._optimizer.zero_grad()
 
 
+class _OursInOneCall(_Ours):
+    """A backend of samopt in closure form, which is where restore and step may be one."""
+
+    def ascend(self) -> None:
+        self._first = [parameter.grad for parameter in self._parameters]
+
+    def descend(self) -> None:
+        passes = [[parameter.grad for parameter in self._parameters], self._first]
+        self._first = []
+
+        def closure() -> Tensor:
+            gradients = passes.pop()
+            for parameter in reversed(self._parameters):
+                parameter.grad = gradients.pop()  # nobody else may hold it, as after a backward pass
+            return self._loss
+
+        self._optimizer.step(closure)
+
+    def _try(self, parameter: Tensor) -> None:
+        super()._try(parameter)
+        self._loss = torch.zeros((), device=parameter.device)
+
+
 _OPTIONS = {"lr": 1e-4, "fused": True}
 
 
@@ -146,7 +170,8 @@ def _base(parameters: Sequence[Tensor]) -> Optimizer:
 
 
 def _ours(backend: str, **options: Any) -> Callable[[Sequence[Tensor], str], Update]:
-    return lambda parameters, metric: _Ours(backend, parameters, metric, **options)
+    kind = _OursInOneCall if backend == "triton-fused" else _Ours
+    return lambda parameters, metric: kind(backend, parameters, metric, **options)
 
 
 _MOVED: dict[str, tuple[int, int]] = {"swap": (16, 20), "triton": (28, 32), "triton-fused": (20, 24)}

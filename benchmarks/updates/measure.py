@@ -142,7 +142,7 @@ def measure_updates(
     """Return what each contender's own part of a step costs.
 
     Args:
-        kind: For the rows.
+        kind: For the rows; memory is measured for "update" only.
         case: Whose parameters.
         metric: "sam" or "asam".
         names: Contenders, with the base among them.
@@ -153,7 +153,7 @@ def measure_updates(
     """
     torch.manual_seed(0)
     bench = Bench(case.build().to(device), metric, names, note)
-    memory = {name: bench.memory_of(name) for name in bench.updates}
+    memory = {name: bench.memory_of(name) if kind == "update" else None for name in bench.updates}
     times, rates = _rounds(
         list(bench.updates), rounds, device, clock, lambda name: bench.time_step(name, device, clock)
     )
