@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -16,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from samopt.direction import Direction, named_direction
 from samopt.geometry import Adaptive, Euclidean, Fisher, Metric
 from samopt.metrics import StepMetrics
+from samopt.notice import warn_user
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.perturbation import Target
 from samopt.replay import PassObserver
@@ -235,10 +235,9 @@ class TRAM(SharpnessAwareOptimizer):
                 self.trust_region.load_state_dict(saved)
                 return
             self.trust_region.reset()
-        warnings.warn(
+        warn_user(
             f"the state dict holds {'no trust region' if found is None else f'the trust region {found}'}, and this "
-            f"optimizer's is {kind}: its reference starts from the current weights, so the next step is a plain one",
-            stacklevel=4,
+            f"optimizer's is {kind}: its reference starts from the current weights, so the next step is a plain one"
         )
 
 

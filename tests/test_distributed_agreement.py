@@ -99,6 +99,19 @@ def test_the_first_rank_alone_warns():
     assert run_on_ranks(heard) == [1, 0]
 
 
+def heard_of_a_lost_reference():
+    model = DistributedDataParallel(uneven())
+    optimizer = samopt.TRAM(BASES["sgd"](model.parameters()), model=model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(BASES["sgd"](model.parameters()).state_dict())
+    return [str(warning.message)[:40] for warning in caught]
+
+
+def test_the_first_rank_alone_misses_trams_reference():
+    assert run_on_ranks(heard_of_a_lost_reference) == [["the state dict holds no trust region, an"], []]
+
+
 def bars():
     """Whether a measure that was asked for a progress bar writes one."""
     import contextlib
