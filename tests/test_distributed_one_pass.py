@@ -10,10 +10,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import samopt
-from tests.cases import BASES, TOLERANCE, VARIANTS, assert_same, batch, bits, loss_of, mlp, parameters_of
+from tests.cases import BASES, TOLERANCE, VARIANTS, assert_same, batch, bits, loss_of, mlp, parameters_of, sam_epsilon
 from tests.collectives import Collectives
 from tests.ranks import run_on_ranks
 from tests.sharded import full, fully_sharded, own_part, uneven
+from tests.test_distributed_ddp_options import OPTIONS, half
 
 DOUBLE = torch.float64
 RHO = 0.5
@@ -161,6 +162,36 @@ def test_beyond_what_the_base_sends_there_are_only_single_numbers(wrapper):
         assert plain
         assert [call for call in calls if call[1] > 1 or call[0] != "allgather_"] == plain
         assert len(calls) - len(plain) <= (0 if wrapper == "ddp" else 4)
+
+
+def train_beside_the_textbook(kind, options):
+    """The weights that one pass and a loop in plain torch reach under the same options of DDP."""
+    ours, theirs = (DistributedDataParallel(kind(), **options) for _ in range(2))
+    optimizer = samopt.SAM(BASES["sgd-momentum"](ours.parameters()), rho=RHO, direction="momentum", model=ours)
+    stock = BASES["sgd-momentum"](theirs.parameters())
+    parameters = list(theirs.parameters())
+    for step in range(5):
+        data = half(step)
+        step_once(ours, optimizer, data)
+        start = bits(theirs)
+        moves = sam_epsilon(start, [stock.state[p].get("momentum_buffer") for p in parameters], [RHO] * len(start))
+        with torch.no_grad():
+            for p, move in zip(parameters, moves, strict=True):
+                p.copy_(p.double() + move)
+        stock.zero_grad()
+        loss_of(theirs, data).backward()
+        with torch.no_grad():
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
+        stock.step()
+    return bits(ours), bits(theirs)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_ddp_change_nothing(option):
+    (ours, theirs), (other, _) = run_on_ranks(train_beside_the_textbook, *OPTIONS[option])
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+    assert all(torch.equal(a, b) for a, b in zip(ours, other, strict=True))
 
 
 def replicas(dtype, steps):
