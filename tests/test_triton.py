@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
     [
         ["tests/test_triton_interpreted.py"],
         ["tests/test_triton_fused.py"],
-        ["tests/test_kernels.py", "-k", "triton and not fused and agree_with_fp64"],
-        ["tests/test_kernels.py", "-k", "triton and not fused and not agree_with_fp64"],
+        ["tests/test_kernels.py", "-k", "triton and agree_with_fp64"],
+        ["tests/test_kernels.py", "-k", "triton and not agree_with_fp64"],
     ],
     ids=["steps", "fused", "layouts", "edges"],
 )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
+from pathlib import Path
 
 import torch
 
 __all__ = ["interprets", "unavailable"]
 
 _CAPABILITY = (8, 0)
+_VERSION = (3, 5)
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -19,10 +22,13 @@ def unavailable(device: torch.device) -> str | None:
     Args:
         device: Where the tensors are.
     """
-    if not _is_installed():
+    version = _version()
+    if version is None:
         return "triton is not installed (pip install triton)"
+    if version < _VERSION:
+        return f"the triton installed is version {_dotted(version)}, older than {_dotted(_VERSION)}"
     if device.type == "cuda":
-        return None if _is_recent(device) else f"{device} has a compute capability below {_CAPABILITY}"
+        return None if _is_recent(device) else f"{device} has a compute capability below {_dotted(_CAPABILITY)}"
     if device.type == "cpu" and interprets():
         return None
     return f"a parameter is on {device}, not on a CUDA or ROCm device"
@@ -34,8 +40,19 @@ def interprets() -> bool:
 
 
 @functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _version() -> tuple[int, ...] | None:
+    """Return the version as the package's source says it; the name it was installed under depends on the vendor."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    said = re.search(
+        r"""^__version__ = ["'](\d+)\.(\d+)""", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return None if said is None else tuple(map(int, said.groups()))
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 @functools.cache

@@ -22,8 +22,8 @@ def length(w, d, eta, root_eta, METRIC: tl.constexpr):
     elif METRIC == "fisher":
         x = tl.abs(d) * root_eta
         larger, smaller = tl.maximum(x, 1.0), tl.minimum(x, 1.0)
-        ratio = tl.div_rn(smaller, larger)  # the square of 1e30 would overflow
-        return tl.div_rn(1.0, larger * tl.sqrt_rn(1.0 + ratio * ratio))
+        ratio = smaller / larger  # the square of 1e30 would overflow
+        return 1.0 / (larger * tl.sqrt(1.0 + ratio * ratio))
     else:
         return tl.full(w.shape, 1.0, tl.float32)
 
