@@ -1,6 +1,7 @@
 """One pass along the momentum when several ranks train: what it computes, that it is exact in between, and resuming."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -143,6 +144,49 @@ def continued_and_resumed(wrapper, base, dtype):
 def test_a_resumed_run_is_the_uninterrupted_one(base, dtype, wrapper):
     for uninterrupted, resumed in run_on_ranks(continued_and_resumed, wrapper, base, dtype):
         assert_same(resumed, uninterrupted)
+
+
+def accumulate(wrapper, steps):
+    """Two micro-batches a step, gradients exchanged after the second only."""
+    model, optimizer = made(wrapper, "sam", "sgd-momentum")
+    for step in range(steps):
+        x, y = data_of(wrapper, step)
+        optimizer.zero_grad()
+        for last in (False, True):
+            part = slice(4, None) if last else slice(0, 4)
+            if wrapper == "fsdp":
+                model.set_requires_gradient_sync(last)
+            with model.no_sync() if wrapper == "ddp" and not last else nullcontext():
+                (loss_of(model, (x[part], y[part])) / 2).backward()
+        optimizer.step()
+    return full(parameters_of(optimizer))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(wrapper):
+    want = by_hand(unwrapped(wrapper), "sam", "sgd-momentum", "momentum_buffer", 4)
+    for weights in run_on_ranks(accumulate, wrapper, 4):
+        torch.testing.assert_close(weights, want, **TOLERANCE[DOUBLE])
+
+
+def train_on_a_mesh(steps):
+    """Steps on a mesh of 2 x 2: FSDP over its rows, tensor parallelism over its columns."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = parallelize_module(mlp(DOUBLE), mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_sharded(model, mesh=mesh["data"])
+    optimizer = samopt.SAM(BASES["sgd-momentum"](model.parameters()), rho=RHO, direction="momentum", model=model)
+    part = mesh["data"].get_local_rank()
+    for step in range(steps):
+        x, y = batch(DOUBLE, seed=step)
+        step_once(model, optimizer, (x.tensor_split(2)[part], y.tensor_split(2)[part]))
+    return full(parameters_of(optimizer))
+
+
+@pytest.mark.slow
+def test_a_mesh_of_both_kinds_trains_as_one_process_does():
+    want = by_hand(mlp(DOUBLE), "sam", "sgd-momentum", "momentum_buffer", 4)
+    for weights in run_on_ranks(train_on_a_mesh, 4, ranks=4):
+        torch.testing.assert_close(weights, want, **TOLERANCE[DOUBLE])
 
 
 def sent(wrapper, wrap):
