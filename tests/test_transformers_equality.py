@@ -204,6 +204,7 @@ def test_the_target_modules_of_a_low_rank_optimizer(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer_optimizer.is_apollo_torch_available", lambda: True)
     data = hf.classification()
     model, by_hand = hf.bert(), hf.bert()
+    hf.adamw(model)  # torch gives a class's step its hooks at first use: AdamW's, inside Halving's, now runs them too
     targets = ["attention", "intermediate"]
     options = {"base": None, "optim": "apollo_adamw", "optim_target_modules": targets, "learning_rate": 1e-2}
     trainer = hf.make_trainer(tmp_path, model, data, gradient_accumulation_steps=2, **options)

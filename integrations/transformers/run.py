@@ -54,6 +54,7 @@ class Run:
         self._passes: TwoPasses | None = None
         self._schedule: RhoScheduler | None = None
         self._gradient_scale: Tensor | None = None
+        self._is_handed_over = False
 
     def step(
         self, trainer: Trainer, model: nn.Module, once: Callable[[], Tensor], again: Callable[[], Tensor]
@@ -72,6 +73,7 @@ class Run:
         if self._passes is None:
             self._passes = self._start(trainer, model)
         self._follow_schedule(trainer.state.global_step)
+        self._is_handed_over = False
         loss = self._passes.run(once, again)
         scaler = trainer.accelerator.scaler
         if scaler is not None and not self._passes.optimizer.is_one_pass:  # in one pass, norms are measured later
@@ -85,7 +87,7 @@ class Run:
     def _start(self, trainer: Trainer, model: nn.Module) -> TwoPasses:
         optimizer = self._arguments.build_optimizer(self._base, model, trainer.args.seed)
         self._entry.belongs_to(optimizer)
-        self._handle = self._base.register_step_pre_hook(lambda *_: optimizer.hand_over())
+        self._handle = self._base.register_step_pre_hook(self._hand_over)
         for group, own in zip(optimizer.param_groups, self._groups, strict=False):
             for name in ("rho", "eta", "perturb"):
                 key = optimizer.option_key(name)
@@ -95,6 +97,12 @@ class Run:
         )
         self.optimizer = optimizer
         return TwoPasses(trainer.accelerator, optimizer, model, sync_perturbation=self._arguments.sam_sync_perturbation)
+
+    def _hand_over(self, *_: object) -> None:
+        """Have the base step with the second pass's gradient; called again where its ``step`` calls its parent's."""
+        if self.optimizer is not None and not self._is_handed_over:
+            self._is_handed_over = True
+            self.optimizer.hand_over()
 
     def _end(self) -> None:
         self._entry.remove()
