@@ -24,6 +24,7 @@ __all__ = ["advice_table", "markdown", "plot"]
 
 _MARKERS = ("o", "s", "^", "D")
 _DPI = 115
+_NEAR = 0.05  # of accuracy below the base: whoever is worse is named, and does not squeeze the others
 _ADVICE = ("Where (accuracy of the base, %)", "Budget", "Use", "Gain over the base", "Its cost")
 _HEADINGS = ("Method", "What it does", "n", "Cost, x base", "Accuracy, %", "Gain over the base")
 
@@ -86,7 +87,12 @@ def plot(found: Sequence[Place], costs: Sequence[Cost], path: Path) -> None:
 
 def _draw(ax: Axes, place: Place, costs: dict[str, Cost]) -> None:
     names = list(METHODS)
-    for outcome in place.outcomes:
+    least = place.base.accuracy.mean - _NEAR
+    near = [outcome for outcome in place.outcomes if outcome.accuracy.mean >= least]
+    below = [f"{o.method} {100 * o.accuracy.mean:.1f}%" for o in place.outcomes if o.accuracy.mean < least]
+    if below:
+        ax.text(0.02, 0.02, "below: " + ", ".join(below), transform=ax.transAxes, fontsize=9)
+    for outcome in near:
         index, cost, accuracy = names.index(outcome.method), costs[outcome.method], outcome.accuracy
         ax.errorbar(
             cost.ratio,

@@ -140,18 +140,17 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
 def _draw(
     ax: Axes, groups: Sequence[Sequence[Measurement]], place: Callable[[int, Measurement], float], label: str
 ) -> None:
-    for colour, name in zip(COLOURS, [name for name in CONTENDERS if name != "base"], strict=False):
+    present = {one.contender for group in groups for one in group}
+    names = [name for name in CONTENDERS if name in present and name != "base"]
+    for colour, name in zip(COLOURS, names, strict=False):
         points = [
             (place(index, one), Spread.of(beyond_base(one, _named(group, "base"))))
             for index, group in enumerate(groups)
             for one in group
             if one.contender == name
         ]
-        if points:
-            low, middle, high = (np.array([getattr(s, part) for _, s in points]) for part in ("low", "median", "high"))
-            ax.errorbar(
-                [x for x, _ in points], middle, [middle - low, high - middle], color=colour, marker="o", label=name
-            )
+        low, middle, high = (np.array([getattr(s, part) for _, s in points]) for part in ("low", "median", "high"))
+        ax.errorbar([x for x, _ in points], middle, [middle - low, high - middle], color=colour, marker="o", label=name)
     ax.set_yscale("log")
     ax.set_xlabel(label, fontsize=11)
     ax.set_ylabel("ms", fontsize=11)
