@@ -92,14 +92,15 @@ def growth(quick: bool) -> dict[str, list[Case]]:
     """Return cases that grow in one thing: "parameters" in 64 tensors, or "tensors" of 4 million parameters.
 
     Args:
-        quick: Whether to return the two smallest of each only.
+        quick: Whether to return two of each only, the tensors of 65,536 parameters.
     """
     sizes = [1_000, 10_000, 100_000, 400_000]
     counts = [1, 16, 256, 4096]
     kept = 2 if quick else len(sizes)
+    shared = 2**16 if quick else 2**22
     return {
         "parameters": [_growing([(size,)] * 64) for size in sizes[:kept]],
-        "tensors": [_growing([(2**22 // count,)] * count) for count in counts[:kept]],
+        "tensors": [_growing([(shared // count,)] * count) for count in counts[:kept]],
     }
 
 
