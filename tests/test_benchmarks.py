@@ -577,7 +577,7 @@ TRAIN = ("train", "--task", "digits")
         ((*TRAIN, "--train-size", "3"), "--train-size must be between 10"),
         ((*TRAIN, "--batch-size", "5000"), "--batch-size must be between 1 and the 1437 training examples, got 5000"),
         ((*TRAIN, "--evaluate-on", "train"), "--evaluate-on must be one of test, validation, got 'train'"),
-        ((*TRAIN, "--data", "here"), "--data is not used by the task 'digits', got 'here'; leave it out"),
+        ((*TRAIN, "--data", "here"), "--data is not used for digits, got 'here'; leave it out"),
         (
             ("train", "--task", "fashion_mnist", "--data", "nowhere"),
             "looks for its images in nowhere; found no such folder",
