@@ -654,11 +654,11 @@ def test_fashion_mnist_trains_from_the_command_line(fashion_folder, capsys):
 def test_ctrl_c_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
     train_epoch, calls = Run.train_epoch, []
 
-    def interrupted(self):
+    def interrupted(self, **options):
         calls.append(self)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        train_epoch(self)
+        train_epoch(self, **options)
 
     monkeypatch.setattr(Run, "train_epoch", interrupted)
     arguments = [*TRAIN, "--optimizers", "sgd,sam", "--epochs", "1", "--train-size", "128", "--output", str(tmp_path)]

@@ -169,6 +169,27 @@ def test_no_run_is_repeated_and_methods_may_join(tmp_path: Path) -> None:
         run_plan(path, plan_of(arenas=[replace(DIGITS, epochs=2)]))
 
 
+def test_ctrl_c_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trained, calls = comparison.run_experiment, []
+
+    def interrupted(experiment):
+        calls.append(experiment)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return trained(experiment)
+
+    monkeypatch.setattr(comparison, "run_experiment", interrupted)
+    arguments = ["frontier", "--tasks", "digits", "--methods", "momentum-sam", "--seeds", "0", "--label-noise", "0"]
+    arguments += ["--epochs", "1", "--train-size", "128", "--output", str(tmp_path)]
+    assert main(arguments) == 130
+    assert len(read_rows(tmp_path / "runs.jsonl")) == 4
+    assert "the same command goes on after the last finished run" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert len(read_rows(tmp_path / "runs.jsonl")) == 8 and len(calls) == 5 + 4
+
+
 def test_costs_are_interleaved_and_relative_to_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     order: list[str] = []
     pace = {"sgd:lr=0.01": 1.0, "sam:rho=0.1": 2.0, "momentum-sam:rho=0.1": 1.5}
