@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -186,6 +187,16 @@ def test_a_measure_that_costs_too_much_is_left_out_and_said_so(tmp_path, caplog)
     assert hf.logged(trainer, "sharpness/endless") == []
     assert "sharpness/endless left out at step 2: takes about" in caplog.text
     assert [sorted(record["skipped"]) for record in callback.monitor.history] == [["endless"]] * 7
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_progress_is_shown_where_the_trainer_shows_its_own(silent, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("samopt.integrations.progress._DELAY", 0.0)
+    options = evaluated(disable_tqdm=silent, max_steps=2)
+    trainer = hf.make_trainer(tmp_path, hf.norms(), hf.points(), callbacks=[make_callback()], **options)
+    trainer.train()
+    shown = re.findall(r"sharpness/(worst|average): +(\d+)%\|", capsys.readouterr().err)
+    assert {name for name, _ in shown} == (set() if silent else {"worst", "average"})
 
 
 def test_a_custom_loss_is_what_is_measured(tmp_path):
