@@ -295,12 +295,15 @@ class _Follower:
 
     def attach(self, model: nn.Module) -> list[Any]:
         """Register every hook and return the handles."""
+        # torch 2.4 has the last of these under a private name only.
+        before_loading: Any = getattr(model, "register_load_state_dict_pre_hook", None)
+        before_loading = before_loading or model._register_load_state_dict_pre_hook
         return [
             # Before FSDP's own, which gather the weights.
             model.register_forward_pre_hook(self.before_forward, prepend=True),
             model.register_forward_hook(self.after_forward, prepend=True, always_call=True),
             model.register_state_dict_pre_hook(self.exact),  # type: ignore[no-untyped-call]  # torch has no types here
-            model.register_load_state_dict_pre_hook(self.exact),  # type: ignore[no-untyped-call]  # nor here
+            before_loading(self.exact),
         ]
 
     def before_forward(self, module: nn.Module, args: Any) -> None:
