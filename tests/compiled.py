@@ -29,7 +29,8 @@ def compiled(kernel: str, constants: tuple[tuple[str, Any], ...], target: str) -
     signature = {p.name: "constexpr" if p.name in values else _kind(p) for p in function.params}
     source = ASTSource(fn=function, signature=signature, constexprs=values)
     backend, arch, warp = TARGETS[target]
-    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=dict(launch.OPTIONS))
+    options = {name: value for name, value in launch.OPTIONS.items() if backend == "cuda" or name != "maxnreg"}
+    return triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
 
 
 def _kind(parameter: Any) -> str:

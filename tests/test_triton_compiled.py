@@ -63,6 +63,8 @@ def wide_kernels():
             yield f"ascend-{kind}-{metric}", (ascend_chunk, kind, metric)
     yield "ascend-fp32-adaptive-linf-device", (ascend_chunk, "fp32", "adaptive", True, True)
     yield "ascend-bf16-fisher-linf", (ascend_chunk, "bf16", "fisher", True)
+    yield "ascend-bf16-none-linf-device", (ascend_chunk, "bf16", "none", True, True)
+    yield "ascend-fp16-adaptive-linf", (ascend_chunk, "fp16", "adaptive", True)
     for kind in DTYPES:
         yield f"sgd-{kind}", (sgd_chunk, kind)
         yield f"adamw-{kind}", (adam_chunk, kind)

@@ -40,6 +40,8 @@ _SUMS = 1024  # sums that the one program of a second stage reads at a time
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _BITS = {4: tl.uint32, 2: tl.uint16}
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+if torch.version.hip is None:
+    OPTIONS["maxnreg"] = 128  # far more than any kernel needs; without it, ptxas saves registers by spilling one
 
 _stamps = itertools.count(secrets.randbits(62))  # what memory may hold by chance is none of them
 
