@@ -2,7 +2,7 @@
 
 import sys
 
-EXTRA = ("matplotlib", "numpy", "rich", "scipy", "sklearn")  # what "samopt[bench]" brings, by the name it is imported by
+EXTRA = ("matplotlib", "numpy", "rich", "scipy", "sklearn")  # what "samopt[bench]" brings, by their import names
 
 try:
     from benchmarks.cli import main
