@@ -12,7 +12,7 @@ from benchmarks import arguments
 from benchmarks.commands.train import THREADS
 from benchmarks.errors import BenchmarkError
 from benchmarks.lightning.methods import METHODS
-from benchmarks.registry import COMMANDS, TASKS, Command, choose
+from benchmarks.registry import COMMANDS, TASKS, Command
 from benchmarks.results import INTERRUPTED
 
 __all__ = ["LIGHTNING"]
@@ -86,12 +86,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _methods(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        choose("method", name, METHODS)
-    if not names or len(set(names)) < len(names):
-        raise BenchmarkError(f"--methods takes each of some names once, got {text!r}; write sgd,sgd+sam")
-    return names
+    return arguments.names("a method", text, METHODS, "sgd,sgd+sam")
 
 
 LIGHTNING = COMMANDS.add(
