@@ -111,7 +111,7 @@ BACKENDS: dict[str, Backend[Any]] = {
         "reference", reference.supports, reference.norm, reference.save, reference.ascend, reference.restore
     ),
     "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.save, foreach.ascend, foreach.restore),
-    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore),
+    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore, climb=cpu.climb),
     "swap": Backend("swap", cpu.supports, cpu.norm, swap.save, swap.ascend, swap.restore),
     "triton": _TRITON,
     "triton-fused": replace(_TRITON, name="triton-fused", fusion=Fusion(triton.refuses, triton.restore_and_step)),

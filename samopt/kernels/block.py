@@ -109,8 +109,6 @@ class Stride:
             device: Where to.
         """
         norm, radius = self.norm, self.radius
-        if norm.device.type == "cpu" and device.type == "cpu":
-            return torch.tensor(self._factor(float(norm), float(radius)), dtype=norm.dtype)
         usable = torch.isfinite(norm) & (norm > 0)
         if isinstance(radius, Tensor):
             radius = radius.to(device=norm.device, dtype=norm.dtype, non_blocking=True)
@@ -118,8 +116,9 @@ class Stride:
         scale = torch.where(usable, self.sign * size, torch.zeros_like(norm)).clamp(-_LARGEST, _LARGEST)
         return scale.to(device, non_blocking=True)
 
-    def _factor(self, norm: float, radius: float) -> float:
-        """Return what ``scale`` does, of numbers that are at hand."""
+    def factor(self) -> float:
+        """Return what ``scale`` does, as a number; waits for the device of the norm."""
+        norm, radius = float(self.norm), float(self.radius)
         if not 0 < norm < math.inf:
             return 0.0
         factor = self.sign * (radius if self.linf else radius / norm)

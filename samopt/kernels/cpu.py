@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from samopt.kernels import reference
-from samopt.kernels.block import Block, NoiseSource, Saved
+from samopt.kernels.block import Block, NoiseSource, Saved, Stride
 from samopt.kernels.memory import flat, lie_alike, owns_its_memory
 
 __all__ = [
     "Exchange",
     "Piece",
     "ascend",
+    "climb",
     "is_small",
     "moved",
     "norm",
@@ -146,7 +148,18 @@ def save(block: Block, consume: bool = False) -> Exchange:
 @torch.no_grad()
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Exchange | None = None) -> None:
     """Write ``w + scale T^2 d``, and the old ``w`` into ``saved``, piece by piece."""
-    step = float(scale)
+    _move(block, float(scale), saved)
+
+
+@torch.no_grad()
+def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Exchange) -> Tensor:
+    """Do ``ascend`` with the step's arithmetic on the host; return how far it went, 0-dim."""
+    step, far = stride.factor(), float(length)
+    _move(block, step, saved)
+    return torch.tensor(abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
+
+
+def _move(block: Block, step: float, saved: Exchange | None) -> None:
     if step == 0:
         return
     room: list[Tensor] = []
