@@ -91,7 +91,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=10)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     figure.savefig(path, dpi=_DPI)
 
 
