@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samopt.distributed import Shards
+from samopt.per_parameter import by_parameter, in_order
 from samopt.validation import check_nonnegative
 
 __all__ = [
@@ -175,17 +176,12 @@ class ReusedComponent(Combination):
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """Return the count and the component of each parameter."""
-        return {"steps": self._steps, "component": [self._component.get(parameter) for parameter in parameters]}
+        return {"steps": self._steps, "component": in_order(self._component, parameters)}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Take the count and the component over."""
         self._steps = state.get("steps", 0)
-        saved = state.get("component", [])
-        self._component = {
-            parameter: component.detach().clone().to(parameter.device)
-            for parameter, component in zip(parameters, saved, strict=False)
-            if component is not None
-        }
+        self._component = by_parameter(state.get("component", []), parameters)
 
 
 def check_combination(combination: Combination | None, *, one_pass: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from samopt.per_parameter import by_parameter, in_order
 from samopt.validation import check_nonnegative
 
 __all__ = [
@@ -120,16 +121,12 @@ class Friendly:
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """Return the average of each parameter, None where it has none."""
-        return {"average": [self._average.get(parameter) for parameter in parameters]}
+        return {"average": in_order(self._average, parameters)}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Take the averages over."""
         self._next = {}
-        self._average = {
-            parameter: average.detach().clone().to(parameter.device)
-            for parameter, average in zip(parameters, state.get("average", []), strict=False)
-            if average is not None
-        }
+        self._average = by_parameter(state.get("average", []), parameters)
 
 
 class ReusedGradient:
@@ -186,16 +183,12 @@ class ReusedGradient:
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """Return the gradients that were kept, None where there are none, and how many steps they served."""
-        return {"age": self._age, "gradients": [self._gradients.get(parameter) for parameter in parameters]}
+        return {"age": self._age, "gradients": in_order(self._gradients, parameters)}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Take the gradients over."""
         self._age = state.get("age")
-        self._gradients = {
-            parameter: gradient.detach().clone().to(parameter.device)
-            for parameter, gradient in zip(parameters, state.get("gradients", []), strict=False)
-            if gradient is not None
-        }
+        self._gradients = by_parameter(state.get("gradients", []), parameters)
 
 
 class Momentum:
