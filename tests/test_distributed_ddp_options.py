@@ -9,7 +9,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import samopt
-from tests.cases import BASES, batch, bits, loss_of, mlp, parameters_of, sam_epsilon
+from tests.cases import BASES, batch, bits, closure_form, loss_of, mlp, parameters_of, sam_epsilon
 from tests.collectives import Collectives
 from tests.ranks import run_on_ranks
 
@@ -196,15 +196,7 @@ def sharded_state(zero, sync):
         base = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer = samopt.ASAM(base, rho=RHO, model=model, sync_perturbation=sync)
     for step in range(4):
-        data = half(step)
-
-        def closure(data=data):
-            optimizer.zero_grad()
-            loss = loss_of(model, data)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        closure_form(optimizer, model, half(step))
     if not zero:
         return bits(model), optimizer.state_dict(), 0
     held = sum(tensor.numel() for state in base.optim.state.values() for tensor in state.values() if tensor.dim())
@@ -307,15 +299,7 @@ def statistics(wrap, sync):
     base = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer = samopt.SAM(base, rho=RHO, model=model, sync_perturbation=sync) if wrap else base
     for step in range(4):
-        data = half(step)
-
-        def closure(data=data):
-            optimizer.zero_grad()
-            loss = loss_of(model, data)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        closure_form(optimizer, model, half(step))
     return [buffer.clone() for buffer in model.buffers()]
 
 
