@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ import torch
 from benchmarks.choice import Choice
 from benchmarks.data import Split, make_split
 from benchmarks.environment import describe
-from benchmarks.errors import BenchmarkError
 from benchmarks.frontier.methods import BASE, name_of
+from benchmarks.json_lines import as_lines, read_lines
 from benchmarks.registry import TASKS
 from benchmarks.run_log import TUNING_SEED
 from benchmarks.training import Run
@@ -89,7 +88,7 @@ def write_costs(path: Path, costs: Sequence[Cost]) -> None:
         path: The file, replaced.
         costs: What to write.
     """
-    path.write_text("".join(json.dumps(asdict(cost)) + "\n" for cost in costs), encoding="utf-8")
+    path.write_text(as_lines(costs), encoding="utf-8")
 
 
 def read_costs(path: Path) -> list[Cost]:
@@ -101,12 +100,7 @@ def read_costs(path: Path) -> list[Cost]:
     Raises:
         BenchmarkError: If it holds something else.
     """
-    if not path.exists():
-        return []
-    try:
-        return [Cost(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise BenchmarkError(f"{path} holds no costs: {error}; remove it to measure them again") from error
+    return read_lines(path, Cost, "costs", "remove it to measure them again")
 
 
 def _take_turns(task_name: str, choices: Sequence[Choice], split: Split, start: int) -> list[float]:

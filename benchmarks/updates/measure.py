@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import samopt
 from benchmarks.environment import describe
-from benchmarks.errors import BenchmarkError
+from benchmarks.json_lines import as_lines, read_lines
 from benchmarks.updates.cases import Case
 from benchmarks.updates.clock import Copy, seconds
 from benchmarks.updates.contenders import CONTENDERS, RHO, Contender, Update
@@ -229,7 +228,7 @@ def write_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
         measurements: What to add.
     """
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(measurement)) + "\n" for measurement in measurements)
+        file.write(as_lines(measurements))
 
 
 def read_measurements(path: Path) -> list[Measurement]:
@@ -241,12 +240,7 @@ def read_measurements(path: Path) -> list[Measurement]:
     Raises:
         BenchmarkError: If it holds something else.
     """
-    if not path.exists():
-        return []
-    try:
-        return [Measurement(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
-        raise BenchmarkError(f"{path} holds no measurements: {error}; remove it, or give another --output") from error
+    return read_lines(path, Measurement, "measurements", "remove it, or give another --output")
 
 
 def _build(
