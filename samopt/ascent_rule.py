@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from samopt import kernels
 from samopt.combination import Combination
 from samopt.direction import Direction, GradientDirection, Momentum, StatefulDirection
 from samopt.geometry import Metric
-from samopt.perturbation import Radius, Region, Target
+from samopt.perturbation import Radius, Region, Targets
 from samopt.rounding import Noise, RoundingNoise
 from samopt.validation import check_nonnegative
 from samopt.wrapper import OptimizerWrapper
@@ -82,7 +83,7 @@ class AscentRule(OptimizerWrapper):
         super().__setstate__(state)
         self._sort_parts()
 
-    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
+    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Targets]]:
         """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is.
 
         Raises:
@@ -93,20 +94,17 @@ class AscentRule(OptimizerWrapper):
         targets = []
         moving = self.may_move()
         for group in self.param_groups:
-            sign = -1 if group.get("maximize", False) else 1
-            region = Region(self.radius(group), self.option(group, "eta"), sign)
-            moves = moving and self.option(group, "perturb")
-            for parameter in group["params"]:
-                if not parameter.requires_grad:
-                    continue
-                gradient = parameter.grad
-                taken.append((parameter, gradient))
-                if moves and gradient is not None:
-                    targets.append(Target(parameter, gradient.detach(), region))
-        if self._turning is not None and targets:
+            trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
+            gradients = [parameter.grad for parameter in trainable]
+            taken.extend(zip(trainable, gradients, strict=True))
+            if moving and self.option(group, "perturb"):
+                sign = -1 if group.get("maximize", False) else 1
+                region = Region(self.radius(group), self.option(group, "eta"), sign)
+                weights = [p for p, gradient in zip(trainable, gradients, strict=True) if gradient is not None]
+                targets.append(Targets(region, weights, [g.detach() for g in gradients if g is not None]))
+        if self._turning is not None:
             with torch.no_grad():
-                turned = self._turning.turn([t.weight for t in targets], [t.direction for t in targets])
-            targets = [Target(t.weight, d, t.region) for t, d in zip(targets, turned, strict=True)]
+                targets = self._turned(targets, self._turning)
         return taken if any(gradient is not None for _, gradient in taken) else [], targets
 
     def radius(self, group: dict[str, Any]) -> Radius:
@@ -127,7 +125,7 @@ class AscentRule(OptimizerWrapper):
         rhos = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
         return any(isinstance(rho, Tensor) or rho > 0 for rho in rhos)
 
-    def targets_along(self, direction: Direction) -> list[Target]:
+    def targets_along(self, direction: Direction) -> list[Targets]:
         """Return every parameter that moves along ``direction``; those without a direction yet do not.
 
         Args:
@@ -141,12 +139,16 @@ class AscentRule(OptimizerWrapper):
             return []
         targets = []
         for group in self.param_groups:
-            region = Region(self.radius(group), self.option(group, "eta"), 1)
-            for parameter in group["params"] if self.option(group, "perturb") else []:
+            if not self.option(group, "perturb"):
+                continue
+            weights, directions = [], []
+            for parameter in group["params"]:
                 towards = direction.of(parameter, group, self.base_optimizer) if parameter.requires_grad else None
                 if towards is not None:
                     # Autograd need not see this move: it is undone and repeated around one and the same graph.
-                    targets.append(Target(parameter.data, towards, region))
+                    weights.append(parameter.data)
+                    directions.append(towards)
+            targets.append(Targets(Region(self.radius(group), self.option(group, "eta"), 1), weights, directions))
         return targets
 
     def rounding_noise(self) -> Noise | None:
@@ -162,9 +164,9 @@ class AscentRule(OptimizerWrapper):
         """Return every parameter, in the order of the groups."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def devices(self) -> list[torch.device]:
-        """Return the devices of the parameters."""
-        return list(dict.fromkeys(parameter.device for parameter in self.parameters()))
+    def accelerators(self) -> list[torch.device]:
+        """Return the devices of the parameters, but for the CPU."""
+        return list(dict.fromkeys([parameter.device for parameter in self.parameters() if not parameter.is_cpu]))
 
     def validate_groups(self) -> None:
         """Raise if an option of a group is out of range.
@@ -206,6 +208,14 @@ class AscentRule(OptimizerWrapper):
             self._stateful["direction"] = direction
         if self.combination is not None:
             self._stateful["combination"] = self.combination
+
+    def _turned(self, targets: list[Targets], turning: GradientDirection) -> list[Targets]:
+        """Return the targets with directions made of their gradients."""
+        weights = [weight for some in targets for weight in some.weights]
+        if not weights:
+            return targets
+        turned = iter(turning.turn(weights, [gradient for some in targets for gradient in some.directions]))
+        return [some._replace(directions=list(islice(turned, len(some.weights)))) for some in targets]
 
     def _check_group(self, group: dict[str, Any], index: int) -> None:
         where = f" in param group {index}"

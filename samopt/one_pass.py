@@ -173,7 +173,7 @@ class OnePass:
         self.be_exact()
         optimizer = self._optimizer
         parameters = optimizer.parameters()
-        aside = _Aside(parameters, self.model, optimizer.devices())
+        aside = _Aside(parameters, self.model, optimizer.accelerators())
         self._is_aside = True
         try:
             aside.begin()
@@ -225,7 +225,7 @@ class OnePass:
             RuntimeError: If the gradients are those of another point.
         """
         optimizer = self._optimizer
-        if not self._has_ascended and optimizer.targets_along(self._direction) and any_nonzero(optimizer.param_groups):
+        if not self._has_ascended and self._can_move() and any_nonzero(optimizer.param_groups):
             seen = "model=None" if self.model is None else f"no training forward of {type(self.model).__name__}"
             raise RuntimeError(
                 f"step() found gradients that were not taken at the perturbed weights ({seen} since the last step). "
@@ -247,6 +247,9 @@ class OnePass:
             self._optimizer.advance_rounding()
         self._has_ascended = False
         self.loss = None
+
+    def _can_move(self) -> bool:
+        return any(some.weights for some in self._optimizer.targets_along(self._direction))
 
     def _measure(self) -> None:
         optimizer = self._optimizer

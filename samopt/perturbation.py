@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -19,7 +19,7 @@ from samopt.kernels.reference import vector_norm
 from samopt.precision import is_low_precision
 from samopt.rounding import Noise
 
-__all__ = ["Perturbation", "Placement", "Radius", "Region", "Target", "gradient_norm", "largest_radius"]
+__all__ = ["Perturbation", "Placement", "Radius", "Region", "Targets", "gradient_norm", "largest_radius"]
 
 Radius: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
 """A number; a 0-dim tensor; or what makes one of ``||T d||_2``. Tensors are never read on the host."""
@@ -50,12 +50,12 @@ class Region:
         return self.radius(norm) if callable(self.radius) else self.radius
 
 
-class Target(NamedTuple):
-    """A weight, the direction it moves in, and the region of its group."""
+class Targets(NamedTuple):
+    """Weights that move in one region, with the direction of each."""
 
-    weight: Tensor
-    direction: Tensor
     region: Region
+    weights: list[Tensor]
+    directions: list[Tensor]
 
 
 class Perturbation:
@@ -65,7 +65,7 @@ class Perturbation:
     whatever ``apply`` had done when it was interrupted.
 
     Args:
-        targets: What moves. The norm is global over all of them.
+        targets: What moves, by region. The norm is global over all of them.
         metric: The elementwise metric ``T``; tensors it does not apply to use ``T = 1``.
         linf: True for the l-infinity ball.
         backend: Name of a kernel backend, or "auto".
@@ -74,7 +74,9 @@ class Perturbation:
         RuntimeError: If the named backend cannot run one of the targets.
     """
 
-    def __init__(self, targets: Iterable[Target], metric: Metric, *, linf: bool = False, backend: str = "auto") -> None:
+    def __init__(
+        self, targets: Iterable[Targets], metric: Metric, *, linf: bool = False, backend: str = "auto"
+    ) -> None:
         self._parts = [
             _Part(block, region, kernels.select(block, backend), shards)
             for block, region, shards in _group(targets, metric, linf)
@@ -261,20 +263,24 @@ def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor
         parameters: Parameters; those without a gradient do not count.
         backend: Name of a kernel backend, or "auto".
     """
-    region = Region(0.0, 0.0, 1)
-    targets = [Target(p, p.grad.detach(), region) for p in parameters if p.grad is not None]
+    weights, gradients = [], []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            weights.append(parameter)
+            gradients.append(gradient)
     with torch.no_grad():
-        return Perturbation(targets, Euclidean(), backend=backend).norm
+        return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm
 
 
-def largest_radius(targets: Iterable[Target], norm: Tensor) -> Tensor:
+def largest_radius(targets: Iterable[Targets], norm: Tensor) -> Tensor:
     """Return the largest radius among the targets' regions, 0-dim; 0 without targets.
 
     Args:
-        targets: Targets.
-        norm: ``||T d||_2`` over all of them.
+        targets: What moves.
+        norm: ``||T d||_2`` over all of it.
     """
-    radii = {id(target.region): target.region.radius_at(norm) for target in targets}.values()
+    radii = [region.radius_at(norm) for region, weights, _ in targets if weights]
     numbers = [radius for radius in radii if not isinstance(radius, Tensor)]
     tensors = [radius for radius in radii if isinstance(radius, Tensor)]
     largest = torch.tensor(float(max(numbers, default=0.0)), dtype=torch.float64)
@@ -293,24 +299,31 @@ class _Part:
         return source if source is None or self.shards is None else source.on_stream(self.shards.position)
 
 
-def _group(targets: Iterable[Target], metric: Metric, linf: bool) -> list[tuple[Block, Region, Shards | None]]:
-    """Sort targets into blocks that one kernel call can treat alike, in order of first appearance."""
-    parts: dict[tuple[object, ...], tuple[Block, Region, Shards | None]] = {}
+def _group(targets: Iterable[Targets], metric: Metric, linf: bool) -> Iterator[tuple[Block, Region, Shards | None]]:
+    """Yield blocks that one kernel call can treat alike, region by region, in order of first appearance."""
     euclidean = metric.name == "euclidean"
-    for weight, direction, region in targets:
-        shards = None
-        if type(weight) not in _WHOLE:
-            shards = Shards.of(weight)
-            weight, direction = local_part(weight), local_part(direction, weight)
-        own = None if euclidean or not metric.applies_to(weight) else metric
-        plain = type(direction) is Tensor and direction.layout is torch.strided and lie_alike(weight, direction)
-        key = (id(region), weight.device, weight.dtype, direction.layout, direction.dtype, plain, own is None, shards)
-        if key not in parts:
-            parts[key] = (Block([], [], own, region.eta, linf), region, shards)
-        block = parts[key][0]
-        block.weights.append(weight)
-        block.directions.append(direction)
-    return list(parts.values())
+    for region, weights, directions in targets:
+        parts: dict[tuple[object, ...], tuple[Block, Region, Shards | None]] = {}
+        for weight, direction in zip(weights, directions, strict=True):
+            shards = None
+            if type(weight) not in _WHOLE:
+                shards = Shards.of(weight)
+                weight, direction = local_part(weight), local_part(direction, weight)
+            own = None if euclidean or not metric.applies_to(weight) else metric
+            layout = direction.layout
+            alike = (
+                type(direction) is Tensor
+                and layout is torch.strided
+                and ((weight.is_contiguous() and direction.is_contiguous()) or lie_alike(weight, direction))
+            )
+            key = (own is None, weight.dtype, direction.dtype, layout, alike, weight.device, shards)
+            part = parts.get(key)
+            if part is None:
+                part = parts[key] = (Block([], [], own, region.eta, linf), region, shards)
+            block = part[0]
+            block.weights.append(weight)
+            block.directions.append(direction)
+        yield from parts.values()
 
 
 def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:

@@ -14,7 +14,7 @@ from samopt.distributed import abandon_pass, local_part, reshard, runs_on_severa
 from samopt.geometry import Metric
 from samopt.gradients import dense_gradients
 from samopt.metrics import StepMetrics, as_scalar
-from samopt.perturbation import Perturbation, Target, gradient_norm, largest_radius
+from samopt.perturbation import Perturbation, Targets, gradient_norm, largest_radius
 from samopt.replay import Replay, RngState
 from samopt.rounding import Noise
 
@@ -47,7 +47,7 @@ class SecondPass:
     def __init__(
         self,
         gradients: list[tuple[Tensor, Tensor | None]],
-        targets: Sequence[Target],
+        targets: Sequence[Targets],
         metric: Metric,
         *,
         linf: bool,
@@ -72,7 +72,7 @@ class SecondPass:
         """
         self._gradients = gradients
         self._keep_gradients = keep_gradients
-        self._moving = [target.weight for target in targets]
+        self._moving = [weight for some in targets for weight in some.weights]
         self._backend = backend
         self._measure_grad_norms = measure_grad_norms
         self._metrics = StepMetrics(

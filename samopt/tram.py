@@ -17,7 +17,7 @@ from samopt.geometry import Adaptive, Euclidean, Fisher, Metric
 from samopt.metrics import StepMetrics
 from samopt.notice import warn_user
 from samopt.optimizer import SharpnessAwareOptimizer
-from samopt.perturbation import Target
+from samopt.perturbation import Targets
 from samopt.replay import PassObserver
 from samopt.second_pass import SecondPass
 from samopt.trust_region import (
@@ -163,13 +163,13 @@ class TRAM(SharpnessAwareOptimizer):
         self._watch: FirstPassWatch | None = None
         if isinstance(self.trust_region, TrustRegion) and model is not None:
             self._watch = FirstPassWatch(self.trust_region, self._comparison)
-            self._watch.attach(model, self, self._devices_if_moving)
+            self._watch.attach(model, self, self._accelerators_if_moving)
         return () if self._watch is None else (self._watch,)
 
-    def _devices_if_moving(self) -> tuple[torch.device, ...] | None:
-        return tuple(self.devices()) if self.may_move() else None
+    def _accelerators_if_moving(self) -> tuple[torch.device, ...] | None:
+        return tuple(self.accelerators()) if self.may_move() else None
 
-    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Target]]:
+    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Targets]]:
         """Return what ``SharpnessAwareOptimizer.take_stock`` does, with a newly measured distance in the radii."""
         self._distance = None
         return super().take_stock()

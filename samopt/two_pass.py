@@ -46,7 +46,7 @@ class TwoPass:
         self, optimizer: SharpnessAwareOptimizer, model: nn.Module | None, observers: Iterable[PassObserver]
     ) -> None:
         self._optimizer: SharpnessAwareOptimizer = weakref.proxy(optimizer)
-        self._replay = Replay(model, optimizer.devices(), observers)
+        self._replay = Replay(model, optimizer.accelerators(), observers)
         self._current: SecondPass | None = None
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
@@ -194,7 +194,7 @@ class TwoPass:
             may_move=optimizer.may_move(),
             keep_gradients=optimizer.combination is not None,
         )
-        self._replay.use_devices(optimizer.devices())
+        self._replay.use_devices(optimizer.accelerators())
         self._is_ready = False
         self._is_unscaled = False
         self._current = second

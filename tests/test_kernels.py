@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samopt.geometry import Adaptive, Euclidean, Fisher
 from samopt.kernels import BACKENDS, Backend, Block, select
-from samopt.perturbation import Perturbation, Region, Target
+from samopt.perturbation import Perturbation, Region, Targets
 from samopt.rounding import RoundingNoise
 
 ETA = 0.1
@@ -335,7 +335,7 @@ def test_one_perturbation_spans_dtypes_layouts_and_groups(metric, linf):
     weights = [torch.randn(shape, dtype=torch.float64).to(kind) for shape, kind in zip(shapes, kinds, strict=True)]
     directions = [torch.randn(shape, dtype=torch.float64).to(kind) for shape, kind in zip(shapes, kinds, strict=True)]
     regions = [Region(0.5, ETA, 1), Region(0.25, ETA, -1)]
-    targets = [Target(w, d, regions[i % 2]) for i, (w, d) in enumerate(zip(weights, directions, strict=True))]
+    targets = [Targets(region, weights[i::2], directions[i::2]) for i, region in enumerate(regions)]
     names = [metric.name if metric.applies_to(w) else "none" for w in weights]
     pairs = list(zip(names, weights, directions, strict=True))
     total = sum(float((length_of(n, w, d) * d.double()).square().sum()) for n, w, d in pairs) ** 0.5

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 import samopt
 from samopt.geometry import Adaptive, Euclidean, Fisher
 from samopt.kernels import Block, select
-from samopt.perturbation import Perturbation, Region, Target
+from samopt.perturbation import Perturbation, Region, Targets
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,10 +25,8 @@ SHAPES = [(), (0,), (7, 3), (16_384,), (1000, 1003), *[(i,) for i in range(1, 60
 
 def targets(kind, radius, shapes=SHAPES):
     torch.manual_seed(0)
-    region = Region(radius, 0.1, 1)
-    return [
-        Target(torch.randn(s, device="cuda").to(kind), torch.randn(s, device="cuda").to(kind), region) for s in shapes
-    ]
+    pairs = [[torch.randn(s, device="cuda").to(kind) for _ in range(2)] for s in shapes]
+    return Targets(Region(radius, 0.1, 1), [weight for weight, _ in pairs], [direction for _, direction in pairs])
 
 
 @pytest.mark.parametrize("kind", UNIT, ids=str)
@@ -36,17 +34,17 @@ def targets(kind, radius, shapes=SHAPES):
 @pytest.mark.parametrize("metric", METRICS)
 def test_norm_ascent_and_restore_agree_with_the_reference(metric, linf, kind):
     ours, theirs = targets(kind, 0.5), targets(kind, 0.5)
-    before = [t.weight.clone() for t in ours]
-    first = Perturbation(ours, METRICS[metric], linf=linf, backend="triton")
-    second = Perturbation(theirs, METRICS[metric], linf=linf, backend="reference")
+    before = [w.clone() for w in ours.weights]
+    first = Perturbation([ours], METRICS[metric], linf=linf, backend="triton")
+    second = Perturbation([theirs], METRICS[metric], linf=linf, backend="reference")
     assert float(first.norm) == pytest.approx(float(second.norm), rel=1e-6)
-    assert torch.equal(Perturbation(ours, METRICS[metric], linf=linf, backend="triton").norm, first.norm)
+    assert torch.equal(Perturbation([ours], METRICS[metric], linf=linf, backend="triton").norm, first.norm)
     applied = [float(p.apply(None)) for p in (first, second)]
     assert applied[0] == pytest.approx(applied[1], rel=1e-4)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.weight.float(), other.weight.float(), rtol=UNIT[kind], atol=1e-6)
+    for mine, other in zip(ours.weights, theirs.weights, strict=True):
+        torch.testing.assert_close(mine.float(), other.float(), rtol=UNIT[kind], atol=1e-6)
     first.undo()
-    assert all(torch.equal(t.weight, b) for t, b in zip(ours, before, strict=True))
+    assert all(torch.equal(w, b) for w, b in zip(ours.weights, before, strict=True))
 
 
 def test_auto_picks_triton():

@@ -14,7 +14,7 @@ import torch
 import samopt
 from samopt.geometry import Adaptive, Euclidean, Fisher
 from samopt.kernels import BACKENDS, Block, select
-from samopt.perturbation import Perturbation, Region, Target
+from samopt.perturbation import Perturbation, Region, Targets
 from samopt.rounding import RoundingNoise
 from tests.cases import VARIANTS, batch, bits, closure_form, explicit_form, mlp, same_bits, tensors, textbook_step
 
@@ -29,14 +29,22 @@ def copies(weights):
     return [w.detach().clone() for w in weights]
 
 
+def weights_of(some):
+    return [weight for targets in some for weight in targets.weights]
+
+
+def directions_of(some):
+    return [direction for targets in some for direction in targets.directions]
+
+
 def targets(kinds, radii=(0.5, 0.25), seed=0):
     """Weights of several dtypes and shapes in two groups, the second one maximised, with directions of their own."""
     torch.manual_seed(seed)
-    regions = [Region(radii[0], ETA, 1), Region(radii[1], ETA, -1)]
-    made = []
+    made = [Targets(Region(radii[0], ETA, 1), [], []), Targets(Region(radii[1], ETA, -1), [], [])]
     for i, kind in enumerate(kinds):
         for shape in ((6, 4), (33,)):
-            made.append(Target(torch.randn(shape).to(kind), torch.randn(shape).to(kind), regions[i % 2]))
+            made[i % 2].weights.append(torch.randn(shape).to(kind))
+            made[i % 2].directions.append(torch.randn(shape).to(kind))
     return made
 
 
@@ -51,7 +59,7 @@ def test_auto_leaves_the_cpu_to_its_own_backend():
 def test_groups_and_dtypes_share_one_norm_and_move_as_the_reference_moves_them(metric, linf):
     kinds = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
     ours, theirs = targets(kinds), targets(kinds)
-    before = copies(t.weight for t in ours)
+    before = copies(weights_of(ours))
     perturbations = [
         Perturbation(some, METRICS[metric], linf=linf, backend=name)
         for some, name in ((ours, "triton"), (theirs, "reference"))
@@ -61,43 +69,43 @@ def test_groups_and_dtypes_share_one_norm_and_move_as_the_reference_moves_them(m
     assert plain[0] == pytest.approx(plain[1], rel=1e-7)
     applied = [float(p.apply(None, consume=True)) for p in perturbations]
     assert applied[0] == pytest.approx(applied[1], rel=1e-5)
-    for mine, other in zip(ours, theirs, strict=True):
-        unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[mine.weight.dtype]
-        torch.testing.assert_close(mine.weight.float(), other.weight.float(), rtol=unit, atol=1e-7)
+    for mine, other in zip(weights_of(ours), weights_of(theirs), strict=True):
+        unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[mine.dtype]
+        torch.testing.assert_close(mine.float(), other.float(), rtol=unit, atol=1e-7)
     perturbations[0].undo()
-    assert all(torch.equal(t.weight, b) for t, b in zip(ours, before, strict=True))
+    assert all(torch.equal(w, b) for w, b in zip(weights_of(ours), before, strict=True))
 
 
 @pytest.mark.parametrize("radius", [0.3, torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)], ids=str)
 def test_the_radius_is_a_number_or_a_tensor_of_any_dtype(radius):
     some = targets([torch.float32], radii=(radius, 0.0))
-    before = copies(t.weight for t in some)
+    before = copies(weights_of(some))
     perturbation = Perturbation(some, Euclidean(), backend="triton")
     perturbation.apply()
-    norm = sum(float(t.direction.double().square().sum()) for t in some) ** 0.5
-    for target, was in zip(some, before, strict=True):
-        want = was.double() + 0.3 * target.direction.double() / norm
-        torch.testing.assert_close(target.weight.double(), want, rtol=2e-7, atol=1e-8)
+    norm = sum(float(d.double().square().sum()) for d in directions_of(some)) ** 0.5
+    for weight, direction, was in zip(weights_of(some), directions_of(some), before, strict=True):
+        want = was.double() + 0.3 * direction.double() / norm
+        torch.testing.assert_close(weight.double(), want, rtol=2e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_norm_that_cannot_be_used_moves_nothing(value):
     some = targets([torch.float32, torch.bfloat16])
-    for target in some:
-        target.direction.fill_(value)
-    before = copies(t.weight for t in some)
+    for direction in directions_of(some):
+        direction.fill_(value)
+    before = copies(weights_of(some))
     perturbation = Perturbation(some, Adaptive(), backend="triton")
     assert float(perturbation.apply(RoundingNoise(0).next())) == 0.0
-    assert all(torch.equal(t.weight, b) for t, b in zip(some, before, strict=True))
+    assert all(torch.equal(w, b) for w, b in zip(weights_of(some), before, strict=True))
 
 
 def test_restoring_what_no_ascent_has_saved_writes_nothing():
-    (target, *_) = targets([torch.float32])
-    block = Block([target.weight], [target.direction], None, 0.0, False)
+    weight, direction = torch.randn(6, 4), torch.randn(6, 4)
+    block = Block([weight], [direction], None, 0.0, False)
     backend = BACKENDS["triton"]
-    before = target.weight.clone()
+    before = weight.clone()
     backend.restore(backend.save(block, consume=True))  # as after an interrupt between the two
-    assert torch.equal(target.weight, before)
+    assert torch.equal(weight, before)
 
 
 def test_the_gradients_memory_takes_the_weights_only_where_nobody_else_can_reach_it():

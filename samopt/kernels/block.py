@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,7 +33,8 @@ class Block:
 
     Attributes:
         weights: Parameters to move.
-        directions: Uphill directions, one per weight, of its shape; all of one dtype, and dense or sparse COO.
+        directions: Uphill directions, one per weight, of its shape; all of one dtype, all dense or all sparse COO, and
+            either all laid out in memory as their weights are, without gaps, or none.
         metric: The metric ``T``; None is the identity.
         eta: The metric's stabiliser.
         linf: True for the l-infinity ball, False for the l2 ball.
@@ -43,6 +45,11 @@ class Block:
     metric: Metric | None
     eta: float
     linf: bool
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Number of elements of each weight."""
+        return [weight.numel() for weight in self.weights]
 
     def without_metric(self) -> Block:
         """Return the same tensors under the identity metric."""

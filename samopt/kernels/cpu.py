@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +17,22 @@ from samopt.kernels.memory import flat, lie_alike, owns_its_memory
 
 __all__ = [
     "Exchange",
-    "Piece",
+    "Slice",
     "ascend",
     "climb",
     "is_small",
     "moved",
     "norm",
-    "pieces",
     "restore",
     "save",
     "scratch",
+    "slices",
     "supports",
 ]
 
 _PIECE = 1 << 18  # elements; 1 MiB in fp32: with its scratch it stays in the cache, and calls cost little beside it
 _SMALL = 1 << 14  # elements; up to here a call costs about as much as moving the values
+_PIECES_TOGETHER = 4  # as large as small weights are joined; splitting them in the cache's size would gain nothing
 _PIECE_PER_THREAD = 1 << 15  # torch gives no thread less than that
 _ROW = 512  # elements summed in one precision; longer sums lose digits when all terms are alike
 _METRICS = {"adaptive"}
@@ -52,7 +53,7 @@ def supports(block: Block) -> str | None:
         return f"a gradient is a {type(direction).__name__} of layout {direction.layout}, not a dense Tensor"
     if direction.dtype is not weight.dtype:
         return f"a gradient has dtype {direction.dtype}, its parameter {weight.dtype}"
-    if not all(map(lie_alike, block.weights, block.directions)):
+    if not lie_alike(weight, direction):
         return "the strides of a gradient are not those of its parameter, or one of them has gaps"
     return None
 
@@ -69,40 +70,19 @@ class Exchange(Saved):
     places: list[Tensor | None] = field(default_factory=list)
     record: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
 
-    def keep(self, piece: Piece) -> None:
-        """Save a piece that is about to be written.
 
-        Args:
-            piece: From ``pieces``.
-        """
-        place = torch.empty_like(piece.weight) if piece.place is None and len(piece.weights) == 1 else piece.place
-        values = piece.weight if place is None else place.copy_(piece.weight)
-        self.record.append((piece.weights, values))
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a block that fits the cache: several small weights, or a slice of a large one.
+class Slice(NamedTuple):
+    """A part of a large weight that fits the cache, as vectors that share memory with what they are parts of.
 
     Attributes:
-        weights: The weights, or one vector of a weight's memory.
-        directions: The directions, or one vector of a direction's memory.
-        place: A vector that may take the old values of a slice.
+        weight: Of the weight.
+        direction: Of its direction.
+        place: Of memory that may take other values of the weight; None where there is none.
     """
 
-    weights: list[Tensor]
-    directions: list[Tensor]
-    place: Tensor | None = None
-
-    @cached_property
-    def weight(self) -> Tensor:
-        """Values of the weights as one vector: a copy if there are several."""
-        return _joined(self.weights)
-
-    @cached_property
-    def direction(self) -> Tensor:
-        """Values of the directions, in the same order."""
-        return _joined(self.directions)
+    weight: Tensor
+    direction: Tensor
+    place: Tensor | None
 
 
 @torch.no_grad()
@@ -112,24 +92,18 @@ def norm(block: Block) -> Tensor:
     Sums of squares are taken in rows short enough for the block's own precision; where they overflow or vanish there,
     the reference starts again in fp64.
     """
-    sizes = [direction.numel() for direction in block.directions]
-    if block.metric is None and sum(sizes) <= _SMALL and block.weights[0].dtype is torch.float32:
+    elements = sum(block.sizes)
+    dtype = block.directions[0].dtype
+    if block.metric is None and elements <= _SMALL and dtype is torch.float32:
         # Nothing that fp32 holds has a square that fp64 does not.
         whole: Tensor = torch.linalg.vector_norm(_joined(block.directions), dtype=torch.float64)
         return whole
-    room = scratch(block) if block.metric is not None else []
-    rows: list[Tensor] = []
-    for piece in pieces(block):
-        uphill = piece.direction
-        if block.metric is not None:
-            uphill = _lengths(piece.weight, block.eta, room[0]).mul_(uphill)
-        rows.extend(_row_norms(uphill))
+    rows = [row for uphill in _uphill(block) for row in _row_norms(uphill)]
     if not rows:
         return torch.zeros((), dtype=torch.float64)
     lengths = torch.cat(rows).double()
     length = torch.dot(lengths, lengths).sqrt()
-    limits = torch.finfo(block.weights[0].dtype)
-    elements = sum(sizes)
+    limits = torch.finfo(dtype)
     # Squares below the smallest normal number lose digits or vanish; here all of them together are below one rounding.
     safe = (elements * limits.tiny / limits.eps) ** 0.5 <= float(length) < float("inf")
     return length if safe else reference.norm(block)
@@ -139,8 +113,8 @@ def norm(block: Block) -> Tensor:
 def save(block: Block, consume: bool = False) -> Exchange:
     """Return room for every large weight: its direction's memory where that may be overwritten, else fresh memory."""
     places = [
-        None if is_small(weight) else direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
-        for weight, direction in zip(block.weights, block.directions, strict=True)
+        None if is_small(size) else direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
+        for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True)
     ]
     return Exchange([], places)
 
@@ -159,23 +133,6 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
     return torch.tensor(abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
 
 
-def _move(block: Block, step: float, saved: Exchange | None) -> None:
-    if step == 0:
-        return
-    room: list[Tensor] = []
-    for piece in pieces(block, None if saved is None else saved.places):
-        target = None
-        if block.metric is not None or len(piece.weights) == 1:
-            room = room or scratch(block)
-            target = moved(piece, block, step, room, room[0][: piece.weight.numel()])
-        if saved is not None:
-            saved.keep(piece)  # only now may the weights change, whenever an interrupt comes
-        if target is None:
-            torch._foreach_add_(piece.weights, piece.directions, alpha=step)
-        else:
-            _write(piece.weights, target)
-
-
 @torch.no_grad()
 def restore(saved: Exchange) -> None:
     """Copy the saved weights back, bit for bit; last first, since weights that share memory were saved in turn."""
@@ -183,95 +140,155 @@ def restore(saved: Exchange) -> None:
         _write(weights, values)
 
 
-def is_small(weight: Tensor) -> bool:
+def is_small(size: int) -> bool:
     """Return whether calls cost more than moving the values, so that tensors had better be joined.
 
     Args:
-        weight: A weight.
+        size: Number of elements.
     """
-    return weight.numel() <= _SMALL
+    return size <= _SMALL
 
 
-def pieces(block: Block, places: Sequence[Tensor | None] | None = None) -> Iterator[Piece]:
-    """Yield the parts of a block, none empty: slices of large weights' memory, several small weights at once.
+def slices(block: Block, places: Sequence[Tensor | None] | None = None) -> Iterator[Slice]:
+    """Yield the parts of a block's large weights.
 
     Args:
         block: The block.
         places: Memory laid out like each weight, handed out in the same parts; None where there is none.
     """
+    if max(block.sizes, default=0) <= _SMALL:
+        return
     limit = _piece_size()
-    weights: list[Tensor] = []
-    directions: list[Tensor] = []
-    size = 0
-    for index, (weight, direction) in enumerate(zip(block.weights, block.directions, strict=True)):
-        elements = weight.numel()
-        if elements > _SMALL:
-            yield from _slices(weight, direction, None if places is None else places[index], limit)
-        elif elements:
-            if size + elements > limit:
-                yield Piece(weights, directions)
-                weights, directions, size = [], [], 0
-            weights.append(weight)
-            directions.append(direction)
-            size += elements
-    if size:
-        yield Piece(weights, directions)
+    rooms = repeat(None) if places is None else places
+    for size, weight, direction, place in zip(block.sizes, block.weights, block.directions, rooms, strict=False):
+        if not is_small(size):
+            parts = torch.split(flat(weight), limit), torch.split(flat(direction), limit)
+            yield from map(Slice, *parts, repeat(None) if place is None else torch.split(flat(place), limit))
 
 
-def moved(piece: Piece, block: Block, step: float, room: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Write ``w + step T^2 d`` for a piece into ``target``.
+def moved(part: Slice, block: Block, step: float, room: Tensor, target: Tensor) -> Tensor:
+    """Write ``w + step T^2 d`` for a slice into ``target``.
 
     Args:
-        piece: From ``pieces``.
-        block: Whose piece it is.
+        part: From ``slices``.
+        block: Whose.
         step: The factor.
-        room: From ``scratch``.
-        target: A vector for the result; the piece's direction, or the first of ``room``, will do.
+        room: Vector of at least the slice's size that may be overwritten.
+        target: Vector for the result; the slice's direction will do.
 
     Returns:
         ``target``.
     """
+    weight, direction, _ = part
     if block.metric is None:
-        return torch.add(piece.weight, piece.direction, alpha=step, out=target)
-    length = _lengths(piece.weight, block.eta, room[0])
-    uphill = torch.mul(length, piece.direction, out=room[1][: length.numel()]).mul_(length)  # T^2 alone may underflow
-    return torch.add(piece.weight, uphill, alpha=step, out=target)
+        return torch.add(weight, direction, alpha=step, out=target)
+    length = _lengths(weight, block.eta, room[: weight.numel()])
+    uphill = torch.mul(direction, length, out=target)
+    return torch.addcmul(weight, uphill, length, value=step, out=target)  # T^2 alone may underflow
 
 
-def scratch(block: Block) -> list[Tensor]:
-    """Return room for the intermediate values of one piece.
+def scratch(block: Block) -> Tensor:
+    """Return room for the intermediate values of one slice.
 
     Args:
-        block: Whose pieces.
+        block: Whose slices.
     """
-    size = min(_piece_size(), sum(weight.numel() for weight in block.weights))
-    dtype = block.weights[0].dtype if block.weights else None
-    return [torch.empty(size, dtype=dtype) for _ in range(1 if block.metric is None else 2)]
+    size = min(_piece_size(), sum(block.sizes))
+    return torch.empty(size, dtype=block.weights[0].dtype if block.weights else None)
+
+
+def _move(block: Block, step: float, saved: Exchange | None) -> None:
+    if step == 0:
+        return
+    for weights, directions in _small(block):
+        old = _joined(weights)
+        if saved is not None:
+            saved.record.append((weights, old))  # only now may the weights change, whenever an interrupt comes
+        if block.metric is None:
+            torch._foreach_add_(weights, directions, alpha=step)
+        else:
+            length = _lengths(old, block.eta, torch.empty_like(old))
+            uphill = _joined(directions) * length
+            _write(weights, torch.addcmul(old, uphill, length, value=step))
+    room: Tensor | None = None
+    target: Tensor | None = None
+    for part in slices(block, None if saved is None else saved.places):
+        weight, direction, place = part
+        new = None
+        if block.metric is not None or (place is not None and place.data_ptr() == direction.data_ptr()):
+            if room is None or target is None:
+                room, target = scratch(block), scratch(block)
+            new = moved(part, block, step, room, target[: weight.numel()])
+        if saved is not None and place is not None:
+            saved.record.append(([weight], place.copy_(weight)))
+        if new is None:
+            weight.add_(direction, alpha=step)
+        else:
+            weight.copy_(new)
+
+
+def _uphill(block: Block) -> Iterator[Tensor]:
+    """Yield the values of ``T d`` as vectors; each is overwritten by the next where there is a metric."""
+    for weights, directions in _small(block):
+        vector = _joined(directions)
+        if block.metric is not None:
+            vector = _lengths(_joined(weights), block.eta, torch.empty_like(vector)).mul_(vector)
+        yield vector
+    if block.metric is None:
+        for size, direction in zip(block.sizes, block.directions, strict=True):
+            if not is_small(size):
+                yield flat(direction)
+        return
+    room: Tensor | None = None
+    for part in slices(block):
+        room = scratch(block) if room is None else room
+        yield _lengths(part.weight, block.eta, room[: part.weight.numel()]).mul_(part.direction)
+
+
+def _small(block: Block) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Yield the small weights with their directions, several pieces' worth at a time."""
+    limit = _PIECES_TOGETHER * _piece_size()
+    weights: list[Tensor] = []
+    directions: list[Tensor] = []
+    total = 0
+    for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True):
+        if 0 < size <= _SMALL:
+            if total + size > limit and weights:
+                yield weights, directions
+                weights, directions, total = [], [], 0
+            weights.append(weight)
+            directions.append(direction)
+            total += size
+    if weights:
+        yield weights, directions
 
 
 def _piece_size() -> int:
     return max(_PIECE, _PIECE_PER_THREAD * torch.get_num_threads())
 
 
-def _slices(weight: Tensor, direction: Tensor, place: Tensor | None, limit: int) -> Iterator[Piece]:
-    weights, directions = torch.split(flat(weight), limit), torch.split(flat(direction), limit)
-    places = repeat(None, len(weights)) if place is None else torch.split(flat(place), limit)
-    for w, d, p in zip(weights, directions, places, strict=True):
-        yield Piece([w], [d], p)
-
-
 def _joined(tensors: list[Tensor]) -> Tensor:
-    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)  # unlike torch.cat, it takes any shapes
-    return vector
+    """Return a copy of the values as one vector."""
+    return torch.cat(tensors if _are_vectors(tensors) else [tensor.reshape(-1) for tensor in tensors])
 
 
 def _write(weights: list[Tensor], values: Tensor) -> None:
-    torch._foreach_copy_(weights, torch._C._nn.unflatten_dense_tensors(values, weights))
+    parts = [values]
+    if len(weights) > 1:
+        parts = list(torch.split(values, [weight.numel() for weight in weights]))
+    if not _are_vectors(weights):
+        parts = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+    torch._foreach_copy_(weights, parts)
+
+
+def _are_vectors(tensors: list[Tensor]) -> bool:
+    return all([tensor.dim() == 1 for tensor in tensors])
 
 
 def _lengths(weight: Tensor, eta: float, room: Tensor) -> Tensor:
     """Return the adaptive metric's ``T = |w| + eta``, in ``room``."""
-    return torch.abs(weight, out=room[: weight.numel()]).add_(eta)
+    length = torch.abs(weight, out=room)
+    return length.add_(eta) if eta else length
 
 
 def _row_norms(values: Tensor) -> Iterator[Tensor]:

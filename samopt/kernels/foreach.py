@@ -19,13 +19,13 @@ def supports(block: Block) -> str | None:
         return "the l-infinity ball has no foreach form"
     if block.metric is not None and block.metric.name not in _METRICS:
         return f"the {block.metric.name} metric has no foreach form"
-    for weight, direction in zip(block.weights, block.directions, strict=True):
-        if direction.layout is not torch.strided:
-            return f"a gradient has layout {direction.layout}, not torch.strided"
-        if weight.dtype not in (torch.float32, torch.float64):
-            return f"a parameter has dtype {weight.dtype}, not float32 or float64"
-        if direction.dtype is not weight.dtype:
-            return f"a gradient has dtype {direction.dtype}, its parameter {weight.dtype}"
+    weight, direction = block.weights[0], block.directions[0]
+    if direction.layout is not torch.strided:
+        return f"a gradient has layout {direction.layout}, not torch.strided"
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"a parameter has dtype {weight.dtype}, not float32 or float64"
+    if direction.dtype is not weight.dtype:
+        return f"a gradient has dtype {direction.dtype}, its parameter {weight.dtype}"
     return None
 
 

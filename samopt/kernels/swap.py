@@ -41,7 +41,10 @@ def save(block: Block, consume: bool = False) -> Move:
     A view, an alias, NumPy or another process would not see a weight move, so what they share stays where it is; small
     weights do, too, since they are faster together.
     """
-    leaves = [not cpu.is_small(weight) and owns_its_memory(weight) for weight in block.weights]
+    leaves = [
+        not cpu.is_small(size) and owns_its_memory(weight)
+        for size, weight in zip(block.sizes, block.weights, strict=True)
+    ]
     leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
     exchange = cpu.save(staying, consume)
     homes = [weight.data for weight in leaving.weights]
@@ -62,11 +65,16 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move |
     step = float(scale)
     if step == 0:
         return
-    scratch = cpu.scratch(saved.leaving)
-    for piece in cpu.pieces(saved.leaving, saved.rooms):
-        if piece.place is not None:
-            cpu.moved(piece, block, step, scratch, piece.place)
-    for weight, room in zip(saved.leaving.weights, saved.rooms, strict=True):
+    leaving = saved.leaving
+    if block.metric is None:
+        for weight, direction, room in zip(leaving.weights, leaving.directions, saved.rooms, strict=True):
+            torch.add(weight, direction, alpha=step, out=room)
+    else:
+        scratch = cpu.scratch(leaving)
+        for part in cpu.slices(leaving, saved.rooms):
+            if part.place is not None:
+                cpu.moved(part, block, step, scratch, part.place)
+    for weight, room in zip(leaving.weights, saved.rooms, strict=True):
         _point(weight, room)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from samopt import geometry
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels.reference import vector_norm
-from samopt.perturbation import Perturbation, Region, Target
+from samopt.perturbation import Perturbation, Region, Targets
 from samopt.precision import widen
 from samopt.validation import check_nonnegative
 
@@ -92,10 +92,10 @@ class Ball:
             weights: The weights, at the centre.
             gradient: Their gradient; those without one do not move.
         """
-        region = Region(self.rho, self.eta, 1)
-        targets = [Target(w, g, region) for w, g in zip(weights, gradient, strict=True) if g is not None]
+        moving = [w for w, g in zip(weights, gradient, strict=True) if g is not None]
+        targets = Targets(Region(self.rho, self.eta, 1), moving, [g for g in gradient if g is not None])
         with torch.no_grad():
-            return Perturbation(targets, self.metric, linf=self.linf)
+            return Perturbation([targets], self.metric, linf=self.linf)
 
     def uphill(self, offsets: list[Tensor], centre: Sequence[Tensor], size: float) -> bool:
         """Turn a gradient, in place, into the steepest step of a size: ``size T^2 g / ||T g||`` or ``size T sign(g)``.
