@@ -237,10 +237,10 @@ def check_options(*, rho: Any, eta: Any, norm: str, backend: str) -> None:
     Raises:
         TypeError: If ``rho`` or ``eta`` is not a number.
         ValueError: If it is out of range, or a name is unknown.
+        RuntimeError: If the backend cannot run on this machine.
     """
     if norm not in ("l2", "linf"):
         raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
-    if backend != "auto" and backend not in kernels.BACKENDS:
-        raise ValueError(f'backend must be "auto" or one of {sorted(kernels.BACKENDS)}, got {backend!r}')
+    kernels.check(backend)
     check_nonnegative("rho", rho)
     check_nonnegative("eta", eta)

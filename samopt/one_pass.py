@@ -15,6 +15,7 @@ from torch.amp.grad_scaler import OptState
 from samopt.direction import Direction, TakenDirection
 from samopt.distributed import reshard, unsynced
 from samopt.gradients import any_nonzero
+from samopt.kernels.memory import NEW_MEMORY, Spare
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.observation import is_observed
 from samopt.perturbation import Perturbation, gradient_norm, largest_radius
@@ -50,6 +51,7 @@ class OnePass:
         self._has_ascended = False
         self._is_aside = False  # whether a first pass is running, at w
         self._has_stale_copies = False  # gathered from shards that have been put back since
+        self._spare = NEW_MEMORY
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
         self.model = model
@@ -96,10 +98,11 @@ class OnePass:
         self._perturbation = perturbation
         self._has_stale_copies = perturbation.is_sharded
         try:
-            applied = perturbation.apply(optimizer.rounding_noise())
+            applied = perturbation.apply(optimizer.rounding_noise(), spare=self._spare)
         except BaseException:
             self.leave()
             raise
+        self._spare = NEW_MEMORY
         if perturbation.is_sharded:
             reshard(self.model)
         self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=applied)
@@ -120,6 +123,7 @@ class OnePass:
     def be_exact(self) -> None:
         """Put every weight back, and have a forward that is about to begin gather exact shards."""
         self.leave()
+        self._spare = NEW_MEMORY
         if self._has_stale_copies:
             reshard(self.model)
             self._has_stale_copies = False
@@ -245,6 +249,8 @@ class OnePass:
         self.leave()
         if self._has_ascended:
             self._optimizer.advance_rounding()
+            # Mostly nobody else holds them any more when the next forward begins.
+            self._spare = Spare(p.grad for p in self._optimizer.parameters() if p.grad is not None)
         self._has_ascended = False
         self.loss = None
 

@@ -73,6 +73,7 @@ class SharpnessAwareOptimizer(AscentRule):
     Raises:
         TypeError: If the arguments fit neither form.
         ValueError: If an option is out of range, or ``model`` has none of the parameters.
+        RuntimeError: If the backend that was named cannot run on this machine.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from samopt import kernels
 from samopt.distributed import Shards, local_part
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block, Lengths, Saved, Stride
-from samopt.kernels.memory import lie_alike
+from samopt.kernels.memory import NEW_MEMORY, Spare, lie_alike
 from samopt.kernels.reference import vector_norm
 from samopt.precision import is_low_precision
 from samopt.rounding import Noise
@@ -120,7 +120,7 @@ class Perturbation:
             return self._combine(plain)
         return self._lengths.plain
 
-    def apply(self, noise: Noise | None = None, *, consume: bool = False) -> Tensor:
+    def apply(self, noise: Noise | None = None, *, consume: bool = False, spare: Spare = NEW_MEMORY) -> Tensor:
         """Save every weight, then move all of them uphill.
 
         A norm that is zero, infinite or nan moves nothing.
@@ -129,12 +129,13 @@ class Perturbation:
             noise: Uniform [0, 1) numbers for the stochastic rounding of bf16 and fp16 weights; None rounds to nearest.
             consume: Whether the directions are of no further use, so that their memory may take the saved weights
                 where nobody else can reach it.
+            spare: Other memory that may take them.
 
         Returns:
             The norm of what was really applied, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity), 0-dim:
             measured after rounding for low-precision weights, the radius asked for the others.
         """
-        everything = [(part.backend, part.backend.save(part.block, consume)) for part in self._parts]
+        everything = [(part.backend, part.backend.save(part.block, consume, spare)) for part in self._parts]
         self._saved = everything
         applied = []
         for part, length, (_, saved) in zip(self._parts, self._lengths.blocks, everything, strict=True):

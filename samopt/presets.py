@@ -27,7 +27,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
     "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead", equation 4.
 
     Cost: one forward-backward pass a step in an unchanged loop (with ``model=``), and one transient copy of the
-    weights.
+    weights, on a CPU in the memory of the last step's gradients.
 
     Args:
         params: An optimizer instance to wrap; or parameters, for ``base_optimizer``.

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 import samopt
 from samopt.geometry import Adaptive
 from samopt.kernels import BACKENDS, Block, cpu, select
-from samopt.kernels.memory import flat, lie_alike, owns_its_memory
+from samopt.kernels.memory import Spare, flat, lie_alike, owns_its_memory
 from tests.cases import assert_equal, batch, bits, closure_form, explicit_form, mlp, same_bits, tensors
 
 IN_MEMORY = ["cpu", "swap"]  # the backends that use the gradient's memory
@@ -59,6 +59,35 @@ def test_flat_runs_through_the_memory_itself():
         vector = flat(tensor)
         assert vector.data_ptr() == tensor.data_ptr() and vector.shape == (tensor.numel(),)
         assert vector.sort().values.equal(tensor.flatten().sort().values)
+
+
+def test_spare_memory_is_handed_out_once_and_only_if_nobody_else_can_reach_it():
+    size = 200 * 100
+    own, held, low, short = (
+        torch.zeros(size),
+        torch.zeros(size),
+        torch.zeros(size, dtype=torch.bfloat16),
+        torch.zeros(9),
+    )
+    addresses = [t.data_ptr() for t in (own, held, low, short)]
+    spare = Spare([own, held, low, short, held[1:].view(-1)])
+    del own, low, short
+    turned = torch.zeros(100, 200).t()
+    taken = [spare.like(turned), spare.like(turned), spare.like(turned.bfloat16()), spare.like(torch.zeros(9))]
+    assert [t.data_ptr() == a for t, a in zip(taken, [addresses[0], *addresses[:1], *addresses[2:]], strict=True)] == [
+        True,
+        False,  # the other one of that size is still held
+        True,
+        False,  # too short to be worth it
+    ]
+    assert all(t.shape == (200, 100) and lie_alike(t, turned) for t in taken[:3])
+    assert taken[2].dtype is torch.bfloat16 and taken[1].data_ptr() not in addresses
+
+
+def test_spare_memory_is_not_stretched_over_gaps():
+    spare = Spare([torch.zeros(200 * 100)])
+    gaps = torch.zeros(200, 200)[:, ::2]
+    assert spare.like(gaps).data_ptr() != spare.like(torch.zeros(200, 100)).data_ptr()
 
 
 def block_of(metric, *shapes):
@@ -109,6 +138,10 @@ def test_directions_are_overwritten_only_if_they_may_be(name, metric, consume, s
     assert [w.data_ptr() for w in block.weights] == addresses
 
 
+def clones(tensors):
+    return [tensor.clone() for tensor in tensors]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_restore_after_any_number_of_pieces_is_exact(metric, small_pieces):
     block = block_of(metric, (9, 31), (5,), (7, 3), (64,), (65,), (2, 2))
@@ -119,10 +152,10 @@ def test_a_restore_after_any_number_of_pieces_is_exact(metric, small_pieces):
         saved = cpu.save(block, consume=True)
         cpu.ascend(block, torch.tensor(0.5, dtype=torch.float64), None, saved)
         assert len(saved.record) == 10
-        later = cpu.Exchange([], record=[(members, values.clone()) for members, values in saved.record[pieces:]])
+        later = cpu.Exchange([], record=[(members, clones(values)) for members, values in saved.record[pieces:]])
         cpu.restore(later)  # an interrupt came before these were written
         for _, values in saved.record[pieces:]:
-            values.fill_(float("nan"))
+            torch._foreach_mul_(values, float("nan"))
         del saved.record[pieces:]
         cpu.restore(saved)
         assert all(torch.equal(w, b) for w, b in zip(block.weights, before, strict=True))

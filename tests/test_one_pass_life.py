@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import samopt
@@ -185,3 +186,46 @@ def test_moved_weights_take_one_copy_and_exact_ones_none(base):
     assert bytes_kept(optimizer.ascend) == pytest.approx(weights, abs=scalars)
     assert bytes_kept(optimizer.restore) == pytest.approx(-weights, abs=scalars)
     assert bytes_kept(optimizer.step) == pytest.approx(0, abs=scalars)
+
+
+def wide(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 4096), nn.Tanh(), nn.Linear(4096, 8))
+
+
+@pytest.mark.parametrize("clear", ["the optimizer", "the model", "nobody"])
+def test_the_memory_of_cleared_gradients_takes_the_weights_of_the_next_ascent(clear):
+    model, x = wide(), torch.ones(2, 8)
+    optimizer = one_pass(model, follow=False)
+    matrices = [model[0].weight, model[2].weight]
+    for _ in range(2):
+        with optimizer.perturbed():
+            model(x).sum().backward()
+        optimizer.step()
+    if clear != "nobody":
+        (optimizer if clear == "the optimizer" else model).zero_grad()
+    gradients, exact = [None if p.grad is None else p.grad.clone() for p in matrices], bits(model)
+    biases, both = 4 * (4096 + 8), 4 * (2 * 8 * 4096)
+    assert bytes_kept(optimizer.ascend) == pytest.approx(biases + both * (clear == "nobody"), abs=256)
+    assert not same_bits(model, exact)
+    assert all(g is None or torch.equal(g, p.grad) for g, p in zip(gradients, matrices, strict=True))
+    optimizer.restore()
+    assert same_bits(model, exact)
+
+
+@pytest.mark.parametrize("what", ["evaluation", "state_dict", "ascent"])
+def test_the_memory_of_cleared_gradients_is_given_back_when_exact_weights_are_wanted(what):
+    model, x = wide(), torch.ones(2, 8)
+    optimizer = one_pass(model)
+    model(x).sum().backward()
+    memory = StorageWeakRef(model[0].weight.grad.untyped_storage())
+    optimizer.step()
+    optimizer.zero_grad()
+    assert not memory.expired()
+    if what == "evaluation":
+        model.eval()(x)
+    elif what == "state_dict":
+        model.state_dict()
+    else:
+        model(x).sum().backward()
+    assert memory.expired()

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from samopt.kernels import cpu, foreach, reference, swap, triton
 from samopt.kernels.block import Backup, Block, Lengths, NoiseSource, Saved, Stride
+from samopt.kernels.memory import NEW_MEMORY, Spare
 
 __all__ = [
     "BACKENDS",
@@ -24,7 +25,9 @@ __all__ = [
     "NoiseSource",
     "Save",
     "Saved",
+    "Spare",
     "Stride",
+    "check",
     "select",
 ]
 
@@ -36,8 +39,8 @@ _S_contra = TypeVar("_S_contra", bound=Saved, contravariant=True)
 class Save(Protocol[_S_co]):
     """Makes what puts a block back; writes nothing."""
 
-    def __call__(self, block: Block, consume: bool = False) -> _S_co:
-        """Return it; ``consume`` allows to overwrite directions that nobody else can reach."""
+    def __call__(self, block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> _S_co:
+        """Return it; with ``consume``, directions that nobody else can reach may be overwritten; ``spare`` may, too."""
 
 
 class Ascend(Protocol[_S_contra]):
@@ -82,6 +85,7 @@ class Backend(Generic[_S]):
         measure: The norms of several blocks of one device at once, for backends where each launch counts.
         climb: The ascent with all of its arithmetic in it, likewise.
         fusion: The restore as a part of the base's step, where a closure leaves nothing in between.
+        missing: Returns what the machine lacks, whatever the tensors, or None.
     """
 
     name: str
@@ -93,6 +97,7 @@ class Backend(Generic[_S]):
     measure: Callable[[Sequence[Block]], Lengths] | None = None
     climb: Climb[_S] | None = None
     fusion: Fusion[_S] | None = None
+    missing: Callable[[], str | None] | None = None
 
 
 _TRITON = Backend(
@@ -104,6 +109,7 @@ _TRITON = Backend(
     triton.restore,
     triton.measure,
     triton.climb,
+    missing=triton.missing,
 )
 
 BACKENDS: dict[str, Backend[Any]] = {
@@ -119,6 +125,25 @@ BACKENDS: dict[str, Backend[Any]] = {
 # For those who ask: "swap" changes addresses, and "triton-fused" takes the step in the base's place.
 _PREFERENCE = {"cpu": ("cpu", "foreach", "reference"), "cuda": ("triton", "foreach", "reference")}
 _ELSEWHERE = ("foreach", "reference")
+
+
+def check(backend: str) -> None:
+    """Raise if a backend cannot run on this machine, wherever the tensors will be.
+
+    Args:
+        backend: A name in ``BACKENDS``, or "auto".
+
+    Raises:
+        RuntimeError: With what is missing.
+        ValueError: If the name is unknown.
+    """
+    if backend == "auto":
+        return
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {sorted(BACKENDS)}, got {backend!r}')
+    missing = BACKENDS[backend].missing
+    if missing is not None and (lack := missing()) is not None:
+        raise RuntimeError(_cannot_run(backend, lack))
 
 
 def select(block: Block, backend: str) -> Backend[Any]:
@@ -138,5 +163,9 @@ def select(block: Block, backend: str) -> Backend[Any]:
         names = _PREFERENCE.get(block.weights[0].device.type, _ELSEWHERE)
         return next(BACKENDS[name] for name in names if BACKENDS[name].supports(block) is None)
     if (reason := BACKENDS[backend].supports(block)) is not None:
-        raise RuntimeError(f'backend="{backend}" cannot run here: {reason}; use backend="auto" to fall back')
+        raise RuntimeError(_cannot_run(backend, reason))
     return BACKENDS[backend]
+
+
+def _cannot_run(backend: str, reason: str) -> str:
+    return f'backend="{backend}" cannot run here: {reason}; use backend="auto" to fall back'

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samopt.kernels import reference
 from samopt.kernels.block import Block, NoiseSource, Saved, Stride
-from samopt.kernels.memory import flat, lie_alike, owns_its_memory
+from samopt.kernels.memory import NEW_MEMORY, Spare, flat, lie_alike, owns_its_memory
 
 __all__ = [
     "Exchange",
@@ -64,11 +64,11 @@ class Exchange(Saved):
 
     Attributes:
         places: For each weight, memory that will take its old values; None for a small one.
-        record: The weights that may have been written so far, with their old values as a vector.
+        record: The weights, or slices of them, that may have been written so far, with the old values of each.
     """
 
     places: list[Tensor | None] = field(default_factory=list)
-    record: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
+    record: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
 
 
 class Slice(NamedTuple):
@@ -110,10 +110,10 @@ def norm(block: Block) -> Tensor:
 
 
 @torch.no_grad()
-def save(block: Block, consume: bool = False) -> Exchange:
-    """Return room for every large weight: its direction's memory where that may be overwritten, else fresh memory."""
+def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Exchange:
+    """Return room for every large weight: its direction's memory where that may be overwritten, else other memory."""
     places = [
-        None if is_small(size) else direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
+        None if is_small(size) else direction if consume and owns_its_memory(direction) else spare.like(weight)
         for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True)
     ]
     return Exchange([], places)
@@ -137,7 +137,7 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
 def restore(saved: Exchange) -> None:
     """Copy the saved weights back, bit for bit; last first, since weights that share memory were saved in turn."""
     for weights, values in reversed(saved.record):
-        _write(weights, values)
+        torch._foreach_copy_(weights, values)
 
 
 def is_small(size: int) -> bool:
@@ -201,15 +201,14 @@ def _move(block: Block, step: float, saved: Exchange | None) -> None:
     if step == 0:
         return
     for weights, directions in _small(block):
-        old = _joined(weights)
         if saved is not None:
-            saved.record.append((weights, old))  # only now may the weights change, whenever an interrupt comes
+            saved.record.append((weights, _copies(weights)))  # only now may they change, whenever an interrupt comes
         if block.metric is None:
             torch._foreach_add_(weights, directions, alpha=step)
         else:
-            length = _lengths(old, block.eta, torch.empty_like(old))
-            uphill = _joined(directions) * length
-            _write(weights, torch.addcmul(old, uphill, length, value=step))
+            lengths = torch._foreach_abs(weights)
+            torch._foreach_add_(lengths, block.eta)
+            torch._foreach_addcmul_(weights, torch._foreach_mul(lengths, directions), lengths, value=step)
     room: Tensor | None = None
     target: Tensor | None = None
     for part in slices(block, None if saved is None else saved.places):
@@ -220,7 +219,7 @@ def _move(block: Block, step: float, saved: Exchange | None) -> None:
                 room, target = scratch(block), scratch(block)
             new = moved(part, block, step, room, target[: weight.numel()])
         if saved is not None and place is not None:
-            saved.record.append(([weight], place.copy_(weight)))
+            saved.record.append(([weight], [place.copy_(weight)]))
         if new is None:
             weight.add_(direction, alpha=step)
         else:
@@ -268,17 +267,17 @@ def _piece_size() -> int:
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """Return a copy of the values as one vector."""
-    return torch.cat(tensors if _are_vectors(tensors) else [tensor.reshape(-1) for tensor in tensors])
+    """Return the values as one vector."""
+    if _are_vectors(tensors):
+        return torch.cat(tensors)
+    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return vector
 
 
-def _write(weights: list[Tensor], values: Tensor) -> None:
-    parts = [values]
-    if len(weights) > 1:
-        parts = list(torch.split(values, [weight.numel() for weight in weights]))
-    if not _are_vectors(weights):
-        parts = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
-    torch._foreach_copy_(weights, parts)
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    if _are_vectors(tensors):
+        return list(torch.split(torch.cat(tensors), [tensor.numel() for tensor in tensors]))
+    return [tensor.clone() for tensor in tensors]
 
 
 def _are_vectors(tensors: list[Tensor]) -> bool:

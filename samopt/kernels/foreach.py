@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from samopt.kernels.block import Backup, Block, NoiseSource, Saved
+from samopt.kernels.memory import NEW_MEMORY, Spare
 from samopt.kernels.reference import vector_norm
 
 __all__ = ["ascend", "norm", "restore", "save", "supports"]
@@ -40,9 +41,12 @@ def norm(block: Block) -> Tensor:
     return vector_norm(torch.stack(torch._foreach_norm(directions, 2, dtype=torch.float64)))
 
 
-def save(block: Block, consume: bool = False) -> Saved:
+def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Saved:
     """Return copies of every weight."""
-    return Saved([Backup(weight, None, weight.detach().clone()) for weight in block.weights])
+    values = [weight.detach() for weight in block.weights]
+    places = [spare.like(value) for value in values]
+    torch._foreach_copy_(places, values)
+    return Saved([Backup(weight, None, place) for weight, place in zip(block.weights, places, strict=True)])
 
 
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Saved | None = None) -> None:

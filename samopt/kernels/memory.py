@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["flat", "lie_alike", "owns_its_memory"]
+__all__ = ["NEW_MEMORY", "Spare", "flat", "lie_alike", "owns_its_memory"]
+
+_WORTHWHILE = 1 << 14  # elements; less is quickly had anew
 
 
 def lie_alike(weight: Tensor, direction: Tensor) -> bool:
@@ -50,6 +53,41 @@ def owns_its_memory(tensor: Tensor) -> bool:
         and not storage.is_shared()
         and _holders(storage) == _one_holder()
     )
+
+
+class Spare:
+    """Memory of tensors that nobody needs any more, to be written to in place of new memory.
+
+    On a CPU the system hands out new memory page by page, which takes several times as long as writing to it; the
+    allocators of accelerators keep what was freed.
+
+    Args:
+        tensors: Any tensors; only those on the CPU that own their memory, once it is asked for, are used.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._vectors: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+        for tensor in tensors:
+            if type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided:
+                size = tensor.numel()
+                if size >= _WORTHWHILE:
+                    self._vectors.setdefault((tensor.dtype, size), []).append(tensor.detach())
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return memory of a tensor's dtype, shape and layout, with any values; each is handed out once.
+
+        Args:
+            tensor: A strided tensor.
+        """
+        vectors = self._vectors.get((tensor.dtype, tensor.numel()))
+        while vectors and tensor.is_cpu and lie_alike(tensor, tensor):
+            vector = vectors.pop()
+            if owns_its_memory(vector):
+                return vector.as_strided(tensor.shape, tensor.stride())
+        return torch.empty_like(tensor)
+
+
+NEW_MEMORY = Spare()
 
 
 def _holders(storage: torch.UntypedStorage) -> int:

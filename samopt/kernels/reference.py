@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from samopt.kernels.block import Backup, Block, NoiseSource, Saved
+from samopt.kernels.memory import NEW_MEMORY, Spare
 from samopt.precision import is_low_precision, widen
 
 __all__ = ["ascend", "norm", "restore", "save", "supports", "vector_norm"]
@@ -32,12 +33,13 @@ def norm(block: Block) -> Tensor:
     return vector_norm(torch.stack(lengths))
 
 
-def save(block: Block, consume: bool = False) -> Saved:
+def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Saved:
     """Return copies of every value that ``ascend`` will write."""
     backups = []
     for weight, direction in zip(block.weights, block.directions, strict=True):
         rows, _ = _split(direction)
-        backups.append(Backup(weight, rows, _take(weight, rows).clone()))
+        values = _take(weight, rows)
+        backups.append(Backup(weight, rows, spare.like(values).copy_(values)))
     return Saved(backups)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samopt.kernels import cpu
 from samopt.kernels.block import Block, NoiseSource, Saved
-from samopt.kernels.memory import owns_its_memory
+from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory
 
 __all__ = ["Move", "ascend", "restore", "save"]
 
@@ -35,7 +35,7 @@ class Move(Saved):
 
 
 @torch.no_grad()
-def save(block: Block, consume: bool = False) -> Move:
+def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move:
     """Return where every weight may go, and its way back.
 
     A view, an alias, NumPy or another process would not see a weight move, so what they share stays where it is; small
@@ -46,10 +46,10 @@ def save(block: Block, consume: bool = False) -> Move:
         for size, weight in zip(block.sizes, block.weights, strict=True)
     ]
     leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
-    exchange = cpu.save(staying, consume)
+    exchange = cpu.save(staying, consume, spare)
     homes = [weight.data for weight in leaving.weights]
     rooms = [
-        direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
+        direction if consume and owns_its_memory(direction) else spare.like(weight)
         for weight, direction in zip(leaving.weights, leaving.directions, strict=True)
     ]
     return Move([], leaving, homes, rooms, staying, exchange)

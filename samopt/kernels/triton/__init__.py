@@ -12,13 +12,24 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from samopt.kernels.block import Block, Lengths, NoiseSource, Stride
-from samopt.kernels.memory import lie_alike
-from samopt.kernels.triton.availability import unavailable
+from samopt.kernels.memory import NEW_MEMORY, Spare, lie_alike
+from samopt.kernels.triton.availability import missing, unavailable
 
 if TYPE_CHECKING:
     from samopt.kernels.triton.launch import Way
 
-__all__ = ["ascend", "climb", "measure", "norm", "refuses", "restore", "restore_and_step", "save", "supports"]
+__all__ = [
+    "ascend",
+    "climb",
+    "measure",
+    "missing",
+    "norm",
+    "refuses",
+    "restore",
+    "restore_and_step",
+    "save",
+    "supports",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _METRICS = {"adaptive", "fisher"}
@@ -69,11 +80,11 @@ def measure(blocks: Sequence[Block]) -> Lengths:
     return launch.measure(blocks)
 
 
-def save(block: Block, consume: bool = False) -> Way:
-    """Return room for every weight: its direction's memory where that may be overwritten, else fresh memory."""
+def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Way:
+    """Return room for every weight: its direction's memory where that may be overwritten, else other memory."""
     from samopt.kernels.triton import launch
 
-    return launch.save(block, consume)
+    return launch.save(block, consume, spare)
 
 
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Way | None = None) -> None:

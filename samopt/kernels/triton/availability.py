@@ -10,10 +10,20 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["interprets", "unavailable"]
+__all__ = ["interprets", "missing", "unavailable"]
 
 _CAPABILITY = (8, 0)
 _VERSION = (3, 5)
+
+
+def missing() -> str | None:
+    """Return what this machine lacks for any kernel to run, or None."""
+    version = _version()
+    if version is None:
+        return "triton is not installed (pip install triton)"
+    if version < _VERSION:
+        return f"the triton installed is version {_dotted(version)}, older than {_dotted(_VERSION)}"
+    return None if interprets() or torch.cuda.is_available() else "torch finds no CUDA or ROCm device"
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -22,11 +32,8 @@ def unavailable(device: torch.device) -> str | None:
     Args:
         device: Where the tensors are.
     """
-    version = _version()
-    if version is None:
-        return "triton is not installed (pip install triton)"
-    if version < _VERSION:
-        return f"the triton installed is version {_dotted(version)}, older than {_dotted(_VERSION)}"
+    if (lack := missing()) is not None:
+        return lack
     if device.type == "cuda":
         return None if _is_recent(device) else f"{device} has a compute capability below {_dotted(_CAPABILITY)}"
     if device.type == "cpu" and interprets():

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from samopt.kernels.block import Block, Lengths, NoiseSource, Saved, Stride
-from samopt.kernels.memory import owns_its_memory
+from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory
 from samopt.kernels.triton import stages
 from samopt.kernels.triton.availability import interprets
 from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, pointer_table
@@ -91,10 +91,10 @@ def measure(blocks: Sequence[Block]) -> Lengths:
     return Lengths(lengths[0], lengths[1], lengths[2], list(lengths[3:]))
 
 
-def save(block: Block, consume: bool = False) -> Way:
-    """Return room for every weight: its direction's memory where that may be overwritten, else fresh memory."""
+def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Way:
+    """Return room for every weight: its direction's memory where that may be overwritten, else other memory."""
     rooms = [
-        direction if consume and owns_its_memory(direction) else torch.empty_like(weight)
+        direction if consume and owns_its_memory(direction) else spare.like(weight)
         for weight, direction in zip(block.weights, block.directions, strict=True)
     ]
     table = _table_of(block, rooms)
