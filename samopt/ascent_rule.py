@@ -145,8 +145,7 @@ class AscentRule(OptimizerWrapper):
             for parameter in group["params"]:
                 towards = direction.of(parameter, group, self.base_optimizer) if parameter.requires_grad else None
                 if towards is not None:
-                    # Autograd need not see this move: it is undone and repeated around one and the same graph.
-                    weights.append(parameter.data)
+                    weights.append(parameter)
                     directions.append(towards)
             targets.append(Targets(Region(self.radius(group), self.option(group, "eta"), 1), weights, directions))
         return targets

@@ -57,7 +57,9 @@ class OnePass:
         self.model = model
         self.loss: Any = None
         if model is not None:
-            follower = _Follower(*(weakref.WeakMethod(method) for method in (self.enter, self.leave, self.be_exact)))
+            follower = _Follower(
+                *(weakref.WeakMethod(m) for m in (self.enter_forward, self.enter, self.leave, self.be_exact))
+            )
             for handle in follower.attach(model):
                 weakref.finalize(self, handle.remove)
 
@@ -90,7 +92,7 @@ class OnePass:
         self._has_ascended = True
         with torch.no_grad():
             perturbation = Perturbation(
-                targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend
+                targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
             )
         if perturbation.is_empty or perturbation.usable is False:
             self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=torch.zeros(()))
@@ -108,6 +110,21 @@ class OnePass:
         self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=applied)
         perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
+
+    def enter_forward(self) -> None:
+        """Do ``enter`` where a training forward begins.
+
+        Raises:
+            RuntimeError: If it belongs to a backward pass that began at the exact weights.
+        """
+        if self._perturbation is None and _in_backward() and self._can_move():
+            raise RuntimeError(
+                f"a training forward of {type(self.model).__name__} began inside a backward pass, at whose own forward "
+                "the weights were exact, so loss and gradient would be of different weights. "
+                "torch.utils.checkpoint(..., use_reentrant=True) around the whole module does this; use "
+                "use_reentrant=False, or checkpoint parts of the module"
+            )
+        self.enter()
 
     def leave(self) -> None:
         """Put every weight back, bit for bit; does nothing where they are exact."""
@@ -296,8 +313,13 @@ class _Follower:
     """The hooks; copies of a hooked model get inert ones."""
 
     def __init__(
-        self, enter: _Reference | None = None, leave: _Reference | None = None, be_exact: _Reference | None = None
+        self,
+        enter_forward: _Reference | None = None,
+        enter: _Reference | None = None,
+        leave: _Reference | None = None,
+        be_exact: _Reference | None = None,
     ) -> None:
+        self._enter_forward = enter_forward
         self._enter = enter
         self._leave = leave
         self._be_exact = be_exact
@@ -319,7 +341,7 @@ class _Follower:
         if torch.compiler.is_compiling():
             return
         if self._trains(module):
-            self._call(self._enter)
+            self._call(self._enter_forward)
         else:
             self._call(self._be_exact)
 
@@ -329,7 +351,7 @@ class _Follower:
         tensors = [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
         for tensor in tensors:
             tensor.register_hook(self.before_backward)  # type: ignore[no-untyped-call]  # torch has no types here
-        if not tensors:
+        if not tensors and not _in_backward():  # where a checkpoint stops the forward once it has what it needs
             self._call(self._leave)  # the forward raised, or nothing can be differentiated
 
     def before_backward(self, gradient: Tensor) -> None:
@@ -357,6 +379,10 @@ class _Follower:
         method = reference() if reference is not None else None
         if method is not None:
             method()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _tensors_in(output: Any) -> Iterator[Tensor]:

@@ -69,17 +69,23 @@ class Perturbation:
         metric: The elementwise metric ``T``; tensors it does not apply to use ``T = 1``.
         linf: True for the l-infinity ball.
         backend: Name of a kernel backend, or "auto".
+        quiet: Whether autograd is not to notice, so that a graph may be used again in a later move to the same place.
 
     Raises:
         RuntimeError: If the named backend cannot run one of the targets.
     """
 
     def __init__(
-        self, targets: Iterable[Targets], metric: Metric, *, linf: bool = False, backend: str = "auto"
+        self,
+        targets: Iterable[Targets],
+        metric: Metric,
+        *,
+        linf: bool = False,
+        backend: str = "auto",
+        quiet: bool = False,
     ) -> None:
         self._parts = [
-            _Part(block, region, kernels.select(block, backend), shards)
-            for block, region, shards in _group(targets, metric, linf)
+            _Part.of(block, region, shards, backend) for block, region, shards in _group(targets, metric, linf, quiet)
         ]
         self._saved: list[tuple[Backend[Any], Saved]] = []
         self.is_sharded = any(part.shards is not None for part in self._parts)
@@ -295,12 +301,20 @@ class _Part:
     backend: Backend[Any]
     shards: Shards | None
 
+    @classmethod
+    def of(cls, block: Block, region: Region, shards: Shards | None, backend: str) -> _Part:
+        """Return a block with the backend that runs it."""
+        row = kernels.select(block, backend)
+        return cls(block.behind_autograd() if block.quiet and not row.points else block, region, row, shards)
+
     def noise(self, source: Noise | None) -> Noise | None:
         """Return numbers that are independent among shards, and equal among replicas of one."""
         return source if source is None or self.shards is None else source.on_stream(self.shards.position)
 
 
-def _group(targets: Iterable[Targets], metric: Metric, linf: bool) -> Iterator[tuple[Block, Region, Shards | None]]:
+def _group(
+    targets: Iterable[Targets], metric: Metric, linf: bool, quiet: bool
+) -> Iterator[tuple[Block, Region, Shards | None]]:
     """Yield blocks that one kernel call can treat alike, region by region, in order of first appearance."""
     euclidean = metric.name == "euclidean"
     for region, weights, directions in targets:
@@ -320,7 +334,7 @@ def _group(targets: Iterable[Targets], metric: Metric, linf: bool) -> Iterator[t
             key = (own is None, weight.dtype, direction.dtype, layout, alike, weight.device, shards)
             part = parts.get(key)
             if part is None:
-                part = parts[key] = (Block([], [], own, region.eta, linf), region, shards)
+                part = parts[key] = (Block([], [], own, region.eta, linf, quiet), region, shards)
             block = part[0]
             block.weights.append(weight)
             block.directions.append(direction)

@@ -392,3 +392,48 @@ def test_swap_does_not_recompile_a_compiled_model(compiler):
 def assert_equal_fp32(model, twin):
     for got, want in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-7)
+
+
+def one_pass_steps(model, backend, passes):
+    """Steps along the momentum whose gradients ``passes`` takes, and whether weights left their memory meanwhile."""
+    base = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = samopt.SAM(base, rho=0.3, direction="momentum", model=model, backend=backend)
+    homes, away = [p.data_ptr() for p in model.parameters()], []
+    for step in range(4):
+        optimizer.zero_grad()
+        passes(model, step, lambda: away.append([p.data_ptr() for p in model.parameters()] != homes))
+        assert [p.data_ptr() for p in model.parameters()] == homes
+        optimizer.step()
+    return any(away)
+
+
+def micro_batches(model, step, look):
+    for part in (0, 1):
+        x, y = batch(torch.float64, seed=2 * step + part)
+        loss = nn.functional.cross_entropy(model(x), y)
+        look()
+        loss.backward()
+
+
+def two_backwards(model, step, look):
+    x, y = batch(torch.float64, seed=step)
+    logits = model(x)
+    logits[:, 0].pow(2).mean().backward(retain_graph=True)
+    loss = nn.functional.cross_entropy(logits, y)
+    look()
+    loss.backward()
+
+
+def checkpointed(model, step, look):
+    x, y = batch(torch.float64, seed=step)
+    logits = torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False)
+    look()
+    nn.functional.cross_entropy(logits, y).backward()
+
+
+@pytest.mark.parametrize("passes", [micro_batches, two_backwards, checkpointed])
+def test_swap_moves_weights_in_one_pass_too(passes):
+    swapped, reference = mlp(torch.float64), mlp(torch.float64)
+    assert one_pass_steps(swapped, "swap", passes) == (passes is not two_backwards)  # exact again between the two
+    assert not one_pass_steps(reference, "reference", passes)
+    assert_equal(swapped, reference)

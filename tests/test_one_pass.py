@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import samopt
 from samopt.direction import Momentum
@@ -266,6 +266,43 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
             nn.functional.cross_entropy(model(x.requires_grad_()), y).backward()
             optimizer.step()
     assert same_bits(models[0], bits(models[1]))
+
+
+def whole_model_checkpointed(model: nn.Module, seed: int, **options: bool) -> None:
+    x, y = batch(seed=seed)
+    nn.functional.cross_entropy(checkpoint(model, x.requires_grad_(), **options), y).backward()
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_checkpointing_the_whole_model(early_stop: bool) -> None:
+    models = [mlp(), mlp()]
+    for model in models:
+        optimizer = one_pass(model)
+        for step in range(3):
+            optimizer.zero_grad()
+            if model is models[0]:
+                with set_checkpoint_early_stop(early_stop):
+                    whole_model_checkpointed(model, step, use_reentrant=False)
+            else:
+                x, y = batch(seed=step)
+                nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert same_bits(models[0], bits(models[1]))
+
+
+def test_reentrant_checkpointing_of_the_whole_model_is_refused() -> None:
+    model = mlp()
+    optimizer = one_pass(model)
+    whole_model_checkpointed(model, 0, use_reentrant=True)  # no momentum yet: nothing moves
+    optimizer.step()
+    optimizer.zero_grad()
+    before = bits(model)
+    with pytest.raises(RuntimeError, match=r"forward of Sequential began inside a backward pass.*use_reentrant=False"):
+        whole_model_checkpointed(model, 1, use_reentrant=True)
+    assert same_bits(model, before)
+    whole_model_checkpointed(model, 1, use_reentrant=False)
+    optimizer.step()
+    assert not same_bits(model, before)
 
 
 def test_a_step_that_a_scaler_skips_changes_nothing() -> None:

@@ -85,6 +85,7 @@ class Backend(Generic[_S]):
         measure: The norms of several blocks of one device at once, for backends where each launch counts.
         climb: The ascent with all of its arithmetic in it, likewise.
         fusion: The restore as a part of the base's step, where a closure leaves nothing in between.
+        points: Whether weights are pointed to other memory, so that they have to be the parameters themselves.
         missing: Returns what the machine lacks, whatever the tensors, or None.
     """
 
@@ -97,6 +98,7 @@ class Backend(Generic[_S]):
     measure: Callable[[Sequence[Block]], Lengths] | None = None
     climb: Climb[_S] | None = None
     fusion: Fusion[_S] | None = None
+    points: bool = False
     missing: Callable[[], str | None] | None = None
 
 
@@ -118,7 +120,7 @@ BACKENDS: dict[str, Backend[Any]] = {
     ),
     "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.save, foreach.ascend, foreach.restore),
     "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore, climb=cpu.climb),
-    "swap": Backend("swap", cpu.supports, cpu.norm, swap.save, swap.ascend, swap.restore),
+    "swap": Backend("swap", cpu.supports, cpu.norm, swap.save, swap.ascend, swap.restore, points=True),
     "triton": _TRITON,
     "triton-fused": replace(_TRITON, name="triton-fused", fusion=Fusion(triton.refuses, triton.restore_and_step)),
 }

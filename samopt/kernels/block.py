@@ -38,6 +38,7 @@ class Block:
         metric: The metric ``T``; None is the identity.
         eta: The metric's stabiliser.
         linf: True for the l-infinity ball, False for the l2 ball.
+        quiet: Whether autograd is not to notice: the move is undone, and repeated, around one and the same graph.
     """
 
     weights: list[Tensor]
@@ -45,6 +46,7 @@ class Block:
     metric: Metric | None
     eta: float
     linf: bool
+    quiet: bool = False
 
     @functools.cached_property
     def sizes(self) -> list[int]:
@@ -54,6 +56,10 @@ class Block:
     def without_metric(self) -> Block:
         """Return the same tensors under the identity metric."""
         return replace(self, metric=None)
+
+    def behind_autograd(self) -> Block:
+        """Return the same memory, in tensors whose writes autograd does not notice."""
+        return replace(self, weights=[weight.data for weight in self.weights])
 
 
 @dataclass(frozen=True)

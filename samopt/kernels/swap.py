@@ -46,6 +46,8 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move
         for size, weight in zip(block.sizes, block.weights, strict=True)
     ]
     leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
+    if block.quiet:
+        staying = staying.behind_autograd()
     exchange = cpu.save(staying, consume, spare)
     homes = [weight.data for weight in leaving.weights]
     rooms = [
@@ -74,14 +76,12 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move |
         for part in cpu.slices(leaving, saved.rooms):
             if part.place is not None:
                 cpu.moved(part, block, step, scratch, part.place)
-    for weight, room in zip(leaving.weights, saved.rooms, strict=True):
-        _point(weight, room)
+    _point(leaving, saved.rooms)
 
 
 def restore(saved: Move) -> None:
     """Point the weights back to their own memory, which nothing has written to, and copy the others back."""
-    for weight, home in zip(saved.leaving.weights, saved.homes, strict=True):
-        _point(weight, home)
+    _point(saved.leaving, saved.homes)
     cpu.restore(saved.exchange)
 
 
@@ -90,6 +90,8 @@ def _part(block: Block, chosen: list[bool]) -> Block:
     return replace(block, weights=weights, directions=directions)
 
 
-def _point(weight: Tensor, values: Tensor) -> None:
-    weight.data = values
-    torch.autograd.graph.increment_version(weight)  # a graph that saved the weight must notice, as after any write
+def _point(block: Block, places: list[Tensor]) -> None:
+    for weight, place in zip(block.weights, places, strict=True):
+        weight.data = place
+        if not block.quiet:
+            torch.autograd.graph.increment_version(weight)  # a graph that saved it must notice, as after any write
