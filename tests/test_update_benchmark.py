@@ -24,7 +24,12 @@ from samopt.kernels import BACKENDS
 from tests.pages import REPOSITORY
 
 CPU = torch.device("cpu")
-RUNNABLE = ["textbook", *(f"samopt-{name}" for name in BACKENDS if not name.startswith("triton")), "samopt-lean"]
+RUNNABLE = [
+    "textbook",
+    *(f"samopt-{name}" for name in BACKENDS if not name.startswith("triton")),
+    "samopt-lean",
+    "samopt-swap-lean",
+]
 
 
 def shapes_of(name: str) -> list[tuple[int, ...]]:
@@ -148,7 +153,10 @@ def test_memory_counts_bytes_that_are_alive_at_once() -> None:
 
 def bench_case(sizes: tuple[int, ...] = (30, 20)) -> Case:
     return Case(
-        "small", "", lambda: nn.Sequential(nn.Linear(*sizes), nn.BatchNorm1d(sizes[1])), lambda: torch.randn(8, 30)
+        "small",
+        "",
+        lambda: nn.Sequential(nn.Linear(*sizes), nn.BatchNorm1d(sizes[1])),
+        lambda n: torch.randn(8 * n, 30),
     )
 
 
@@ -204,17 +212,29 @@ def test_whole_steps_include_the_passes_each_form_needs(monkeypatch: pytest.Monk
     loss = Case.loss
     monkeypatch.setattr(Case, "loss", lambda self, module, x: (passes.append("pass"), loss(self, module, x))[1])
     rows = measure_steps(case, "sam", ["base", "textbook"], rounds=2, device=CPU, clock="wall", note=pytest.fail)
-    assert [row.contender for row in rows] == ["base", "textbook", ONE_PASS]
-    assert len(passes) == 3 * (1 + 2 + 1)
+    assert [row.contender for row in rows] == ["base", "textbook", *ONE_PASS]
+    assert len(passes) == 3 * (1 + 2 + 1 + 1)
     assert all(row.peak is None for row in rows)
 
 
-def measurement(contender: str, *milliseconds: float, metric: str = "sam") -> Measurement:
+def test_whole_steps_on_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: set[int] = set()
+    case = bench_case()
+    loss = Case.loss
+    monkeypatch.setattr(Case, "loss", lambda self, module, x: (sizes.add(len(x)), loss(self, module, x))[1])
+    rows = measure_steps(case, "sam", ["base"], times=4, rounds=2, device=CPU, clock="wall", note=pytest.fail)
+    assert sizes == {4 * 8}
+    assert [(row.kind, row.case, row.contender) for row in rows] == [
+        ("batch", "small x 4", name) for name in ("base", *ONE_PASS)
+    ]
+
+
+def measurement(
+    contender: str, *milliseconds: float, metric: str = "sam", kind: str = "update", case: str = "tiny500"
+) -> Measurement:
     environment = dict.fromkeys(("device", "threads", "torch", "python", "samopt", "commit", "clock"), "?")
     rates = [8e9] * len(milliseconds)
-    return Measurement(
-        "update", "tiny500", metric, contender, 500_000, 500, milliseconds, rates, 2_000_000, 0, environment
-    )
+    return Measurement(kind, case, metric, contender, 500_000, 500, milliseconds, rates, 2_000_000, 0, environment)
 
 
 def test_ratios_are_of_the_same_round() -> None:
@@ -239,11 +259,27 @@ def test_the_table_shows_ratios_bytes_and_what_was_left_out() -> None:
     assert text.endswith("- samopt-triton is left out: no GPU\n")
 
 
+def test_one_pass_on_larger_batches_is_one_table_in_order_of_size() -> None:
+    rows = [
+        measurement(name, *times, kind="batch", case=f"{case} x {factor}")
+        for case, factor, times in [("b", 16, (9.0,)), ("a", 4, (8.0,)), ("b", 2, (8.0,))]
+        for name, times in [("base", (8.0,)), ("samopt-one-pass", times)]
+    ]
+    text = markdown(rows, [])
+    lines = [line for line in text.splitlines() if line.startswith(("| a", "| b"))]
+    assert lines == [
+        "| a x 4 | 1 | 8.0 (8.0 to 8.0) | 1.000 (1.000 to 1.000) |  |",
+        "| b x 2 | 1 | 8.0 (8.0 to 8.0) | 1.000 (1.000 to 1.000) |  |",
+        "| b x 16 | 1 | 8.0 (8.0 to 8.0) | 1.125 (1.125 to 1.125) |  |",
+    ]
+
+
 def test_the_quick_form_of_the_command_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "optimizer", "--quick", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = read_measurements(tmp_path / "updates.jsonl")
+    assert {row.case for row in rows if row.kind == "batch"} == {"resnet18 x 2"}
     groups = [(row.kind, row.case) for row in rows if row.contender == "textbook"]
     assert groups == [
         ("update", "resnet18"), ("parameters", "64x1000"), ("parameters", "64x10000"),
@@ -268,7 +304,8 @@ def test_measured_cases_are_not_measured_again(tmp_path: Path, capsys: pytest.Ca
 
 def test_contenders_cover_every_backend() -> None:
     assert {name for name in CONTENDERS if name.startswith("samopt-")} == {f"samopt-{n}" for n in BACKENDS} | {
-        "samopt-lean"
+        "samopt-lean",
+        "samopt-swap-lean",
     }
     parameters = [nn.Parameter(torch.randn(3))]
     assert isinstance(CONTENDERS["samopt-cpu"].build(parameters, "asam")._optimizer, samopt.ASAM)

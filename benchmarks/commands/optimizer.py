@@ -34,6 +34,7 @@ _QUICK = {
     "metrics": ["sam"],
     "rounds": 2,
     "step_rounds": 1,
+    "batches": [2],
 }
 
 
@@ -44,6 +45,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metrics", type=_metrics, default="sam,asam", help="comma-separated (default: %(default)s)")
     add("--rounds", type=arguments.positive_int, default=15, help="turns of each update (default: %(default)s)")
     add("--step-rounds", type=arguments.positive_int, default=7, help="of each whole step (default: %(default)s)")
+    add(
+        "--batches",
+        type=_batches,
+        default="1,4,16",
+        help="sizes, in small batches, for one pass (default: %(default)s)",
+    )
     add("--device", default="cpu", help="as torch names it (default: %(default)s)")
     add("--threads", type=arguments.positive_int, default=1, help="CPU threads (default: %(default)s)")
     add("--clock", default="wall", help="wall, or cpu where other programs share the machine (default: %(default)s)")
@@ -105,6 +112,11 @@ def _measure(options: argparse.Namespace, known: list[Measurement], notes: list[
         for case in cases:
             if case.batch is not None and ("step", case.name, metric) not in done:
                 yield measure_steps(case, metric, rounds=options.step_rounds, **shared)
+        base_alone = shared | {"names": ["base"]}
+        for times in options.batches:
+            for case in cases:
+                if case.batch is not None and ("batch", f"{case.name} x {times}", metric) not in done:
+                    yield measure_steps(case, metric, times=times, rounds=options.step_rounds, **base_alone)
 
 
 def _cases(text: str) -> list[Case]:
@@ -118,6 +130,10 @@ def _contenders(text: str) -> list[str]:
 
 def _metrics(text: str) -> list[str]:
     return arguments.names("a metric", text, dict.fromkeys(METRICS), "sam,asam")
+
+
+def _batches(text: str) -> list[int]:
+    return [arguments.positive_int(size) for size in text.split(",")]
 
 
 OPTIMIZER = COMMANDS.add(

@@ -24,14 +24,15 @@ class Case:
         name: What a person types.
         summary: One line for the help.
         build: Makes the module that holds the parameters.
-        batch: Makes inputs of its forward; None where only the update is measured.
+        batch: Makes inputs of its forward, so many times the examples of a small batch; None where only the update is
+            measured.
         needs_gpu: Whether it is left out on a CPU.
     """
 
     name: str
     summary: str
     build: Callable[[], nn.Module]
-    batch: Callable[[], Tensor] | None = None
+    batch: Callable[[int], Tensor] | None = None
     needs_gpu: bool = False
 
     def loss(self, module: nn.Module, inputs: Tensor) -> Tensor:
@@ -76,11 +77,14 @@ def _decoder() -> nn.Module:
 CASES = {
     case.name: case
     for case in (
-        Case("resnet18", "ResNet-18, batch of 8 images of 64 x 64", ResNet18, lambda: torch.randn(8, 3, 64, 64)),
+        Case("resnet18", "ResNet-18, batch of 8 images of 64 x 64", ResNet18, lambda n: torch.randn(8 * n, 3, 64, 64)),
         Case(
-            "bert_base", f"BERT-base, batch of 2 x {_TOKENS} tokens", _bert, lambda: torch.randint(30522, (2, _TOKENS))
+            "bert_base",
+            f"BERT-base, batch of 2 x {_TOKENS} tokens",
+            _bert,
+            lambda n: torch.randint(30522, (2 * n, _TOKENS)),
         ),
-        Case("vit_s", "ViT-S/16, batch of 4 images of 64 x 64", _vit, lambda: torch.randn(4, 3, 64, 64)),
+        Case("vit_s", "ViT-S/16, batch of 4 images of 64 x 64", _vit, lambda n: torch.randn(4 * n, 3, 64, 64)),
         Case("tiny500", "500 tensors of 1,000 elements", lambda: _Parameters([(1000,)] * 500)),
         Case("decoder_1b", "a decoder of 1.2 billion parameters", _decoder, needs_gpu=True),
     )

@@ -184,6 +184,7 @@ CONTENDERS = {
         Contender("pytorch_optimizer", _Package, None),
         *(Contender(f"samopt-{name}", _ours(name), _MOVED.get(name)) for name in BACKENDS),
         Contender("samopt-lean", _ours("auto", measure_grad_norms=False), None),
+        Contender("samopt-swap-lean", _ours("swap", measure_grad_norms=False), _MOVED["swap"]),
     )
 }
-"""By name. Every samopt backend measures gradient norms for ``last_step``, as by default; "samopt-lean" does not."""
+"""By name. Every samopt backend measures gradient norms for ``last_step``, as by default; those called lean do not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from benchmarks.updates.memory import Memory
 
 __all__ = ["ONE_PASS", "Measurement", "measure_steps", "measure_updates", "read_measurements", "write_measurements"]
 
-ONE_PASS = "samopt-one-pass"
-"""The one-pass form, of which only the whole step can be measured."""
+ONE_PASS = {"samopt-one-pass": "auto", "samopt-one-pass-swap": "swap"}
+"""The one-pass form on its backends, by name; only its whole step can be measured."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Measurement:
     """One contender on one case.
 
     Attributes:
-        kind: "update", "step" (with the model's passes), or "parameters" or "tensors" for a case of such growth.
-        case: Name of the case.
+        kind: "update", "step" (with the model's passes), "batch" (whole steps on larger batches), or "parameters" or
+            "tensors" for a case of such growth.
+        case: Name of the case; for "batch", with " x 4" for four times the examples of "step".
         metric: "sam" or "asam".
         contender: Name of the contender.
         elements: Number of parameters.
@@ -157,7 +159,7 @@ def measure_updates(
         list(bench.updates), rounds, device, clock, lambda name: bench.time_step(name, device, clock)
     )
     return [
-        _measurement(kind, case, metric, name, bench.parameters, times[name], rates, memory[name], device, clock)
+        _measurement(kind, case.name, metric, name, bench.parameters, times[name], rates, memory[name], device, clock)
         for name in bench.updates
     ]
 
@@ -167,6 +169,7 @@ def measure_steps(
     metric: str,
     names: Sequence[str],
     *,
+    times: int | None = None,
     rounds: int,
     device: torch.device,
     clock: str,
@@ -178,6 +181,7 @@ def measure_steps(
         case: Whose model; it has a batch.
         metric: "sam" or "asam".
         names: Contenders, with the base among them; the one-pass form joins them.
+        times: How many small batches' worth of examples to take, for the kind "batch"; None for "step".
         rounds: Turns that are counted; one before them warms up.
         device: Where.
         clock: A name in ``CLOCKS``.
@@ -186,19 +190,15 @@ def measure_steps(
     assert case.batch is not None
     torch.manual_seed(0)
     module = case.build().to(device)
-    inputs = case.batch().to(device)
+    inputs = case.batch(times or 1).to(device)
     bench = Bench(module, metric, names, note)
-    hooked = copy.deepcopy(module)  # its training forwards move its weights, so nobody else may use it
-    one_pass = samopt.MomentumSAM(
-        torch.optim.AdamW(hooked.parameters(), lr=1e-4, fused=True), rho=RHO, adaptive=metric == "asam", model=hooked
-    )
+    one_pass = {
+        name: _one_pass_step(case, module, inputs, metric, backend)
+        for name, backend in ONE_PASS.items()
+        if backend == "auto" or device.type == "cpu"
+    }
 
-    def one_pass_step() -> None:
-        one_pass.zero_grad()
-        case.loss(hooked, inputs).backward()
-        one_pass.step()
-
-    def step(name: str) -> None:
+    def two_passes(name: str) -> None:
         update = bench.updates[name]
         if name != "base":
             _backward(case, module, inputs)
@@ -206,17 +206,12 @@ def measure_steps(
         _backward(case, module, inputs)
         update.descend()
 
-    names = [*bench.updates, ONE_PASS]
-    times, rates = _rounds(
-        names,
-        rounds,
-        device,
-        clock,
-        lambda n: seconds(device, clock, one_pass_step if n == ONE_PASS else lambda: step(n)),
-    )
+    steps = {name: functools.partial(two_passes, name) for name in bench.updates} | one_pass
+    milliseconds, rates = _rounds(list(steps), rounds, device, clock, lambda name: seconds(device, clock, steps[name]))
+    kind, title = ("step", case.name) if times is None else ("batch", f"{case.name} x {times}")
     return [
-        _measurement("step", case, metric, name, bench.parameters, times[name], rates, None, device, clock)
-        for name in names
+        _measurement(kind, title, metric, name, bench.parameters, milliseconds[name], rates, None, device, clock)
+        for name in steps
     ]
 
 
@@ -253,6 +248,20 @@ def _build(
         return None
 
 
+def _one_pass_step(case: Case, module: nn.Module, inputs: Tensor, metric: str, backend: str) -> Callable[[], None]:
+    """Return a whole step on a copy of the module, whose training forwards move the copy's weights."""
+    own = copy.deepcopy(module)
+    base = torch.optim.AdamW(own.parameters(), lr=1e-4, fused=True)
+    optimizer = samopt.MomentumSAM(base, rho=RHO, adaptive=metric == "asam", model=own, backend=backend)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        case.loss(own, inputs).backward()
+        optimizer.step()
+
+    return step
+
+
 def _backward(case: Case, module: nn.Module, inputs: Tensor) -> None:
     module.zero_grad()
     case.loss(module, inputs).backward()
@@ -275,7 +284,7 @@ def _rounds(
 
 def _measurement(
     kind: str,
-    case: Case,
+    case: str,
     metric: str,
     name: str,
     parameters: Sequence[Tensor],
@@ -288,6 +297,4 @@ def _measurement(
     peak, retained = memory or (None, None)
     elements = sum(parameter.numel() for parameter in parameters)
     environment = describe(device) | {"clock": "events" if device.type == "cuda" else clock}
-    return Measurement(
-        kind, case.name, metric, name, elements, len(parameters), times, rates, peak, retained, environment
-    )
+    return Measurement(kind, case, metric, name, elements, len(parameters), times, rates, peak, retained, environment)

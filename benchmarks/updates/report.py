@@ -20,6 +20,7 @@ __all__ = ["Spread", "beyond_base", "bytes_at_copy_rate", "markdown", "plot", "r
 _DPI = 115
 _UPDATE = ("Contender", "n", "ms", "beyond the base, ms", "x textbook", "bytes/element at copy rate", "GB/s", "peak, B")
 _STEP = ("Contender", "n", "ms", "x base", "x textbook")
+_BATCH = ("Batch", "n", "base, ms", *(f"{name}, x base" for name in ONE_PASS))
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def markdown(measurements: Sequence[Measurement], notes: Sequence[str]) -> str:
             parts += [f"**Whole step, {title}**", _grid(_STEP, _step_rows(group))]
         elif kind == "update":
             parts += [f"**Update alone, {title}**", _grid(_UPDATE, _update_rows(group))]
+    for metric, groups in _batches(measurements).items():
+        parts += [f"**One pass on larger batches, {metric.upper()}**", _grid(_BATCH, [_batch_row(g) for g in groups])]
     e = measurements[0].environment
     rate = Spread.of([rate / 1e9 for one in measurements for rate in one.copy_rate])
     lines = [
@@ -110,21 +113,21 @@ def markdown(measurements: Sequence[Measurement], notes: Sequence[str]) -> str:
 
 
 def plot(measurements: Sequence[Measurement], path: Path) -> None:
-    """Write a figure: what SAM adds to the base's step, by case, by number of parameters, by number of tensors.
+    """Write a figure: what SAM adds to the base's step, by case and by numbers of parameters and tensors; one pass.
 
     Args:
         measurements: What was measured.
         path: A PNG file.
     """
-    figure = Figure(figsize=(15.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(20, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 4)
     chosen = [one for one in measurements if one.metric == "sam"]
     groups = _groups(chosen)
     cases = {case: group for (kind, case, _), group in groups.items() if kind == "update"}
     _draw(axes[0], list(cases.values()), lambda index, one: index, "case")
     axes[0].set_xticks(range(len(cases)), list(cases))
-    for ax, kind in zip(axes[1:], ("parameters", "tensors"), strict=True):
+    for ax, kind in zip(axes[1:3], ("parameters", "tensors"), strict=True):
         grown = [group for (found, _, _), group in groups.items() if found == kind]
         size: Callable[[int, Measurement], float] = (
             (lambda index, one: one.elements) if kind == "parameters" else (lambda index, one: one.tensors)
@@ -134,6 +137,7 @@ def plot(measurements: Sequence[Measurement], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     figure.suptitle("milliseconds that SAM adds to the base's step: median, 20% to 80% quantiles", fontsize=12)
+    _draw_batches(axes[3], _batches(chosen).get("sam", []))
     figure.savefig(path, dpi=_DPI)
 
 
@@ -156,6 +160,41 @@ def _draw(
     ax.set_ylabel("ms", fontsize=11)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_batches(ax: Axes, groups: Sequence[Sequence[Measurement]]) -> None:
+    lines: dict[tuple[str, str], list[tuple[int, Spread]]] = {}
+    for group in groups:
+        case, _, times = group[0].case.partition(" x ")
+        for one in group:
+            if one.contender in ONE_PASS:
+                lines.setdefault((case, one.contender), []).append((int(times), _ratio(one, _named(group, "base"))))
+    cases = list(dict.fromkeys(case for case, _ in lines))
+    for (case, name), points in lines.items():
+        colour, swaps = COLOURS[cases.index(case)], ONE_PASS[name] == "swap"
+        low, middle, high = (np.array([getattr(s, part) for _, s in points]) for part in ("low", "median", "high"))
+        style, label = ("--", f"{case}, swap") if swaps else ("-", case)
+        spread = [middle - low, high - middle]
+        ax.errorbar([x for x, _ in points], middle, spread, color=colour, marker="o", linestyle=style, label=label)
+    ax.axhline(1.0, color="0.6", linewidth=1)
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("batch, in small ones", fontsize=11)
+    ax.set_ylabel("one pass: whole step over the base's", fontsize=11)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if lines:
+        ax.legend(frameon=False, fontsize=9)
+
+
+def _batches(measurements: Sequence[Measurement]) -> dict[str, list[list[Measurement]]]:
+    """Return the groups of whole steps on larger batches, by metric, each case's together."""
+    by_metric: dict[str, list[list[Measurement]]] = {}
+    for (kind, _, metric), group in _groups(measurements).items():
+        if kind == "batch":
+            by_metric.setdefault(metric, []).append(group)
+    for groups in by_metric.values():
+        groups.sort(key=lambda group: (group[0].case.partition(" x ")[0], int(group[0].case.partition(" x ")[2])))
+    return by_metric
 
 
 def _groups(measurements: Sequence[Measurement]) -> dict[tuple[str, str, str], list[Measurement]]:
@@ -194,13 +233,24 @@ def _step_rows(group: Sequence[Measurement]) -> list[tuple[str, ...]]:
             one.contender,
             str(len(one.milliseconds)),
             Spread.of(one.milliseconds).text(".1f"),
-            Spread.of(np.divide(one.milliseconds, base.milliseconds)).text(".3f"),
+            _ratio(one, base).text(".3f"),
             ""
-            if textbook is None or one.contender in ("base", ONE_PASS)
+            if textbook is None or one.contender in ("base", *ONE_PASS)
             else Spread.of(np.divide(one.milliseconds, textbook.milliseconds)).text(".3f"),
         )
         for one in group
     ]
+
+
+def _batch_row(group: Sequence[Measurement]) -> tuple[str, ...]:
+    base = _named(group, "base")
+    found = {one.contender: _ratio(one, base).text(".3f") for one in group}
+    milliseconds = Spread.of(base.milliseconds).text(".1f")
+    return base.case, str(len(base.milliseconds)), milliseconds, *(found.get(name, "") for name in ONE_PASS)
+
+
+def _ratio(one: Measurement, base: Measurement) -> Spread:
+    return Spread.of(np.divide(one.milliseconds, base.milliseconds))
 
 
 def _achieved(one: Measurement) -> str:
