@@ -14,10 +14,12 @@ from torch import nn
 
 import samopt
 from benchmarks.cli import main
-from benchmarks.updates import contenders, measure
+from benchmarks.errors import BenchmarkError
+from benchmarks.updates import alone, contenders, measure
+from benchmarks.updates.alone import measure_alone
 from benchmarks.updates.cases import CASES, Case, growth
 from benchmarks.updates.contenders import CONTENDERS, ETA, RHO
-from benchmarks.updates.measure import ONE_PASS, Measurement, measure_steps, measure_updates, read_measurements
+from benchmarks.updates.measure import Measurement, measure_steps, measure_updates, read_measurements
 from benchmarks.updates.memory import Memory
 from benchmarks.updates.report import Spread, bytes_at_copy_rate, markdown, relative
 from samopt.kernels import BACKENDS
@@ -212,21 +214,27 @@ def test_whole_steps_include_the_passes_each_form_needs(monkeypatch: pytest.Monk
     loss = Case.loss
     monkeypatch.setattr(Case, "loss", lambda self, module, x: (passes.append("pass"), loss(self, module, x))[1])
     rows = measure_steps(case, "sam", ["base", "textbook"], rounds=2, device=CPU, clock="wall", note=pytest.fail)
-    assert [row.contender for row in rows] == ["base", "textbook", *ONE_PASS]
-    assert len(passes) == 3 * (1 + 2 + 1 + 1)
+    assert [row.contender for row in rows] == ["base", "textbook"]
+    assert len(passes) == 3 * (1 + 2)
     assert all(row.peak is None for row in rows)
 
 
-def test_whole_steps_on_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: set[int] = set()
-    case = bench_case()
-    loss = Case.loss
-    monkeypatch.setattr(Case, "loss", lambda self, module, x: (sizes.add(len(x)), loss(self, module, x))[1])
-    rows = measure_steps(case, "sam", ["base"], times=4, rounds=2, device=CPU, clock="wall", note=pytest.fail)
-    assert sizes == {4 * 8}
-    assert [(row.kind, row.case, row.contender) for row in rows] == [
-        ("batch", "small x 4", name) for name in ("base", *ONE_PASS)
+def test_one_pass_and_the_base_take_turns_in_processes_of_their_own() -> None:
+    how = {"rounds": 2, "device": CPU, "clock": "wall"}
+    rows = measure_alone(CASES["resnet18"], "asam", 2, ["samopt-one-pass"], **how)
+    assert [(row.kind, row.case, row.metric, row.contender) for row in rows] == [
+        ("batch", "resnet18 x 2", "asam", name) for name in ("base", "samopt-one-pass")
     ]
+    assert all(len(row.milliseconds) == len(row.copy_rate) == 2 and min(row.milliseconds) > 0 for row in rows)
+    assert {row.elements for row in rows} == {11_689_512}
+
+
+def test_a_process_that_dies_is_named() -> None:
+    with (
+        pytest.raises(BenchmarkError, match="the process that ran base ended"),
+        alone._Runner("no such case", "sam", 1, "base", CPU, "wall") as runner,
+    ):
+        runner.step()
 
 
 def measurement(
@@ -279,7 +287,6 @@ def test_the_quick_form_of_the_command_goes_on_where_it_was(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = read_measurements(tmp_path / "updates.jsonl")
-    assert {row.case for row in rows if row.kind == "batch"} == {"resnet18 x 2"}
     groups = [(row.kind, row.case) for row in rows if row.contender == "textbook"]
     assert groups == [
         ("update", "resnet18"), ("parameters", "64x1000"), ("parameters", "64x10000"),

@@ -14,6 +14,7 @@ from benchmarks.environment import select_device
 from benchmarks.errors import BenchmarkError
 from benchmarks.registry import COMMANDS, Command
 from benchmarks.results import INTERRUPTED
+from benchmarks.updates.alone import ONE_PASS, measure_alone
 from benchmarks.updates.cases import CASES, Case, growth
 from benchmarks.updates.clock import CLOCKS
 from benchmarks.updates.contenders import CONTENDERS, METRICS
@@ -34,7 +35,7 @@ _QUICK = {
     "metrics": ["sam"],
     "rounds": 2,
     "step_rounds": 1,
-    "batches": [2],
+    "batches": [],
 }
 
 
@@ -49,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batches",
         type=_batches,
         default="1,4,16",
-        help="sizes, in small batches, for one pass (default: %(default)s)",
+        help="sizes, in small batches, of one-pass steps (default: %(default)s)",
     )
     add("--device", default="cpu", help="as torch names it (default: %(default)s)")
     add("--threads", type=arguments.positive_int, default=1, help="CPU threads (default: %(default)s)")
@@ -112,11 +113,12 @@ def _measure(options: argparse.Namespace, known: list[Measurement], notes: list[
         for case in cases:
             if case.batch is not None and ("step", case.name, metric) not in done:
                 yield measure_steps(case, metric, rounds=options.step_rounds, **shared)
-        base_alone = shared | {"names": ["base"]}
+        one_pass = [name for name, backend in ONE_PASS.items() if backend == "auto" or device.type == "cpu"]
+        how = {"rounds": options.step_rounds, "device": device, "clock": options.clock}
         for times in options.batches:
             for case in cases:
                 if case.batch is not None and ("batch", f"{case.name} x {times}", metric) not in done:
-                    yield measure_steps(case, metric, times=times, rounds=options.step_rounds, **base_alone)
+                    yield measure_alone(case, metric, times, one_pass, **how)
 
 
 def _cases(text: str) -> list[Case]:

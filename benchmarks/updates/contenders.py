@@ -13,11 +13,13 @@ from torch.optim import AdamW, Optimizer
 import samopt
 from samopt.kernels import BACKENDS
 
-__all__ = ["CONTENDERS", "ETA", "METRICS", "RHO", "Contender", "Update"]
+__all__ = ["CONTENDERS", "ETA", "METRICS", "OPTIONS", "RHO", "Contender", "Update"]
 
 METRICS = ("sam", "asam")
 RHO = 0.05
 ETA = 0.01
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "fused": True}
+"""Of AdamW, everybody's base."""
 
 
 class Update(Protocol):
@@ -103,7 +105,7 @@ class _Package:
     def __init__(self, parameters: Sequence[Tensor], metric: str) -> None:
         from pytorch_optimizer import SAM  # an extra that not everybody has
 
-        self._optimizer = SAM(parameters, AdamW, rho=RHO, adaptive=metric == "asam", **_OPTIONS)
+        self._optimizer = SAM(parameters, AdamW, rho=RHO, adaptive=metric == "asam", **OPTIONS)
         self.base = self._optimizer.base_optimizer
 
     def ascend(self) -> None:
@@ -162,11 +164,8 @@ class _OursInOneCall(_Ours):
         self._loss = torch.zeros((), device=parameter.device)
 
 
-_OPTIONS = {"lr": 1e-4, "fused": True}
-
-
 def _base(parameters: Sequence[Tensor]) -> Optimizer:
-    return AdamW(parameters, **_OPTIONS)
+    return AdamW(parameters, **OPTIONS)
 
 
 def _ours(backend: str, **options: Any) -> Callable[[Sequence[Tensor], str], Update]:

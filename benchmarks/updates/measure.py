@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import samopt
 from benchmarks.environment import describe
 from benchmarks.json_lines import as_lines, read_lines
 from benchmarks.updates.cases import Case
 from benchmarks.updates.clock import Copy, seconds
-from benchmarks.updates.contenders import CONTENDERS, RHO, Contender, Update
+from benchmarks.updates.contenders import CONTENDERS, Contender, Update
 from benchmarks.updates.memory import Memory
 
-__all__ = ["ONE_PASS", "Measurement", "measure_steps", "measure_updates", "read_measurements", "write_measurements"]
-
-ONE_PASS = {"samopt-one-pass": "auto", "samopt-one-pass-swap": "swap"}
-"""The one-pass form on its backends, by name; only its whole step can be measured."""
+__all__ = ["Measurement", "measure_steps", "measure_updates", "measurement", "read_measurements", "write_measurements"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class Measurement:
     """One contender on one case.
 
     Attributes:
-        kind: "update", "step" (with the model's passes), "batch" (whole steps on larger batches), or "parameters" or
+        kind: "update", "step" (with the model's passes), "batch" (such steps in one pass), or "parameters" or
             "tensors" for a case of such growth.
         case: Name of the case; for "batch", with " x 4" for four times the examples of "step".
         metric: "sam" or "asam".
@@ -159,7 +153,7 @@ def measure_updates(
         list(bench.updates), rounds, device, clock, lambda name: bench.time_step(name, device, clock)
     )
     return [
-        _measurement(kind, case.name, metric, name, bench.parameters, times[name], rates, memory[name], device, clock)
+        measurement(kind, case.name, metric, name, bench.parameters, times[name], rates, memory[name], device, clock)
         for name in bench.updates
     ]
 
@@ -169,7 +163,6 @@ def measure_steps(
     metric: str,
     names: Sequence[str],
     *,
-    times: int | None = None,
     rounds: int,
     device: torch.device,
     clock: str,
@@ -180,8 +173,7 @@ def measure_steps(
     Args:
         case: Whose model; it has a batch.
         metric: "sam" or "asam".
-        names: Contenders, with the base among them; the one-pass form joins them.
-        times: How many small batches' worth of examples to take, for the kind "batch"; None for "step".
+        names: Contenders, with the base among them.
         rounds: Turns that are counted; one before them warms up.
         device: Where.
         clock: A name in ``CLOCKS``.
@@ -190,15 +182,10 @@ def measure_steps(
     assert case.batch is not None
     torch.manual_seed(0)
     module = case.build().to(device)
-    inputs = case.batch(times or 1).to(device)
+    inputs = case.batch(1).to(device)
     bench = Bench(module, metric, names, note)
-    one_pass = {
-        name: _one_pass_step(case, module, inputs, metric, backend)
-        for name, backend in ONE_PASS.items()
-        if backend == "auto" or device.type == "cpu"
-    }
 
-    def two_passes(name: str) -> None:
+    def step(name: str) -> None:
         update = bench.updates[name]
         if name != "base":
             _backward(case, module, inputs)
@@ -206,12 +193,12 @@ def measure_steps(
         _backward(case, module, inputs)
         update.descend()
 
-    steps = {name: functools.partial(two_passes, name) for name in bench.updates} | one_pass
-    milliseconds, rates = _rounds(list(steps), rounds, device, clock, lambda name: seconds(device, clock, steps[name]))
-    kind, title = ("step", case.name) if times is None else ("batch", f"{case.name} x {times}")
+    times, rates = _rounds(
+        list(bench.updates), rounds, device, clock, lambda name: seconds(device, clock, lambda: step(name))
+    )
     return [
-        _measurement(kind, title, metric, name, bench.parameters, milliseconds[name], rates, None, device, clock)
-        for name in steps
+        measurement("step", case.name, metric, name, bench.parameters, times[name], rates, None, device, clock)
+        for name in bench.updates
     ]
 
 
@@ -248,20 +235,6 @@ def _build(
         return None
 
 
-def _one_pass_step(case: Case, module: nn.Module, inputs: Tensor, metric: str, backend: str) -> Callable[[], None]:
-    """Return a whole step on a copy of the module, whose training forwards move the copy's weights."""
-    own = copy.deepcopy(module)
-    base = torch.optim.AdamW(own.parameters(), lr=1e-4, fused=True)
-    optimizer = samopt.MomentumSAM(base, rho=RHO, adaptive=metric == "asam", model=own, backend=backend)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        case.loss(own, inputs).backward()
-        optimizer.step()
-
-    return step
-
-
 def _backward(case: Case, module: nn.Module, inputs: Tensor) -> None:
     module.zero_grad()
     case.loss(module, inputs).backward()
@@ -282,7 +255,7 @@ def _rounds(
     return {name: values[1:] for name, values in times.items()}, rates[1:]
 
 
-def _measurement(
+def measurement(
     kind: str,
     case: str,
     metric: str,
@@ -294,6 +267,20 @@ def _measurement(
     device: torch.device,
     clock: str,
 ) -> Measurement:
+    """Return a measurement with the sizes of its parameters and the present environment.
+
+    Args:
+        kind: As in ``Measurement``.
+        case: Likewise.
+        metric: Likewise.
+        name: The contender's.
+        parameters: What it updates.
+        times: Milliseconds of each round.
+        rates: Of a copy, in each round.
+        memory: Bytes at the peak, and retained; None where they were not measured.
+        device: Where it ran.
+        clock: A name in ``CLOCKS``.
+    """
     peak, retained = memory or (None, None)
     elements = sum(parameter.numel() for parameter in parameters)
     environment = describe(device) | {"clock": "events" if device.type == "cuda" else clock}

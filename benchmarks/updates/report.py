@@ -12,8 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.plot import COLOURS
+from benchmarks.updates.alone import ONE_PASS
 from benchmarks.updates.contenders import CONTENDERS
-from benchmarks.updates.measure import ONE_PASS, Measurement
+from benchmarks.updates.measure import Measurement
 
 __all__ = ["Spread", "beyond_base", "bytes_at_copy_rate", "markdown", "plot", "relative"]
 
@@ -95,7 +96,10 @@ def markdown(measurements: Sequence[Measurement], notes: Sequence[str]) -> str:
         elif kind == "update":
             parts += [f"**Update alone, {title}**", _grid(_UPDATE, _update_rows(group))]
     for metric, groups in _batches(measurements).items():
-        parts += [f"**One pass on larger batches, {metric.upper()}**", _grid(_BATCH, [_batch_row(g) for g in groups])]
+        parts += [
+            f"**Whole step in one pass, by batch, {metric.upper()}**",
+            _grid(_BATCH, [_batch_row(g) for g in groups]),
+        ]
     e = measurements[0].environment
     rate = Spread.of([rate / 1e9 for one in measurements for rate in one.copy_rate])
     lines = [
@@ -103,6 +107,7 @@ def markdown(measurements: Sequence[Measurement], notes: Sequence[str]) -> str:
         "round.",
         "Beyond the base: the time less that of the base alone, fused AdamW. Bytes at copy rate: what a copy moves for "
         "each element in that time; GB/s: of the bytes that are known to be moved, base included.",
+        "In one pass: everyone in a process of its own, in turns.",
         "Peak: most bytes alive for each element beyond weights, one set of gradients and the base's state.",
         f"A copy of 256 MiB moved {rate.text('.1f')} GB/s, read and written bytes counted.",
         f"Measured on {e['device']}, threads: {e['threads']}, clock: {e['clock']}, torch {e['torch']}, python "
@@ -235,7 +240,7 @@ def _step_rows(group: Sequence[Measurement]) -> list[tuple[str, ...]]:
             Spread.of(one.milliseconds).text(".1f"),
             _ratio(one, base).text(".3f"),
             ""
-            if textbook is None or one.contender in ("base", *ONE_PASS)
+            if textbook is None or one is base
             else Spread.of(np.divide(one.milliseconds, textbook.milliseconds)).text(".3f"),
         )
         for one in group
