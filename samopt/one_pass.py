@@ -88,6 +88,7 @@ class OnePass:
                 "optimizer.needs_first_pass is True, write 'with optimizer.first_pass(): criterion(model(x), "
                 "y).backward()' before the step's own forward, or use optimizer.step(closure)"
             )
+        spare, self._spare = self._spare, NEW_MEMORY
         targets = optimizer.targets_along(self._direction)
         self._has_ascended = True
         with torch.no_grad():
@@ -100,11 +101,10 @@ class OnePass:
         self._perturbation = perturbation
         self._has_stale_copies = perturbation.is_sharded
         try:
-            applied = perturbation.apply(optimizer.rounding_noise(), spare=self._spare)
+            applied = perturbation.apply(optimizer.rounding_noise(), spare=spare)
         except BaseException:
             self.leave()
             raise
-        self._spare = NEW_MEMORY
         if perturbation.is_sharded:
             reshard(self.model)
         self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=applied)
@@ -266,8 +266,8 @@ class OnePass:
         self.leave()
         if self._has_ascended:
             self._optimizer.advance_rounding()
-            # Mostly nobody else holds them any more when the next forward begins.
-            self._spare = Spare(p.grad for p in self._optimizer.parameters() if p.grad is not None)
+            if self._optimizer.may_move():  # when the next forward begins, mostly nobody else holds the gradients
+                self._spare = Spare(p.grad for p in self._optimizer.parameters() if p.grad is not None)
         self._has_ascended = False
         self.loss = None
 

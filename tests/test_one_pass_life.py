@@ -213,7 +213,7 @@ def test_the_memory_of_cleared_gradients_takes_the_weights_of_the_next_ascent(cl
     assert same_bits(model, exact)
 
 
-@pytest.mark.parametrize("what", ["evaluation", "state_dict", "ascent"])
+@pytest.mark.parametrize("what", ["evaluation", "state_dict", "ascent", "no ascent"])
 def test_the_memory_of_cleared_gradients_is_given_back_when_exact_weights_are_wanted(what):
     model, x = wide(), torch.ones(2, 8)
     optimizer = one_pass(model)
@@ -226,6 +226,9 @@ def test_the_memory_of_cleared_gradients_is_given_back_when_exact_weights_are_wa
         model.eval()(x)
     elif what == "state_dict":
         model.state_dict()
+    elif what == "no ascent":
+        optimizer.param_groups[0]["rho"] = 0.0
+        model(x)
     else:
         model(x).sum().backward()
     assert memory.expired()

@@ -220,7 +220,7 @@ def test_whole_steps_include_the_passes_each_form_needs(monkeypatch: pytest.Monk
 
 
 def test_one_pass_and_the_base_take_turns_in_processes_of_their_own() -> None:
-    how = {"rounds": 2, "device": CPU, "clock": "wall"}
+    how = {"rounds": 1, "device": CPU, "clock": "wall"}
     rows = measure_alone(CASES["resnet18"], "asam", 2, ["samopt-one-pass"], **how)
     assert [(row.kind, row.case, row.metric, row.contender) for row in rows] == [
         ("batch", "resnet18 x 2", "asam", name) for name in ("base", "samopt-one-pass")

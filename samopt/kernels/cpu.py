@@ -193,7 +193,7 @@ def scratch(block: Block) -> Tensor:
     Args:
         block: Whose slices.
     """
-    size = min(_piece_size(), sum(block.sizes))
+    size = min(_piece_size(), max(block.sizes, default=0))
     return torch.empty(size, dtype=block.weights[0].dtype if block.weights else None)
 
 
@@ -209,14 +209,11 @@ def _move(block: Block, step: float, saved: Exchange | None) -> None:
             lengths = torch._foreach_abs(weights)
             torch._foreach_add_(lengths, block.eta)
             torch._foreach_addcmul_(weights, torch._foreach_mul(lengths, directions), lengths, value=step)
-    room: Tensor | None = None
-    target: Tensor | None = None
+    room, target = scratch(block), scratch(block)
     for part in slices(block, None if saved is None else saved.places):
         weight, direction, place = part
         new = None
         if block.metric is not None or (place is not None and place.data_ptr() == direction.data_ptr()):
-            if room is None or target is None:
-                room, target = scratch(block), scratch(block)
             new = moved(part, block, step, room, target[: weight.numel()])
         if saved is not None and place is not None:
             saved.record.append(([weight], [place.copy_(weight)]))
@@ -238,9 +235,8 @@ def _uphill(block: Block) -> Iterator[Tensor]:
             if not is_small(size):
                 yield flat(direction)
         return
-    room: Tensor | None = None
+    room = scratch(block)
     for part in slices(block):
-        room = scratch(block) if room is None else room
         yield _lengths(part.weight, block.eta, room[: part.weight.numel()]).mul_(part.direction)
 
 
