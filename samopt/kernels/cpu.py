@@ -188,12 +188,13 @@ def moved(part: Slice, block: Block, step: float, room: Tensor, target: Tensor) 
 
 
 def scratch(block: Block) -> Tensor:
-    """Return room for the intermediate values of one slice.
+    """Return room for the intermediate values of one slice; none where there are no slices.
 
     Args:
         block: Whose slices.
     """
-    size = min(_piece_size(), max(block.sizes, default=0))
+    largest = max(block.sizes, default=0)
+    size = 0 if is_small(largest) else min(_piece_size(), largest)
     return torch.empty(size, dtype=block.weights[0].dtype if block.weights else None)
 
 
