@@ -17,7 +17,7 @@ from benchmarks.table import labels_text
 
 __all__ = ["COLOURS", "draw", "plot_panels"]
 
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 """Okabe and Ito's, which people with any common colour blindness can tell apart, darkest first."""
 _DASHES = ("-", "-", "-", "--", "--", "-.", "-.")
 _DPI = 115

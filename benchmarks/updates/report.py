@@ -101,6 +101,7 @@ def markdown(measurements: Sequence[Measurement], notes: Sequence[str]) -> str:
             _grid(_BATCH, [_batch_row(g) for g in groups]),
         ]
     e = measurements[0].environment
+    commits = dict.fromkeys(str(one.environment["commit"]) for one in measurements)
     rate = Spread.of([rate / 1e9 for one in measurements for rate in one.copy_rate])
     lines = [
         "ms: median over n rounds (20% to 80% quantiles), in which everyone takes one turn; ratios are of the same "
@@ -111,7 +112,7 @@ def markdown(measurements: Sequence[Measurement], notes: Sequence[str]) -> str:
         "Peak: most bytes alive for each element beyond weights, one set of gradients and the base's state.",
         f"A copy of 256 MiB moved {rate.text('.1f')} GB/s, read and written bytes counted.",
         f"Measured on {e['device']}, threads: {e['threads']}, clock: {e['clock']}, torch {e['torch']}, python "
-        f"{e['python']}, samopt {e['samopt']} at commit {e['commit']}.",
+        f"{e['python']}, samopt {e['samopt']} at commit {' and '.join(commits)}.",
         *notes,
     ]
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines)]) + "\n"
