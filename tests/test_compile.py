@@ -132,7 +132,8 @@ def test_masks_that_cannot_be_replayed_are_announced_once(setup):
     with pytest.warns(UserWarning, match="Give model= the module that your loop calls") as caught:
         for seed in range(2):
             wrapped_step(optimizer, [lambda seed=seed: loss_of(called, data(seed))] * 2, "explicit")
-    assert [w.filename for w in caught] == [cases.__file__]  # the loop is there
+    ours = [w.filename for w in caught if "Give model=" in str(w.message)]  # the compiler may have some of its own
+    assert ours == [cases.__file__]  # the loop is there
 
 
 def test_an_eager_model_gets_no_such_warning(recwarn):
