@@ -14,7 +14,7 @@ from benchmarks.environment import select_device
 from benchmarks.errors import BenchmarkError
 from benchmarks.registry import COMMANDS, Command
 from benchmarks.results import INTERRUPTED
-from benchmarks.updates.alone import ONE_PASS, measure_alone
+from benchmarks.updates.alone import ONE_PASS, measure_alone, name_at
 from benchmarks.updates.cases import CASES, Case, growth
 from benchmarks.updates.clock import CLOCKS
 from benchmarks.updates.contenders import CONTENDERS, METRICS
@@ -117,7 +117,7 @@ def _measure(options: argparse.Namespace, known: list[Measurement], notes: list[
         how = {"rounds": options.step_rounds, "device": device, "clock": options.clock}
         for times in options.batches:
             for case in cases:
-                if case.batch is not None and ("batch", f"{case.name} x {times}", metric) not in done:
+                if case.batch is not None and ("batch", name_at(case.name, times), metric) not in done:
                     yield measure_alone(case, metric, times, one_pass, **how)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import chain
 from multiprocessing.connection import Connection
 from types import TracebackType
 
@@ -14,19 +15,38 @@ from torch.optim import AdamW, Optimizer
 import samopt
 from benchmarks.errors import BenchmarkError
 from benchmarks.updates.cases import CASES, Case
-from benchmarks.updates.clock import Copy, seconds
+from benchmarks.updates.clock import seconds
 from benchmarks.updates.contenders import OPTIONS, RHO
-from benchmarks.updates.measure import Measurement, measurement
+from benchmarks.updates.measure import Measurement, in_turns, measurement
 
-__all__ = ["ONE_PASS", "measure_alone"]
+__all__ = ["ONE_PASS", "measure_alone", "name_at", "parse_name"]
 
 ONE_PASS = {"samopt-one-pass": "auto", "samopt-one-pass-swap": "swap"}
 """The one-pass form on its backends, by name."""
 
-_WARM_UP = 3  # steps: the first has no momentum, and memory is handed out anew
-_SETS = (
-    2  # of processes, one after the other: where the system puts the memory of one makes a difference of a few percent
-)
+_WARM_UP = 2  # steps before the round that is not counted: the first has no momentum, and memory is handed out anew
+_SETS = 2  # of processes, one after the other: where the system puts a process's memory is worth a few percent
+_TIMES = " x "
+
+
+def name_at(case: str, times: int) -> str:
+    """Return the name that a case has in measurements at some number of small batches.
+
+    Args:
+        case: The case's name.
+        times: How many small batches' worth of examples.
+    """
+    return f"{case}{_TIMES}{times}"
+
+
+def parse_name(name: str) -> tuple[str, int]:
+    """Return the case's name and the number of small batches that ``name_at`` was given.
+
+    Args:
+        name: What it returned.
+    """
+    case, _, times = name.partition(_TIMES)
+    return case, int(times)
 
 
 def measure_alone(
@@ -50,24 +70,21 @@ def measure_alone(
     """
     torch.manual_seed(0)
     parameters = list(case.build().parameters())
-    copying = Copy(device, clock)
-    rates = []
-    milliseconds: dict[str, list[float]] = {name: [] for name in ("base", *names)}
-    order = list(milliseconds)
-    for _ in range(_SETS):
+    order = ["base", *names]
+
+    def in_own_processes() -> tuple[dict[str, list[float]], list[float]]:
         with ExitStack() as stack:
             runners = {
                 name: stack.enter_context(_Runner(case.name, metric, times, name, device, clock)) for name in order
             }
-            for turn in range(rounds):
-                first = turn % len(order)
-                rates.append(copying.rate())
-                for name in (*order[first:], *order[:first]):
-                    milliseconds[name].append(1000 * runners[name].step())
-    title = f"{case.name} x {times}"
+            return in_turns(order, rounds, device, clock, lambda name: runners[name].step())
+
+    sets = [in_own_processes() for _ in range(_SETS)]
+    title, rates = name_at(case.name, times), list(chain(*(rates for _, rates in sets)))
+    milliseconds = {name: list(chain(*(taken[name] for taken, _ in sets))) for name in order}
     return [
-        measurement("batch", title, metric, name, parameters, taken, rates, None, device, clock)
-        for name, taken in milliseconds.items()
+        measurement("batch", title, metric, name, parameters, milliseconds[name], rates, None, device, clock)
+        for name in order
     ]
 
 

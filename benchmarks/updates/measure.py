@@ -17,7 +17,15 @@ from benchmarks.updates.clock import Copy, seconds
 from benchmarks.updates.contenders import CONTENDERS, Contender, Update
 from benchmarks.updates.memory import Memory
 
-__all__ = ["Measurement", "measure_steps", "measure_updates", "measurement", "read_measurements", "write_measurements"]
+__all__ = [
+    "Measurement",
+    "in_turns",
+    "measure_steps",
+    "measure_updates",
+    "measurement",
+    "read_measurements",
+    "write_measurements",
+]
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def measure_updates(
     torch.manual_seed(0)
     bench = Bench(case.build().to(device), metric, names, note)
     memory = {name: bench.memory_of(name) if kind == "update" else None for name in bench.updates}
-    times, rates = _rounds(
+    times, rates = in_turns(
         list(bench.updates), rounds, device, clock, lambda name: bench.time_step(name, device, clock)
     )
     return [
@@ -193,7 +201,7 @@ def measure_steps(
         _backward(case, module, inputs)
         update.descend()
 
-    times, rates = _rounds(
+    times, rates = in_turns(
         list(bench.updates), rounds, device, clock, lambda name: seconds(device, clock, lambda: step(name))
     )
     return [
@@ -240,10 +248,18 @@ def _backward(case: Case, module: nn.Module, inputs: Tensor) -> None:
     case.loss(module, inputs).backward()
 
 
-def _rounds(
+def in_turns(
     names: Sequence[str], rounds: int, device: torch.device, clock: str, time_one: Callable[[str], float]
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Return the milliseconds of each, and the rate of a copy, round by round; the first of a round takes turns."""
+    """Return the milliseconds of each, and the rate of a copy, round by round; the first of a round takes turns.
+
+    Args:
+        names: Whom to time.
+        rounds: Turns that are counted; one before them warms up.
+        device: Where.
+        clock: A name in ``CLOCKS``.
+        time_one: Returns the seconds of one of ``names``.
+    """
     copying = Copy(device, clock)
     times: dict[str, list[float]] = {name: [] for name in names}
     rates = []

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.plot import COLOURS
-from benchmarks.updates.alone import ONE_PASS
+from benchmarks.updates.alone import ONE_PASS, parse_name
 from benchmarks.updates.contenders import CONTENDERS
 from benchmarks.updates.measure import Measurement
 
@@ -171,10 +171,10 @@ def _draw(
 def _draw_batches(ax: Axes, groups: Sequence[Sequence[Measurement]]) -> None:
     lines: dict[tuple[str, str], list[tuple[int, Spread]]] = {}
     for group in groups:
-        case, _, times = group[0].case.partition(" x ")
+        case, times = parse_name(group[0].case)
         for one in group:
             if one.contender in ONE_PASS:
-                lines.setdefault((case, one.contender), []).append((int(times), _ratio(one, _named(group, "base"))))
+                lines.setdefault((case, one.contender), []).append((times, _ratio(one, _named(group, "base"))))
     cases = list(dict.fromkeys(case for case, _ in lines))
     for (case, name), points in lines.items():
         colour, swaps = COLOURS[cases.index(case)], ONE_PASS[name] == "swap"
@@ -199,7 +199,7 @@ def _batches(measurements: Sequence[Measurement]) -> dict[str, list[list[Measure
         if kind == "batch":
             by_metric.setdefault(metric, []).append(group)
     for groups in by_metric.values():
-        groups.sort(key=lambda group: (group[0].case.partition(" x ")[0], int(group[0].case.partition(" x ")[2])))
+        groups.sort(key=lambda group: parse_name(group[0].case))
     return by_metric
 
 
