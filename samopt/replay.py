@@ -106,9 +106,9 @@ class Replay:
         """Set the devices whose random streams the model may use.
 
         Args:
-            devices: Any devices; the CPU's stream is always included.
+            devices: Accelerators; the CPU's stream is always included.
         """
-        self._calls.devices = tuple(device for device in devices if device.type != "cpu")
+        self._calls.devices = tuple(devices)
 
     def capture(self) -> RngState:
         """Return the present random state of the streams this model may use."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samopt.kernels import reference
 from samopt.kernels.block import Block, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, flat, lie_alike, owns_its_memory
+from samopt.kernels.memory import NEW_MEMORY, Spare, flat, lie_alike, room_for
 
 __all__ = [
     "Exchange",
@@ -113,7 +113,7 @@ def norm(block: Block) -> Tensor:
 def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Exchange:
     """Return room for every large weight: its direction's memory where that may be overwritten, else other memory."""
     places = [
-        None if is_small(size) else direction if consume and owns_its_memory(direction) else spare.like(weight)
+        None if is_small(size) else room_for(weight, direction, consume, spare)
         for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True)
     ]
     return Exchange([], places)
@@ -156,7 +156,7 @@ def slices(block: Block, places: Sequence[Tensor | None] | None = None) -> Itera
         block: The block.
         places: Memory laid out like each weight, handed out in the same parts; None where there is none.
     """
-    if max(block.sizes, default=0) <= _SMALL:
+    if is_small(max(block.sizes, default=0)):
         return
     limit = _piece_size()
     rooms = repeat(None) if places is None else places

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["NEW_MEMORY", "Spare", "flat", "lie_alike", "owns_its_memory"]
+__all__ = ["NEW_MEMORY", "Spare", "flat", "lie_alike", "owns_its_memory", "room_for"]
 
 _WORTHWHILE = 1 << 14  # elements; less is quickly had anew
 
@@ -80,14 +80,27 @@ class Spare:
             tensor: A strided tensor.
         """
         vectors = self._vectors.get((tensor.dtype, tensor.numel()))
-        while vectors and tensor.is_cpu and lie_alike(tensor, tensor):
-            vector = vectors.pop()
-            if owns_its_memory(vector):
-                return vector.as_strided(tensor.shape, tensor.stride())
+        if vectors and tensor.is_cpu and lie_alike(tensor, tensor):
+            while vectors:
+                vector = vectors.pop()
+                if owns_its_memory(vector):
+                    return vector.as_strided(tensor.shape, tensor.stride())
         return torch.empty_like(tensor)
 
 
 NEW_MEMORY = Spare()
+
+
+def room_for(weight: Tensor, direction: Tensor, consume: bool, spare: Spare) -> Tensor:
+    """Return memory for the values of a weight: its direction's where that may be overwritten, else other memory.
+
+    Args:
+        weight: The weight.
+        direction: A tensor laid out like it.
+        consume: Whether the direction may be overwritten where nobody else can reach it.
+        spare: Where other memory comes from.
+    """
+    return direction if consume and owns_its_memory(direction) else spare.like(weight)
 
 
 def _holders(storage: torch.UntypedStorage) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from samopt.kernels import cpu
 from samopt.kernels.block import Block, NoiseSource, Saved
-from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory
+from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory, room_for
 
 __all__ = ["Move", "ascend", "restore", "save"]
 
@@ -51,7 +51,7 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move
     exchange = cpu.save(staying, consume, spare)
     homes = [weight.data for weight in leaving.weights]
     rooms = [
-        direction if consume and owns_its_memory(direction) else spare.like(weight)
+        room_for(weight, direction, consume, spare)
         for weight, direction in zip(leaving.weights, leaving.directions, strict=True)
     ]
     return Move([], leaving, homes, rooms, staying, exchange)

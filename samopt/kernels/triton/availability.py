@@ -17,12 +17,9 @@ _VERSION = (3, 5)
 
 
 def missing() -> str | None:
-    """Return what this machine lacks for any kernel to run, or None."""
-    version = _version()
-    if version is None:
-        return "triton is not installed (pip install triton)"
-    if version < _VERSION:
-        return f"the triton installed is version {_dotted(version)}, older than {_dotted(_VERSION)}"
+    """Return what this machine lacks for any kernel to run, or None; it may ask the driver, so not in every step."""
+    if (lack := _unfit_version()) is not None:
+        return lack
     return None if interprets() or torch.cuda.is_available() else "torch finds no CUDA or ROCm device"
 
 
@@ -32,7 +29,7 @@ def unavailable(device: torch.device) -> str | None:
     Args:
         device: Where the tensors are.
     """
-    if (lack := missing()) is not None:
+    if (lack := _unfit_version()) is not None:
         return lack
     if device.type == "cuda":
         return None if _is_recent(device) else f"{device} has a compute capability below {_dotted(_CAPABILITY)}"
@@ -44,6 +41,16 @@ def unavailable(device: torch.device) -> str | None:
 def interprets() -> bool:
     """Return whether Triton's interpreter runs the kernels, on the CPU: they are made for it as they are imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def _unfit_version() -> str | None:
+    """Return why the triton that is installed, or its lack, does not do; None where it does."""
+    version = _version()
+    if version is None:
+        return "triton is not installed (pip install triton)"
+    if version < _VERSION:
+        return f"the triton installed is version {_dotted(version)}, older than {_dotted(_VERSION)}"
+    return None
 
 
 @functools.cache

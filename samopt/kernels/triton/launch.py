@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from samopt.kernels.block import Block, Lengths, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory
+from samopt.kernels.memory import NEW_MEMORY, Spare, room_for
 from samopt.kernels.triton import stages
 from samopt.kernels.triton.availability import interprets
 from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, pointer_table
@@ -94,7 +94,7 @@ def measure(blocks: Sequence[Block]) -> Lengths:
 def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Way:
     """Return room for every weight: its direction's memory where that may be overwritten, else other memory."""
     rooms = [
-        direction if consume and owns_its_memory(direction) else spare.like(weight)
+        room_for(weight, direction, consume, spare)
         for weight, direction in zip(block.weights, block.directions, strict=True)
     ]
     table = _table_of(block, rooms)
