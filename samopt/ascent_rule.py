@@ -13,6 +13,7 @@ from samopt import kernels
 from samopt.combination import Combination
 from samopt.direction import Direction, GradientDirection, Momentum, StatefulDirection
 from samopt.geometry import Metric
+from samopt.gradients import Taken
 from samopt.perturbation import Radius, Region, Targets
 from samopt.rounding import Noise, RoundingNoise
 from samopt.validation import check_nonnegative
@@ -83,29 +84,34 @@ class AscentRule(OptimizerWrapper):
         super().__setstate__(state)
         self._sort_parts()
 
-    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Targets]]:
+    def take_stock(self) -> tuple[Taken, list[Targets]]:
         """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is.
 
         Raises:
             ValueError: If a group's option is out of range.
         """
         self.validate_groups()
-        taken: list[tuple[Tensor, Tensor | None]] = []
+        taken = Taken([], [])
         targets = []
         moving = self.may_move()
         for group in self.param_groups:
-            trainable = [parameter for parameter in group["params"] if parameter.requires_grad]
-            gradients = [parameter.grad for parameter in trainable]
-            taken.extend(zip(trainable, gradients, strict=True))
+            weights = [parameter for parameter in group["params"] if parameter.requires_grad]
+            gradients = [parameter.grad for parameter in weights]
+            taken.parameters.extend(weights)
+            taken.gradients.extend(gradients)
             if moving and self.option(group, "perturb"):
                 sign = -1 if group.get("maximize", False) else 1
                 region = Region(self.radius(group), self.option(group, "eta"), sign)
-                weights = [p for p, gradient in zip(trainable, gradients, strict=True) if gradient is not None]
-                targets.append(Targets(region, weights, [g.detach() for g in gradients if g is not None]))
+                present = [gradient for gradient in gradients if gradient is not None]
+                if len(present) < len(weights):
+                    weights = [p for p, gradient in zip(weights, gradients, strict=True) if gradient is not None]
+                targets.append(Targets(region, weights, [gradient.data for gradient in present]))  # names of our own
         if self._turning is not None:
             with torch.no_grad():
                 targets = self._turned(targets, self._turning)
-        return taken if any(gradient is not None for _, gradient in taken) else [], targets
+        if all([gradient is None for gradient in taken.gradients]):
+            return Taken([], []), targets
+        return taken, targets
 
     def radius(self, group: dict[str, Any]) -> Radius:
         """Return the radius of a group's ball.

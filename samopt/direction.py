@@ -228,7 +228,12 @@ class Momentum:
         state = base.state.get(parameter)
         if not state:
             return None
-        momentum = self._buffer_of(state, base)
+        momentum: Tensor | None = None
+        for name in self._names:
+            if (momentum := state.get(name)) is not None:
+                break
+        if momentum is None:
+            raise ValueError(self._missing(base, f"keeps {sorted(map(str, state))}"))
         if not self.preconditioned:
             return momentum
         if "exp_avg_sq" not in state:
@@ -240,13 +245,6 @@ class Momentum:
         correction = 1 - beta2 ** torch.as_tensor(state["step"], device=momentum.device)
         preconditioned: Tensor = momentum / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
         return preconditioned
-
-    def _buffer_of(self, state: dict[str, Any], base: Optimizer) -> Tensor:
-        for name in self._names:
-            if (found := state.get(name)) is not None:
-                buffer: Tensor = found
-                return buffer
-        raise ValueError(self._missing(base, f"keeps {sorted(map(str, state))}"))
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from samopt.distributed import local_part
 
-__all__ = ["any_nonzero", "dense_gradients", "poison"]
+__all__ = ["Taken", "any_nonzero", "dense_gradients", "poison"]
+
+
+class Taken(NamedTuple):
+    """Parameters, and what the gradient of each is or was."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor | None]
+
+    def clear(self) -> None:
+        """Take the gradients away from the parameters."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def put_back(self) -> None:
+        """Give every parameter the gradient that it had."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+
+    def forget(self) -> None:
+        """Let go of everything."""
+        self.parameters.clear()
+        self.gradients.clear()
 
 
 def any_nonzero(groups: list[dict[str, Any]]) -> bool:

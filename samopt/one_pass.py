@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import OptState
 
 from samopt.direction import Direction, TakenDirection
 from samopt.distributed import reshard, unsynced
-from samopt.gradients import any_nonzero
+from samopt.gradients import Taken, any_nonzero
 from samopt.kernels.memory import NEW_MEMORY, Spare
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.observation import is_observed
@@ -91,10 +91,12 @@ class OnePass:
         spare, self._spare = self._spare, NEW_MEMORY
         targets = optimizer.targets_along(self._direction)
         self._has_ascended = True
-        with torch.no_grad():
-            perturbation = Perturbation(
-                targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
-            )
+        if not targets:
+            self._moved = StepMetrics(radius=torch.zeros(()), applied_radius=torch.zeros(()))
+            return
+        perturbation = Perturbation(
+            targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
+        )
         if perturbation.is_empty or perturbation.usable is False:
             self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=torch.zeros(()))
             return
@@ -267,7 +269,8 @@ class OnePass:
         if self._has_ascended:
             self._optimizer.advance_rounding()
             if self._optimizer.may_move():  # when the next forward begins, mostly nobody else holds the gradients
-                self._spare = Spare(p.grad for p in self._optimizer.parameters() if p.grad is not None)
+                gradients = [parameter.grad for parameter in self._optimizer.parameters()]
+                self._spare = Spare([gradient for gradient in gradients if gradient is not None])
         self._has_ascended = False
         self.loss = None
 
@@ -281,28 +284,28 @@ class OnePass:
             if optimizer.measure_grad_norms
             else []
         )
-        self.metrics = replace(
-            self._moved,
-            perturbed_loss=as_scalar(self.loss),
-            perturbed_grad_norm=gradient_norm(gradients) if gradients else None,
-        )
+        self.metrics = self._moved
+        if self.loss is not None or gradients:
+            self.metrics = replace(
+                self._moved,
+                perturbed_loss=as_scalar(self.loss),
+                perturbed_grad_norm=gradient_norm(gradients) if gradients else None,
+            )
 
 
 class _Aside:
     """What a pass at ``w`` changes besides the weights, kept to be put back: gradients, buffers, random streams."""
 
     def __init__(self, parameters: list[Tensor], model: nn.Module | None, devices: list[torch.device]) -> None:
-        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
+        self._taken = Taken(parameters, [parameter.grad for parameter in parameters])
         self._buffers = [] if model is None else save_buffers(model)
         self._random = RngState.capture(devices)
 
     def begin(self) -> None:
-        for parameter, _ in self._gradients:
-            parameter.grad = None
+        self._taken.clear()
 
     def end(self) -> None:
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
+        self._taken.put_back()
         for saved in self._buffers:
             saved.restore()
         self._random.restore()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -24,7 +25,7 @@ __all__ = ["Perturbation", "Placement", "Radius", "Region", "Targets", "gradient
 Radius: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
 """A number; a 0-dim tensor; or what makes one of ``||T d||_2``. Tensors are never read on the host."""
 
-_WHOLE = (nn.Parameter, Tensor)  # kinds of tensors of which this rank has everything; others are asked
+_WHOLE = {nn.Parameter, Tensor}  # kinds of tensors of which this rank has everything; others are asked
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,11 @@ class Perturbation:
             _Part.of(block, region, shards, backend) for block, region, shards in _group(targets, metric, linf, quiet)
         ]
         self._saved: list[tuple[Backend[Any], Saved]] = []
-        self.is_sharded = any(part.shards is not None for part in self._parts)
+        self.is_sharded = any([part.shards is not None for part in self._parts])
         """Whether a part of something that moves is on another rank."""
         self._linf = linf
-        self._lengths = self._measured()
+        with torch.no_grad():
+            self._lengths = self._measured()
         self.norm = self._lengths.norm
         """``||T d||_2`` over every target, shards on other ranks included: 0-dim, on the first target's device."""
 
@@ -111,20 +113,21 @@ class Perturbation:
     @property
     def zero(self) -> Tensor:
         """``norm`` times 0: nan where it is not finite."""
-        return self._lengths.zero
+        return self.norm * 0 if self._lengths.zero is None else self._lengths.zero
 
     def gradient_norm(self) -> Tensor:
         """Return ``||d||_2`` over every target, without the metric: 0-dim, on the device of ``norm``.
 
         Costs one more read of the directions where the metric is not the identity.
         """
-        if self._lengths.plain is None:
+        if self._lengths.plain is not None:
+            return self._lengths.plain
+        with torch.no_grad():
             plain = [
                 length if part.block.metric is None else part.backend.norm(part.block.without_metric())
                 for part, length in zip(self._parts, self._lengths.blocks, strict=True)
             ]
             return self._combine(plain)
-        return self._lengths.plain
 
     def apply(self, noise: Noise | None = None, *, consume: bool = False, spare: Spare = NEW_MEMORY) -> Tensor:
         """Save every weight, then move all of them uphill.
@@ -141,23 +144,24 @@ class Perturbation:
             The norm of what was really applied, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity), 0-dim:
             measured after rounding for low-precision weights, the radius asked for the others.
         """
-        everything = [(part.backend, part.backend.save(part.block, consume, spare)) for part in self._parts]
-        self._saved = everything
-        applied = []
-        for part, length, (_, saved) in zip(self._parts, self._lengths.blocks, everything, strict=True):
-            region, block, backend = part.region, part.block, part.backend
-            stride = Stride(self.norm, region.radius_at(self.norm), region.sign, self._linf)
-            with torch.no_grad():
+        with torch.no_grad():
+            everything = [(part.backend, part.backend.save(part.block, consume, spare)) for part in self._parts]
+            self._saved = everything
+            applied = []
+            for part, length, (backend, saved) in zip(self._parts, self._lengths.blocks, everything, strict=True):
+                region, block = part.region, part.block
+                stride = Stride(self.norm, region.radius_at(self.norm), region.sign, self._linf)
                 if backend.climb is not None:
                     applied.append(backend.climb(block, length, stride, part.noise(noise), saved))
                     continue
                 scale = stride.scale(length.device)
                 backend.ascend(block, scale, part.noise(noise), saved)
-            if is_low_precision(block.weights[0]):
-                applied.append(_measure(block, saved.backups, self._linf))
-            else:
-                applied.append(scale.abs() * (length > 0) if self._linf else scale.abs() * length.nan_to_num(0, 0, 0))
-        return self._combine(applied, largest=self._linf)
+                if is_low_precision(block.weights[0]):
+                    applied.append(_measure(block, saved.backups, self._linf))
+                else:
+                    far = length > 0 if self._linf else length.nan_to_num(0, 0, 0)
+                    applied.append(scale.abs() * far)
+            return self._combine(applied, largest=self._linf)
 
     def release_directions(self) -> None:
         """Forget the directions, which ``apply`` no longer needs, so that their memory can be reused."""
@@ -165,10 +169,11 @@ class Perturbation:
 
     def undo(self) -> None:
         """Write every saved weight back, bit for bit."""
-        with torch.no_grad():
-            for backend, saved in reversed(self._saved):  # weights that share memory may have been saved in turn
-                backend.restore(saved)
-        self._saved = []
+        if self._saved:
+            with torch.no_grad():
+                for backend, saved in reversed(self._saved):  # weights that share memory may have been saved in turn
+                    backend.restore(saved)
+            self._saved = []
 
     def restore_and_step(self, base: Optimizer) -> bool:
         """Do ``undo`` and the base's step in one pass over memory, where the backend of everything that moved can.
@@ -182,22 +187,20 @@ class Perturbation:
         fusions = {backend.name: backend.fusion for backend, _ in self._saved}
         if len(fusions) != 1 or self.is_sharded or (fusion := fusions.popitem()[1]) is None:
             return False
-        done = fusion.restore_and_step(base, [saved for _, saved in self._saved])
+        with torch.no_grad():
+            done = fusion.restore_and_step(base, [saved for _, saved in self._saved])
         if done:
             self._saved = []
         return done
 
     def _measured(self) -> Lengths:
         """Return the norms: all at once where one backend can, else part by part."""
-        backends = {part.backend.name: part.backend for part in self._parts}
-        devices = {part.block.weights[0].device for part in self._parts}
-        if len(backends) == len(devices) == 1 and not self.is_sharded:
-            (backend,) = backends.values()
-            if backend.measure is not None:
-                return backend.measure([part.block for part in self._parts])
+        measure = self._parts[0].backend.measure if self._parts else None
+        if measure is not None and not self.is_sharded:
+            if len({(part.backend.name, part.block.weights[0].device) for part in self._parts}) == 1:
+                return measure([part.block for part in self._parts])
         blocks = [part.backend.norm(part.block) for part in self._parts]
-        norm = self._combine(blocks)
-        return Lengths(norm, None, norm * 0, blocks)
+        return Lengths(self._combine(blocks), None, None, blocks)
 
     def _combine(self, lengths: Sequence[Tensor], *, largest: bool = False) -> Tensor:
         """Return the length of everything from the length of each part."""
@@ -276,8 +279,7 @@ def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor
         if gradient is not None:
             weights.append(parameter)
             gradients.append(gradient)
-    with torch.no_grad():
-        return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm
+    return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm
 
 
 def largest_radius(targets: Iterable[Targets], norm: Tensor) -> Tensor:
@@ -318,6 +320,10 @@ def _group(
     """Yield blocks that one kernel call can treat alike, region by region, in order of first appearance."""
     euclidean = metric.name == "euclidean"
     for region, weights, directions in targets:
+        if _all_alike(weights, directions):
+            for some, towards, own in _by_metric(weights, directions, None if euclidean else metric):
+                yield Block(some, towards, own, region.eta, linf, quiet), region, None
+            continue
         parts: dict[tuple[object, ...], tuple[Block, Region, Shards | None]] = {}
         for weight, direction in zip(weights, directions, strict=True):
             shards = None
@@ -339,6 +345,32 @@ def _group(
             block.weights.append(weight)
             block.directions.append(direction)
         yield from parts.values()
+
+
+def _by_metric(
+    weights: list[Tensor], directions: list[Tensor], metric: Metric | None
+) -> Iterator[tuple[list[Tensor], list[Tensor], Metric | None]]:
+    """Yield the weights that the metric applies to and the others, in order of first appearance."""
+    if metric is None:
+        yield weights, directions, None
+        return
+    applies = [metric.applies_to(weight) for weight in weights]
+    for does in dict.fromkeys(applies):
+        chosen = [each is does for each in applies]
+        yield list(compress(weights, chosen)), list(compress(directions, chosen)), metric if does else None
+
+
+def _all_alike(weights: list[Tensor], directions: list[Tensor]) -> bool:
+    """Return whether everything is whole, dense, contiguous, and of one device and two dtypes, as it mostly is."""
+    return (
+        _WHOLE.issuperset(map(type, weights))
+        and {Tensor}.issuperset(map(type, directions))
+        and len({weight.dtype for weight in weights}) == len({direction.dtype for direction in directions}) == 1
+        and len({weight.device for weight in weights}) == 1
+        and {torch.strided} == {direction.layout for direction in directions}
+        and all([weight.is_contiguous() for weight in weights])
+        and all([direction.is_contiguous() for direction in directions])
+    )
 
 
 def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from samopt.combination import Combination
 from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.geometry import Metric
-from samopt.gradients import dense_gradients
+from samopt.gradients import Taken, dense_gradients
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.perturbation import Perturbation, Targets, gradient_norm, largest_radius
 from samopt.replay import Replay, RngState
@@ -27,8 +27,8 @@ class SecondPass:
     Making one measures and changes nothing. ``enter`` takes the gradients and moves the weights; ``leave`` undoes it.
 
     Args:
-        gradients: Every trainable parameter with its gradient of the first pass; emptied on entry where the gradients
-            are used up, so that their memory can hold the weights.
+        taken: Every trainable parameter with its gradient of the first pass; emptied on entry where the gradients are
+            used up, so that their memory can hold the weights.
         targets: What moves.
         metric: The metric ``T``.
         linf: True for the l-infinity ball.
@@ -46,7 +46,7 @@ class SecondPass:
 
     def __init__(
         self,
-        gradients: list[tuple[Tensor, Tensor | None]],
+        taken: Taken,
         targets: Sequence[Targets],
         metric: Metric,
         *,
@@ -59,9 +59,8 @@ class SecondPass:
     ) -> None:
         self.loss: Any = None
         self.is_spoiled = False
-        with torch.no_grad():
-            self.perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
-            norm = self.perturbation.gradient_norm() if measure_grad_norms else None
+        self.perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
+        norm = self.perturbation.gradient_norm() if measure_grad_norms else None
         self._is_alone = not runs_on_several_ranks()
         self.is_needed = self.perturbation.usable is not False or (may_move and not self._is_alone)
         """False where the host knows that nothing moves: the first gradients are all zero, or not all finite.
@@ -70,9 +69,9 @@ class SecondPass:
         waiting for it. Its weights stay where they are then, so that the pass repeats the first one's gradients for
         everybody.
         """
-        self._gradients = gradients
+        self._taken = taken
         self._keep_gradients = keep_gradients
-        self._moving = [weight for some in targets for weight in some.weights]
+        self._moving = [weight for some in targets for weight in some.weights] if measure_grad_norms else []
         self._backend = backend
         self._measure_grad_norms = measure_grad_norms
         self._metrics = StepMetrics(
@@ -90,12 +89,11 @@ class SecondPass:
             start: Random state at the start of the first pass, where known.
             noise: Numbers for stochastic rounding, or None.
         """
-        for parameter in [parameter for parameter, _ in self._gradients]:
-            parameter.grad = None
+        self._taken.clear()
         replay.begin(start)
         if self.is_needed:
             if not self._keep_gradients:
-                self._gradients.clear()  # now their memory is the perturbation's alone, unless the user holds them
+                self._taken.forget()  # now their memory is the perturbation's alone, unless the user holds them
             applied = self.perturbation.apply(noise, consume=not self._keep_gradients)
             self._metrics = replace(self._metrics, applied_radius=applied)
         if self.perturbation.is_sharded:
@@ -123,8 +121,7 @@ class SecondPass:
         replay.end()
         torch.clear_autocast_cache()
         if not self.is_needed:
-            for parameter, gradient in self._gradients:
-                parameter.grad = gradient
+            self._taken.put_back()
 
     def combine(self, combination: Combination) -> None:
         """Make the base's gradients of both passes'; call it after ``leave``.
@@ -132,14 +129,14 @@ class SecondPass:
         Args:
             combination: The rule.
         """
-        both = [(p, g) for p, g in self._gradients if g is not None and p.grad is not None]
+        both = [(p, g) for p, g in zip(*self._taken, strict=True) if g is not None and p.grad is not None]
         parameters = [parameter for parameter, _ in both]
         if self.is_needed and both:
             self.is_spoiled = True
             with torch.no_grad():
                 combination.combine(parameters, [local_part(g, p) for p, g in both], dense_gradients(parameters))
             self.is_spoiled = False
-        self._gradients = []
+        self._taken = Taken([], [])
 
     def measure(self) -> StepMetrics:
         """Return what both passes measured; call it after ``leave``, with the second gradients in place."""

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from samopt.direction import Direction, named_direction
 from samopt.geometry import Adaptive, Euclidean, Fisher, Metric
+from samopt.gradients import Taken
 from samopt.metrics import StepMetrics
 from samopt.notice import warn_user
 from samopt.optimizer import SharpnessAwareOptimizer
@@ -169,7 +170,7 @@ class TRAM(SharpnessAwareOptimizer):
     def _accelerators_if_moving(self) -> tuple[torch.device, ...] | None:
         return tuple(self.accelerators()) if self.may_move() else None
 
-    def take_stock(self) -> tuple[list[tuple[Tensor, Tensor | None]], list[Targets]]:
+    def take_stock(self) -> tuple[Taken, list[Targets]]:
         """Return what ``SharpnessAwareOptimizer.take_stock`` does, with a newly measured distance in the radii."""
         self._distance = None
         return super().take_stock()

@@ -182,9 +182,9 @@ class TwoPass:
         """
         self.settle("ascend()")
         optimizer = self._optimizer
-        gradients, targets = optimizer.take_stock()
+        taken, targets = optimizer.take_stock()
         second = SecondPass(
-            gradients,
+            taken,
             targets,
             optimizer.metric,
             linf=optimizer.norm == "linf",

@@ -53,6 +53,11 @@ class Block:
         """Number of elements of each weight."""
         return [weight.numel() for weight in self.weights]
 
+    @functools.cached_property
+    def are_vectors(self) -> bool:
+        """Whether every weight has one dimension."""
+        return all([weight.dim() == 1 for weight in self.weights])
+
     def without_metric(self) -> Block:
         """Return the same tensors under the identity metric."""
         return replace(self, metric=None)
@@ -89,13 +94,13 @@ class Lengths:
     Attributes:
         norm: ``||T d||_2`` over everything.
         plain: ``||d||_2`` over everything; None where that would take another read.
-        zero: ``norm`` times 0: nan where it is not finite.
+        zero: ``norm`` times 0, which is nan where it is not finite; None where nobody has it yet.
         blocks: ``||T d||_2`` over each block.
     """
 
     norm: Tensor
     plain: Tensor | None
-    zero: Tensor
+    zero: Tensor | None
     blocks: list[Tensor]
 
 

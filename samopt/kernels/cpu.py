@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ __all__ = [
     "Slice",
     "ascend",
     "climb",
+    "has_small_only",
     "is_small",
     "moved",
     "norm",
@@ -63,7 +64,7 @@ class Exchange(Saved):
     """A way back that fills up piece by piece.
 
     Attributes:
-        places: For each weight, memory that will take its old values; None for a small one.
+        places: For each weight, memory that will take its old values; None for a small one. Empty where all are small.
         record: The weights, or slices of them, that may have been written so far, with the old values of each.
     """
 
@@ -85,7 +86,6 @@ class Slice(NamedTuple):
     place: Tensor | None
 
 
-@torch.no_grad()
 def norm(block: Block) -> Tensor:
     """Return ``||T d||_2`` over the block: a 0-dim fp64 tensor.
 
@@ -96,7 +96,7 @@ def norm(block: Block) -> Tensor:
     dtype = block.directions[0].dtype
     if block.metric is None and elements <= _SMALL and dtype is torch.float32:
         # Nothing that fp32 holds has a square that fp64 does not.
-        whole: Tensor = torch.linalg.vector_norm(_joined(block.directions), dtype=torch.float64)
+        whole: Tensor = torch.linalg.vector_norm(_joined(block.directions, block.are_vectors), dtype=torch.float64)
         return whole
     rows = [row for uphill in _uphill(block) for row in _row_norms(uphill)]
     if not rows:
@@ -109,9 +109,10 @@ def norm(block: Block) -> Tensor:
     return length if safe else reference.norm(block)
 
 
-@torch.no_grad()
 def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Exchange:
     """Return room for every large weight: its direction's memory where that may be overwritten, else other memory."""
+    if has_small_only(block):
+        return Exchange([])
     places = [
         None if is_small(size) else room_for(weight, direction, consume, spare)
         for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True)
@@ -119,13 +120,11 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Exch
     return Exchange([], places)
 
 
-@torch.no_grad()
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Exchange | None = None) -> None:
     """Write ``w + scale T^2 d``, and the old ``w`` into ``saved``, piece by piece."""
     _move(block, float(scale), saved)
 
 
-@torch.no_grad()
 def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Exchange) -> Tensor:
     """Do ``ascend`` with the step's arithmetic on the host; return how far it went, 0-dim."""
     step, far = stride.factor(), float(length)
@@ -133,7 +132,6 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
     return torch.tensor(abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
 
 
-@torch.no_grad()
 def restore(saved: Exchange) -> None:
     """Copy the saved weights back, bit for bit; last first, since weights that share memory were saved in turn."""
     for weights, values in reversed(saved.record):
@@ -149,6 +147,15 @@ def is_small(size: int) -> bool:
     return size <= _SMALL
 
 
+def has_small_only(block: Block) -> bool:
+    """Return whether no weight of a block is large.
+
+    Args:
+        block: The block.
+    """
+    return is_small(max(block.sizes, default=0))
+
+
 def slices(block: Block, places: Sequence[Tensor | None] | None = None) -> Iterator[Slice]:
     """Yield the parts of a block's large weights.
 
@@ -156,7 +163,7 @@ def slices(block: Block, places: Sequence[Tensor | None] | None = None) -> Itera
         block: The block.
         places: Memory laid out like each weight, handed out in the same parts; None where there is none.
     """
-    if is_small(max(block.sizes, default=0)):
+    if has_small_only(block):
         return
     limit = _piece_size()
     rooms = repeat(None) if places is None else places
@@ -188,28 +195,29 @@ def moved(part: Slice, block: Block, step: float, room: Tensor, target: Tensor) 
 
 
 def scratch(block: Block) -> Tensor:
-    """Return room for the intermediate values of one slice; none where there are no slices.
+    """Return room for the intermediate values of one slice.
 
     Args:
-        block: Whose slices.
+        block: Whose slices; it has some.
     """
-    largest = max(block.sizes, default=0)
-    size = 0 if is_small(largest) else min(_piece_size(), largest)
-    return torch.empty(size, dtype=block.weights[0].dtype if block.weights else None)
+    return torch.empty(min(_piece_size(), max(block.sizes)), dtype=block.weights[0].dtype)
 
 
 def _move(block: Block, step: float, saved: Exchange | None) -> None:
     if step == 0:
         return
-    for weights, directions in _small(block):
+    for some in _small(block):
+        weights = some.weights
         if saved is not None:
-            saved.record.append((weights, _copies(weights)))  # only now may they change, whenever an interrupt comes
+            saved.record.append((weights, _copies(some)))  # only now may they change, whenever an interrupt comes
         if block.metric is None:
-            torch._foreach_add_(weights, directions, alpha=step)
+            torch._foreach_add_(weights, some.directions, alpha=step)
         else:
             lengths = torch._foreach_abs(weights)
             torch._foreach_add_(lengths, block.eta)
-            torch._foreach_addcmul_(weights, torch._foreach_mul(lengths, directions), lengths, value=step)
+            torch._foreach_addcmul_(weights, torch._foreach_mul(lengths, some.directions), lengths, value=step)
+    if has_small_only(block):
+        return
     room, target = scratch(block), scratch(block)
     for part in slices(block, None if saved is None else saved.places):
         weight, direction, place = part
@@ -226,11 +234,14 @@ def _move(block: Block, step: float, saved: Exchange | None) -> None:
 
 def _uphill(block: Block) -> Iterator[Tensor]:
     """Yield the values of ``T d`` as vectors; each is overwritten by the next where there is a metric."""
-    for weights, directions in _small(block):
-        vector = _joined(directions)
+    for some in _small(block):
+        vector = _joined(some.directions, some.are_vectors)
         if block.metric is not None:
-            vector = _lengths(_joined(weights), block.eta, torch.empty_like(vector)).mul_(vector)
+            weights = _joined(some.weights, some.are_vectors)
+            vector = _lengths(weights, block.eta, torch.empty_like(vector)).mul_(vector)
         yield vector
+    if has_small_only(block):
+        return
     if block.metric is None:
         for size, direction in zip(block.sizes, block.directions, strict=True):
             if not is_small(size):
@@ -241,44 +252,43 @@ def _uphill(block: Block) -> Iterator[Tensor]:
         yield _lengths(part.weight, block.eta, room[: part.weight.numel()]).mul_(part.direction)
 
 
-def _small(block: Block) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def _small(block: Block) -> Iterator[Block]:
     """Yield the small weights with their directions, several pieces' worth at a time."""
     limit = _PIECES_TOGETHER * _piece_size()
+    if has_small_only(block) and 0 < sum(block.sizes) <= limit:
+        yield block
+        return
     weights: list[Tensor] = []
     directions: list[Tensor] = []
     total = 0
     for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True):
         if 0 < size <= _SMALL:
             if total + size > limit and weights:
-                yield weights, directions
+                yield replace(block, weights=weights, directions=directions)
                 weights, directions, total = [], [], 0
             weights.append(weight)
             directions.append(direction)
             total += size
     if weights:
-        yield weights, directions
+        yield replace(block, weights=weights, directions=directions)
 
 
 def _piece_size() -> int:
     return max(_PIECE, _PIECE_PER_THREAD * torch.get_num_threads())
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
+def _joined(tensors: list[Tensor], are_vectors: bool) -> Tensor:
     """Return the values as one vector."""
-    if _are_vectors(tensors):
+    if are_vectors:
         return torch.cat(tensors)
     vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
     return vector
 
 
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    if _are_vectors(tensors):
-        return list(torch.split(torch.cat(tensors), [tensor.numel() for tensor in tensors]))
-    return [tensor.clone() for tensor in tensors]
-
-
-def _are_vectors(tensors: list[Tensor]) -> bool:
-    return all([tensor.dim() == 1 for tensor in tensors])
+def _copies(block: Block) -> list[Tensor]:
+    if block.are_vectors:
+        return list(torch.split(torch.cat(block.weights), block.sizes))
+    return [weight.clone() for weight in block.weights]
 
 
 def _lengths(weight: Tensor, eta: float, room: Tensor) -> Tensor:

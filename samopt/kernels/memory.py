@@ -68,10 +68,9 @@ class Spare:
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._vectors: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         for tensor in tensors:
-            if type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided:
-                size = tensor.numel()
-                if size >= _WORTHWHILE:
-                    self._vectors.setdefault((tensor.dtype, size), []).append(tensor.detach())
+            size = tensor.numel()
+            if size >= _WORTHWHILE and type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided:
+                self._vectors.setdefault((tensor.dtype, size), []).append(tensor.detach())
 
     def like(self, tensor: Tensor) -> Tensor:
         """Return memory of a tensor's dtype, shape and layout, with any values; each is handed out once.

@@ -34,18 +34,20 @@ class Move(Saved):
     exchange: cpu.Exchange
 
 
-@torch.no_grad()
 def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move:
     """Return where every weight may go, and its way back.
 
     A view, an alias, NumPy or another process would not see a weight move, so what they share stays where it is; small
     weights do, too, since they are faster together.
     """
-    leaves = [
-        not cpu.is_small(size) and owns_its_memory(weight)
-        for size, weight in zip(block.sizes, block.weights, strict=True)
-    ]
-    leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
+    if cpu.has_small_only(block):
+        leaving, staying = replace(block, weights=[], directions=[]), block
+    else:
+        leaves = [
+            not cpu.is_small(size) and owns_its_memory(weight)
+            for size, weight in zip(block.sizes, block.weights, strict=True)
+        ]
+        leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
     if block.quiet:
         staying = staying.behind_autograd()
     exchange = cpu.save(staying, consume, spare)
@@ -57,17 +59,15 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move
     return Move([], leaving, homes, rooms, staying, exchange)
 
 
-@torch.no_grad()
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move | None = None) -> None:
     """Write ``w + scale T^2 d`` elsewhere and point each weight there; without ``saved``, in place."""
     if saved is None:
         cpu.ascend(block, scale, noise)
         return
     cpu.ascend(saved.staying, scale, noise, saved.exchange)
-    step = float(scale)
-    if step == 0:
+    step, leaving = float(scale), saved.leaving
+    if step == 0 or not leaving.weights:
         return
-    leaving = saved.leaving
     if block.metric is None:
         for weight, direction, room in zip(leaving.weights, leaving.directions, saved.rooms, strict=True):
             torch.add(weight, direction, alpha=step, out=room)

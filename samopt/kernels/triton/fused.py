@@ -34,7 +34,6 @@ class _Launch:
     constants: dict[str, Any]
 
 
-@torch.no_grad()
 def restore_and_step(base: Optimizer, ways: Sequence[Way]) -> bool:
     """Put the weights back and take the base's step, in one launch for each dtype and parameter group.
 
