@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["StepMetrics"]
+__all__ = ["Known", "StepMetrics", "as_scalar"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A measurement that is there already.
+
+    Attributes:
+        value: 0-dim.
+    """
+
+    value: Tensor
+
+    def __call__(self) -> Tensor:
+        """Return it."""
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -16,7 +32,7 @@ class StepMetrics:
     """Measurements of the latest pair of passes, as 0-dim tensors on the training device.
 
     Reading a tensor's value (``float(...)``, ``to_dict()``) is what waits for the device; making them does not. Under a
-    ``GradScaler`` both gradient norms are those of the scaled gradients. A field is None where it was not measured.
+    ``GradScaler`` both gradient norms are those of the scaled gradients. What was not measured is None.
 
     Attributes:
         loss: Loss of the first pass, at ``w``.
@@ -24,9 +40,8 @@ class StepMetrics:
         grad_norm: ``||g||_2`` over the perturbed parameters at ``w``.
         perturbed_grad_norm: ``||g||_2`` over the same parameters at ``w + epsilon``.
         radius: Radius asked for, in the metric's norm; the largest among the groups. 0 where nothing was perturbed.
-        applied_radius: Norm of the perturbation really applied, in the metric's norm: measured after rounding for
-            bf16 and fp16 parameters, equal to the radius asked up to rounding for the others.
         distance: Trust-region distance that the radius was made from (``TRAM`` only).
+        applied: Makes ``applied_radius``.
     """
 
     loss: Tensor | None = None
@@ -34,8 +49,17 @@ class StepMetrics:
     grad_norm: Tensor | None = None
     perturbed_grad_norm: Tensor | None = None
     radius: Tensor | None = None
-    applied_radius: Tensor | None = None
     distance: Tensor | None = None
+    applied: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def applied_radius(self) -> Tensor | None:
+        """Norm of the perturbation really applied, in the metric's norm.
+
+        It is measured after rounding for bf16 and fp16 parameters, equal to the radius asked up to rounding for the
+        others. What its parts add up to is worked out when somebody asks.
+        """
+        return None if self.applied is None else self.applied()
 
     @property
     def sharpness(self) -> Tensor | None:
@@ -45,9 +69,13 @@ class StepMetrics:
         return self.perturbed_loss - self.loss
 
     def to_dict(self) -> dict[str, float]:
-        """Return every measured value, ``sharpness`` included, as a float; waits for the device."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)} | {"sharpness": self.sharpness}
-        return {name: float(value) for name, value in named.items() if value is not None}
+        """Return every measured value, ``applied_radius`` and ``sharpness`` too, as a float; waits for the device."""
+        names = [each.name for each in fields(self) if each.name != "applied"] + ["applied_radius", "sharpness"]
+        return {name: float(value) for name in names if (value := getattr(self, name)) is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        applied = self.applied_radius
+        return vars(self) | {"applied": None if applied is None else Known(applied)}
 
 
 def as_scalar(loss: Any) -> Tensor | None:

@@ -16,7 +16,7 @@ from samopt.direction import Direction, TakenDirection
 from samopt.distributed import reshard, unsynced
 from samopt.gradients import Taken, any_nonzero
 from samopt.kernels.memory import NEW_MEMORY, Spare
-from samopt.metrics import StepMetrics, as_scalar
+from samopt.metrics import Known, StepMetrics, as_scalar
 from samopt.observation import is_observed
 from samopt.perturbation import Perturbation, gradient_norm, largest_radius
 from samopt.replay import RngState, save_buffers
@@ -92,13 +92,13 @@ class OnePass:
         targets = optimizer.targets_along(self._direction)
         self._has_ascended = True
         if not targets:
-            self._moved = StepMetrics(radius=torch.zeros(()), applied_radius=torch.zeros(()))
+            self._moved = StepMetrics(radius=torch.zeros(()), applied=Known(torch.zeros(())))
             return
         perturbation = Perturbation(
             targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
         )
         if perturbation.is_empty or perturbation.usable is False:
-            self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=torch.zeros(()))
+            self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied=Known(torch.zeros(())))
             return
         self._perturbation = perturbation
         self._has_stale_copies = perturbation.is_sharded
@@ -109,7 +109,7 @@ class OnePass:
             raise
         if perturbation.is_sharded:
             reshard(self.model)
-        self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied_radius=applied)
+        self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied=applied)
         perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 

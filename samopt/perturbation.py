@@ -17,6 +17,7 @@ from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block, Lengths, Saved, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, lie_alike
 from samopt.kernels.reference import vector_norm
+from samopt.metrics import Known
 from samopt.precision import is_low_precision
 from samopt.rounding import Noise
 
@@ -129,7 +130,9 @@ class Perturbation:
             ]
             return self._combine(plain)
 
-    def apply(self, noise: Noise | None = None, *, consume: bool = False, spare: Spare = NEW_MEMORY) -> Tensor:
+    def apply(
+        self, noise: Noise | None = None, *, consume: bool = False, spare: Spare = NEW_MEMORY
+    ) -> Callable[[], Tensor]:
         """Save every weight, then move all of them uphill.
 
         A norm that is zero, infinite or nan moves nothing.
@@ -141,13 +144,13 @@ class Perturbation:
             spare: Other memory that may take them.
 
         Returns:
-            The norm of what was really applied, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity), 0-dim:
-            measured after rounding for low-precision weights, the radius asked for the others.
+            Gives the norm of what was really applied, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity),
+            0-dim: measured after rounding for low-precision weights, the radius asked for the others.
         """
         with torch.no_grad():
             everything = [(part.backend, part.backend.save(part.block, consume, spare)) for part in self._parts]
             self._saved = everything
-            applied = []
+            applied: list[Callable[[], Tensor]] = []
             for part, length, (backend, saved) in zip(self._parts, self._lengths.blocks, everything, strict=True):
                 region, block = part.region, part.block
                 stride = Stride(self.norm, region.radius_at(self.norm), region.sign, self._linf)
@@ -157,11 +160,11 @@ class Perturbation:
                 scale = stride.scale(length.device)
                 backend.ascend(block, scale, part.noise(noise), saved)
                 if is_low_precision(block.weights[0]):
-                    applied.append(_measure(block, saved.backups, self._linf))
+                    applied.append(Known(_measure(block, saved.backups, self._linf)))
                 else:
                     far = length > 0 if self._linf else length.nan_to_num(0, 0, 0)
-                    applied.append(scale.abs() * far)
-            return self._combine(applied, largest=self._linf)
+                    applied.append(Known(scale.abs() * far))
+            return self._joined_later(applied)
 
     def release_directions(self) -> None:
         """Forget the directions, which ``apply`` no longer needs, so that their memory can be reused."""
@@ -202,21 +205,20 @@ class Perturbation:
         blocks = [part.backend.norm(part.block) for part in self._parts]
         return Lengths(self._combine(blocks), None, None, blocks)
 
-    def _combine(self, lengths: Sequence[Tensor], *, largest: bool = False) -> Tensor:
-        """Return the length of everything from the length of each part."""
-        if not lengths:
-            return torch.zeros(())
-        if len(lengths) == 1 and self._parts[0].shards is None:
-            return lengths[0]
-        # How parts are cut may differ between ranks; where their shards are may not, so that all ranks join in.
-        by_place: dict[Shards | None, list[Tensor]] = {}
-        for part, length in zip(self._parts, lengths, strict=True):
-            by_place.setdefault(part.shards, []).append(length.to(lengths[0].device, non_blocking=True))
-        join = _longest if largest else _joint_length
-        whole = []
-        for place, some in by_place.items():
-            whole.append(join(some) if place is None else place.combine(join(some), largest=largest))
-        return whole[0] if len(whole) == 1 else join(whole)
+    def _combine(self, lengths: Sequence[Tensor]) -> Tensor:
+        return _combined(lengths, [part.shards for part in self._parts])
+
+    def _joined_later(self, applied: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+        """Return what gives the length of the whole move; where others have a share in it, that is known at once."""
+        if len(applied) == 1 and not self.is_sharded:
+            return applied[0]
+        places = [part.shards for part in self._parts]
+        largest = self._linf
+
+        def joined() -> Tensor:
+            return _combined([length() for length in applied], places, largest=largest)
+
+        return Known(joined()) if self.is_sharded else joined
 
 
 class Placement:
@@ -386,6 +388,23 @@ def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:
         lengths.append(moved.abs().amax() if linf and moved.numel() else vector_norm(moved))
     stacked = torch.stack(lengths)
     return stacked.amax() if linf else vector_norm(stacked)
+
+
+def _combined(lengths: Sequence[Tensor], places: Sequence[Shards | None], *, largest: bool = False) -> Tensor:
+    """Return the length of everything from the length of each part."""
+    if not lengths:
+        return torch.zeros(())
+    if len(lengths) == 1 and places[0] is None:
+        return lengths[0]
+    # How parts are cut may differ between ranks; where their shards are may not, so that all ranks join in.
+    by_place: dict[Shards | None, list[Tensor]] = {}
+    for place, length in zip(places, lengths, strict=True):
+        by_place.setdefault(place, []).append(length.to(lengths[0].device, non_blocking=True))
+    join = _longest if largest else _joint_length
+    whole = []
+    for place, some in by_place.items():
+        whole.append(join(some) if place is None else place.combine(join(some), largest=largest))
+    return whole[0] if len(whole) == 1 else join(whole)
 
 
 def _longest(lengths: list[Tensor]) -> Tensor:

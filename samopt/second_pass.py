@@ -13,7 +13,7 @@ from samopt.combination import Combination
 from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.geometry import Metric
 from samopt.gradients import Taken, dense_gradients
-from samopt.metrics import StepMetrics, as_scalar
+from samopt.metrics import Known, StepMetrics, as_scalar
 from samopt.perturbation import Perturbation, Targets, gradient_norm, largest_radius
 from samopt.replay import Replay, RngState
 from samopt.rounding import Noise
@@ -78,7 +78,7 @@ class SecondPass:
             loss=as_scalar(first_loss),
             grad_norm=norm,
             radius=largest_radius(targets, self.perturbation.norm),
-            applied_radius=torch.zeros(()),
+            applied=Known(torch.zeros(())),
         )
 
     def enter(self, replay: Replay, start: RngState | None, noise: Noise | None) -> None:
@@ -95,7 +95,7 @@ class SecondPass:
             if not self._keep_gradients:
                 self._taken.forget()  # now their memory is the perturbation's alone, unless the user holds them
             applied = self.perturbation.apply(noise, consume=not self._keep_gradients)
-            self._metrics = replace(self._metrics, applied_radius=applied)
+            self._metrics = replace(self._metrics, applied=applied)
         if self.perturbation.is_sharded:
             reshard(replay.model)
         self.perturbation.release_directions()

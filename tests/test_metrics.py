@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import samopt
 from samopt.metrics import as_scalar
 from samopt.perturbation import Perturbation
-from tests.cases import curved, linear, tensors, wrapped_step
+from tests.cases import batch, curved, linear, mlp, tensors, wrapped_step
 
 FORMS = ["closure", "explicit"]
 VARIANTS = {"sam": (samopt.SAM, 0.3, None), "asam": (samopt.ASAM, 0.3, 0.01)}
@@ -110,6 +111,30 @@ def test_norms_and_radii_are_those_of_the_weights_and_gradients(variant, stochas
     assert metrics["applied_radius"] == pytest.approx(applied, rel=1e-12 if dtype is torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_a_step_can_be_read_after_later_ones_and_from_a_pickle(dtype, direction):
+    model = mlp(dtype)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = samopt.SAM(base, rho=0.3, model=model, direction=direction)
+    x, y = batch(dtype)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    steps = []
+    for rho in (0.3, 0.1, 0.7, 0.5):
+        optimizer.param_groups[0]["rho"] = rho
+        optimizer.step(closure)
+        steps.append((optimizer.last_step, optimizer.last_step.to_dict()))
+    assert steps[1][1]["applied_radius"] == pytest.approx(0.1, rel=0.3)  # bf16 rounds at random
+    for metrics, values in steps:
+        assert metrics.to_dict() == pickle.loads(pickle.dumps(metrics)).to_dict() == values
+
+
 def test_after_a_plain_step_nothing_is_left_of_the_last_perturbed_one():
     parameters = tensors((3, 2))
     optimizer = samopt.SAM(torch.optim.SGD(parameters, lr=0.1), rho=0.3)
@@ -151,7 +176,7 @@ def test_a_step_on_an_accelerator_never_waits_for_it(dtype, variant, form, monke
     with NoWaiting():
         for _ in range(3):
             wrapped_step(optimizer, [curved(parameters, (1, 1))] * 2, form)
-    metrics = vars(optimizer.last_step)
+        metrics = vars(optimizer.last_step) | {"applied": optimizer.last_step.applied_radius}
     missing = {"distance"} | ({"loss", "perturbed_loss"} if form == "explicit" else set())
     assert {name for name, value in metrics.items() if value is None} == missing
     assert all(isinstance(value, Tensor) and value.dim() == 0 for name, value in metrics.items() if name not in missing)

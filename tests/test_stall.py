@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import samopt
-from samopt.metrics import StepMetrics
+from samopt.metrics import Known, StepMetrics
 from samopt.stall import StallDetector
 
 REMEDY = r"(?s)still at its starting level.*smaller rho.*linear_warmup.*warn_on_stall=False"
@@ -127,7 +127,7 @@ def metrics_of(loss, rise, norm, perturbed_norm):
         grad_norm=one * norm,
         perturbed_grad_norm=one * perturbed_norm,
         radius=one * 0.5,
-        applied_radius=one * 0.5,
+        applied=Known(one * 0.5),
     )
 
 

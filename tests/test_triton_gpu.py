@@ -39,7 +39,7 @@ def test_norm_ascent_and_restore_agree_with_the_reference(metric, linf, kind):
     second = Perturbation([theirs], METRICS[metric], linf=linf, backend="reference")
     assert float(first.norm) == pytest.approx(float(second.norm), rel=1e-6)
     assert torch.equal(Perturbation([ours], METRICS[metric], linf=linf, backend="triton").norm, first.norm)
-    applied = [float(p.apply(None)) for p in (first, second)]
+    applied = [float(p.apply(None)()) for p in (first, second)]
     assert applied[0] == pytest.approx(applied[1], rel=1e-4)
     for mine, other in zip(ours.weights, theirs.weights, strict=True):
         torch.testing.assert_close(mine.float(), other.float(), rtol=UNIT[kind], atol=1e-6)

@@ -67,7 +67,7 @@ def test_groups_and_dtypes_share_one_norm_and_move_as_the_reference_moves_them(m
     assert float(perturbations[0].norm) == pytest.approx(float(perturbations[1].norm), rel=1e-7)
     plain = [float(p.gradient_norm()) for p in perturbations]
     assert plain[0] == pytest.approx(plain[1], rel=1e-7)
-    applied = [float(p.apply(None, consume=True)) for p in perturbations]
+    applied = [float(p.apply(None, consume=True)()) for p in perturbations]
     assert applied[0] == pytest.approx(applied[1], rel=1e-5)
     for mine, other in zip(weights_of(ours), weights_of(theirs), strict=True):
         unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[mine.dtype]
@@ -95,7 +95,7 @@ def test_a_norm_that_cannot_be_used_moves_nothing(value):
         direction.fill_(value)
     before = copies(weights_of(some))
     perturbation = Perturbation(some, Adaptive(), backend="triton")
-    assert float(perturbation.apply(RoundingNoise(0).next())) == 0.0
+    assert float(perturbation.apply(RoundingNoise(0).next())()) == 0.0
     assert all(torch.equal(w, b) for w, b in zip(weights_of(some), before, strict=True))
 
 

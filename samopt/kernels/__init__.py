@@ -55,8 +55,8 @@ class Climb(Protocol[_S_contra]):
 
     def __call__(
         self, block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: _S_contra
-    ) -> Tensor:
-        """Write them, as ``Ascend`` does, and return the norm of the move; ``length`` is the block's own norm."""
+    ) -> Callable[[], Tensor]:
+        """Write them, as ``Ascend`` does; return what gives the move's norm. ``length`` is the norm of the block."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import repeat
 from typing import NamedTuple
 
@@ -125,11 +126,13 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Exchan
     _move(block, float(scale), saved)
 
 
-def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Exchange) -> Tensor:
-    """Do ``ascend`` with the step's arithmetic on the host; return how far it went, 0-dim."""
+def climb(
+    block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Exchange
+) -> Callable[[], Tensor]:
+    """Do ``ascend`` with the step's arithmetic on the host; return what gives how far it went, 0-dim."""
     step, far = stride.factor(), float(length)
     _move(block, step, saved)
-    return torch.tensor(abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
+    return partial(torch.tensor, abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
 
 
 def restore(saved: Exchange) -> None:

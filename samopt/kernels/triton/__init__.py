@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,8 +94,8 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Way | 
     launch.ascend(block, scale, noise, saved)
 
 
-def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Way) -> Tensor:
-    """Ascend as far as ``stride`` says, with its arithmetic on the device; return the norm of the move."""
+def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Way) -> Callable[[], Tensor]:
+    """Ascend as far as ``stride`` says, with its arithmetic on the device; return what gives its norm."""
     from samopt.kernels.triton import launch
 
     return launch.climb(block, length, stride, noise, saved)

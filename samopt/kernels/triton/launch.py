@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from samopt.kernels.memory import NEW_MEMORY, Spare, room_for
 from samopt.kernels.triton import stages
 from samopt.kernels.triton.availability import interprets
 from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, pointer_table
+from samopt.metrics import Known
 from samopt.precision import is_low_precision
 
 __all__ = [
@@ -107,7 +109,7 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Way | 
     _ascend(block, saved, noise, radius_at=scale.to(block.weights[0].device))
 
 
-def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Way) -> Tensor:
+def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Way) -> Callable[[], Tensor]:
     """Ascend as far as ``stride`` says, with its arithmetic on the device.
 
     Args:
@@ -118,11 +120,12 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
         saved: From ``save``.
 
     Returns:
-        The norm of the move, 0-dim: measured after rounding for low-precision weights, else the one asked for.
+        Gives the norm of the move, 0-dim: measured after rounding for low-precision weights, in a launch of its own
+        when it is asked for; else the one asked for.
     """
     device, radius = block.weights[0].device, stride.radius
     if not saved.table.chunks:
-        return torch.zeros((), dtype=torch.float64, device=device)
+        return partial(torch.zeros, (), dtype=torch.float64, device=device)
     measured = is_low_precision(block.weights[0])
     applied = torch.empty(saved.table.chunks if measured else 1, dtype=torch.float64, device=device)
     number, where = (0.0, radius.to(device)) if isinstance(radius, Tensor) else (float(radius), None)
@@ -138,12 +141,7 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
         applied=applied,
         measured=measured,
     )
-    if not measured:
-        return applied[0]
-    whole = torch.empty(1, dtype=torch.float64, device=device)
-    with on(device):
-        stages.join_moves[(1,)](applied, len(applied), whole, LINF=block.linf, BLOCK=_SUMS, **OPTIONS)
-    return whole[0]
+    return partial(_length_of_move, applied, block.linf) if measured else Known(applied[0])
 
 
 def restore(saved: Way) -> None:
@@ -188,6 +186,13 @@ def _ascend(
             STOCHASTIC=stochastic, MEASURED=measured, INTERPRETED=interprets(), CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
     note_writes(block.weights)
+
+
+def _length_of_move(sizes: Tensor, linf: bool) -> Tensor:
+    whole = torch.empty(1, dtype=torch.float64, device=sizes.device)
+    with on(sizes.device):
+        stages.join_moves[(1,)](sizes, len(sizes), whole, LINF=linf, BLOCK=_SUMS, **OPTIONS)
+    return whole[0]
 
 
 def _table_of(block: Block, rooms: Sequence[Tensor]) -> PointerTable:
