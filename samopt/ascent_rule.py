@@ -147,12 +147,11 @@ class AscentRule(OptimizerWrapper):
         for group in self.param_groups:
             if not self.option(group, "perturb"):
                 continue
-            weights, directions = [], []
-            for parameter in group["params"]:
-                towards = direction.of(parameter, group, self.base_optimizer) if parameter.requires_grad else None
-                if towards is not None:
-                    weights.append(parameter)
-                    directions.append(towards)
+            weights = [parameter for parameter in group["params"] if parameter.requires_grad]
+            found = direction.of(weights, group, self.base_optimizer)
+            directions = [towards for towards in found if towards is not None]
+            if len(directions) < len(weights):
+                weights = [weight for weight, towards in zip(weights, found, strict=True) if towards is not None]
             targets.append(Targets(Region(self.radius(group), self.option(group, "eta"), 1), weights, directions))
         return targets
 

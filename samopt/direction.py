@@ -30,8 +30,8 @@ _BUFFERS = ("momentum_buffer", "exp_avg")
 class Direction(Protocol):
     """A direction that is known before a batch's gradient, so that no first pass is needed for it."""
 
-    def of(self, parameter: Tensor, group: dict[str, Any], base: Optimizer) -> Tensor | None:
-        """Return the direction of ``parameter``, of its shape, or None while there is none.
+    def of(self, parameters: Sequence[Tensor], group: dict[str, Any], base: Optimizer) -> list[Tensor | None]:
+        """Return the direction of each parameter of a group, of its shape, or None while there is none.
 
         A direction points uphill for what the group optimizes: up the loss, or down it under ``maximize=True``.
         """
@@ -171,10 +171,12 @@ class ReusedGradient:
         self._gradients = taken
         self._age = 0
 
-    def of(self, parameter: Tensor, group: dict[str, Any], base: Optimizer) -> Tensor | None:
-        """Return the gradient that was kept, or None where there was none; downhill where ``maximize`` is set."""
-        gradient = self._gradients.get(parameter)
-        return -gradient if gradient is not None and group.get("maximize", False) else gradient
+    def of(self, parameters: Sequence[Tensor], group: dict[str, Any], base: Optimizer) -> list[Tensor | None]:
+        """Return the gradients that were kept, None where there was none; downhill where ``maximize`` is set."""
+        gradients = [self._gradients.get(parameter) for parameter in parameters]
+        if group.get("maximize", False):
+            return [None if gradient is None else -gradient for gradient in gradients]
+        return gradients
 
     def advance(self) -> None:
         """Count the step."""
@@ -223,28 +225,28 @@ class Momentum:
         if self.buffer is None and any(group.get("momentum") == 0 for group in base.param_groups):
             raise ValueError(self._missing(base, "has momentum=0"))
 
-    def of(self, parameter: Tensor, group: dict[str, Any], base: Optimizer) -> Tensor | None:
-        """Return the running average, or None before the base's first step for this parameter."""
-        state = base.state.get(parameter)
-        if not state:
-            return None
-        momentum: Tensor | None = None
+    def of(self, parameters: Sequence[Tensor], group: dict[str, Any], base: Optimizer) -> list[Tensor | None]:
+        """Return the running averages, None before the base's first step for a parameter."""
+        states = [base.state.get(parameter) for parameter in parameters]
         for name in self._names:
-            if (momentum := state.get(name)) is not None:
+            momenta = [state.get(name) if state else None for state in states]
+            if all([momentum is not None or not state for momentum, state in zip(momenta, states, strict=True)]):
                 break
-        if momentum is None:
-            raise ValueError(self._missing(base, f"keeps {sorted(map(str, state))}"))
+        else:
+            momenta = [self._buffer_of(state, base) if state else None for state in states]
         if not self.preconditioned:
-            return momentum
-        if "exp_avg_sq" not in state:
-            raise ValueError(
-                f"a preconditioned momentum direction needs Adam's second moment, but the state of "
-                f"{type(base).__name__} has {sorted(state)}; use preconditioned=False"
-            )
-        _, beta2 = group["betas"]
-        correction = 1 - beta2 ** torch.as_tensor(state["step"], device=momentum.device)
-        preconditioned: Tensor = momentum / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
-        return preconditioned
+            return momenta
+        return [
+            None if momentum is None else _preconditioned(momentum, state, group, base)
+            for momentum, state in zip(momenta, states, strict=True)
+        ]
+
+    def _buffer_of(self, state: dict[str, Any], base: Optimizer) -> Tensor:
+        for name in self._names:
+            if (found := state.get(name)) is not None:
+                buffer: Tensor = found
+                return buffer
+        raise ValueError(self._missing(base, f"keeps {sorted(map(str, state))}"))
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -256,6 +258,18 @@ class Momentum:
             f"{type(base).__name__} {found}; give the base momentum (as in SGD(..., momentum=0.9)), or name its buffer "
             'with samopt.direction.Momentum(buffer="...")'
         )
+
+
+def _preconditioned(momentum: Tensor, state: Any, group: dict[str, Any], base: Optimizer) -> Tensor:
+    if "exp_avg_sq" not in state:
+        raise ValueError(
+            f"a preconditioned momentum direction needs Adam's second moment, but the state of "
+            f"{type(base).__name__} has {sorted(state)}; use preconditioned=False"
+        )
+    _, beta2 = group["betas"]
+    correction = 1 - beta2 ** torch.as_tensor(state["step"], device=momentum.device)
+    step: Tensor = momentum / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
+    return step
 
 
 def named_direction(direction: str | Direction | GradientDirection) -> Direction | GradientDirection | None:

@@ -39,8 +39,8 @@ class StepMetrics:
         perturbed_loss: Loss of the second pass, at ``w + epsilon``; None where no second pass was needed.
         grad_norm: ``||g||_2`` over the perturbed parameters at ``w``.
         perturbed_grad_norm: ``||g||_2`` over the same parameters at ``w + epsilon``.
-        radius: Radius asked for, in the metric's norm; the largest among the groups. 0 where nothing was perturbed.
         distance: Trust-region distance that the radius was made from (``TRAM`` only).
+        asked: Makes ``radius``.
         applied: Makes ``applied_radius``.
     """
 
@@ -48,9 +48,14 @@ class StepMetrics:
     perturbed_loss: Tensor | None = None
     grad_norm: Tensor | None = None
     perturbed_grad_norm: Tensor | None = None
-    radius: Tensor | None = None
     distance: Tensor | None = None
+    asked: Callable[[], Tensor] | None = field(default=None, repr=False)
     applied: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def radius(self) -> Tensor | None:
+        """Radius asked for, in the metric's norm; the largest among the groups. 0 where nothing was perturbed."""
+        return None if self.asked is None else self.asked()
 
     @property
     def applied_radius(self) -> Tensor | None:
@@ -69,13 +74,15 @@ class StepMetrics:
         return self.perturbed_loss - self.loss
 
     def to_dict(self) -> dict[str, float]:
-        """Return every measured value, ``applied_radius`` and ``sharpness`` too, as a float; waits for the device."""
-        names = [each.name for each in fields(self) if each.name != "applied"] + ["applied_radius", "sharpness"]
-        return {name: float(value) for name in names if (value := getattr(self, name)) is not None}
+        """Return every measured value, the radii and ``sharpness`` too, as a float; waits for the device."""
+        return {name: float(value) for name in _NAMES if (value := getattr(self, name)) is not None}
 
     def __getstate__(self) -> dict[str, Any]:
-        applied = self.applied_radius
-        return vars(self) | {"applied": None if applied is None else Known(applied)}
+        made = {"asked": self.radius, "applied": self.applied_radius}
+        return vars(self) | {name: None if value is None else Known(value) for name, value in made.items()}
+
+
+_NAMES = [each.name for each in fields(StepMetrics) if each.repr] + ["radius", "applied_radius", "sharpness"]
 
 
 def as_scalar(loss: Any) -> Tensor | None:

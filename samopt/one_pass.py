@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,9 +17,9 @@ from samopt.direction import Direction, TakenDirection
 from samopt.distributed import reshard, unsynced
 from samopt.gradients import Taken, any_nonzero
 from samopt.kernels.memory import NEW_MEMORY, Spare
-from samopt.metrics import Known, StepMetrics, as_scalar
+from samopt.metrics import StepMetrics, as_scalar
 from samopt.observation import is_observed
-from samopt.perturbation import Perturbation, gradient_norm, largest_radius
+from samopt.perturbation import Perturbation, gradient_norm
 from samopt.replay import RngState, save_buffers
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnePass"]
 
+_STILL = StepMetrics(asked=partial(torch.zeros, ()), applied=partial(torch.zeros, ()))
 _Reference: TypeAlias = Callable[[], Callable[[], None] | None]
 
 
@@ -49,6 +51,7 @@ class OnePass:
         self._taken = direction if isinstance(direction, TakenDirection) else None
         self._perturbation: Perturbation | None = None
         self._has_ascended = False
+        self._may_move = False
         self._is_aside = False  # whether a first pass is running, at w
         self._has_stale_copies = False  # gathered from shards that have been put back since
         self._spare = NEW_MEMORY
@@ -92,13 +95,14 @@ class OnePass:
         targets = optimizer.targets_along(self._direction)
         self._has_ascended = True
         if not targets:
-            self._moved = StepMetrics(radius=torch.zeros(()), applied=Known(torch.zeros(())))
+            self._moved = _STILL
             return
+        self._may_move = True
         perturbation = Perturbation(
             targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
         )
         if perturbation.is_empty or perturbation.usable is False:
-            self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied=Known(torch.zeros(())))
+            self._moved = StepMetrics(asked=perturbation.radius(), applied=partial(torch.zeros, ()))
             return
         self._perturbation = perturbation
         self._has_stale_copies = perturbation.is_sharded
@@ -109,7 +113,7 @@ class OnePass:
             raise
         if perturbation.is_sharded:
             reshard(self.model)
-        self._moved = StepMetrics(radius=largest_radius(targets, perturbation.norm), applied=applied)
+        self._moved = StepMetrics(asked=perturbation.radius(), applied=applied)
         perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
@@ -268,10 +272,10 @@ class OnePass:
         self.leave()
         if self._has_ascended:
             self._optimizer.advance_rounding()
-            if self._optimizer.may_move():  # when the next forward begins, mostly nobody else holds the gradients
+            if self._may_move:  # when the next forward begins, mostly nobody else holds the gradients
                 gradients = [parameter.grad for parameter in self._optimizer.parameters()]
                 self._spare = Spare([gradient for gradient in gradients if gradient is not None])
-        self._has_ascended = False
+        self._has_ascended = self._may_move = False
         self.loss = None
 
     def _can_move(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +22,7 @@ from samopt.metrics import Known
 from samopt.precision import is_low_precision
 from samopt.rounding import Noise
 
-__all__ = ["Perturbation", "Placement", "Radius", "Region", "Targets", "gradient_norm", "largest_radius"]
+__all__ = ["Perturbation", "Placement", "Radius", "Region", "Targets", "gradient_norm"]
 
 Radius: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
 """A number; a 0-dim tensor; or what makes one of ``||T d||_2``. Tensors are never read on the host."""
@@ -97,6 +98,7 @@ class Perturbation:
             self._lengths = self._measured()
         self.norm = self._lengths.norm
         """``||T d||_2`` over every target, shards on other ranks included: 0-dim, on the first target's device."""
+        self._radii = [part.region.radius_at(self.norm) for part in self._parts]
 
     @property
     def is_empty(self) -> bool:
@@ -115,6 +117,15 @@ class Perturbation:
     def zero(self) -> Tensor:
         """``norm`` times 0: nan where it is not finite."""
         return self.norm * 0 if self._lengths.zero is None else self._lengths.zero
+
+    def radius(self) -> Callable[[], Tensor]:
+        """Return what gives the largest radius among the regions of what moves, 0-dim; 0 where nothing does."""
+        numbers = [float(radius) for radius in self._radii if not isinstance(radius, Tensor)]
+        tensors = [radius for radius in self._radii if isinstance(radius, Tensor)]
+        largest = partial(torch.tensor, max(numbers, default=0.0), dtype=torch.float64)
+        if not tensors:
+            return largest
+        return Known(torch.stack([radius.to(tensors[0]) for radius in (largest(), *tensors)]).amax())
 
     def gradient_norm(self) -> Tensor:
         """Return ``||d||_2`` over every target, without the metric: 0-dim, on the device of ``norm``.
@@ -151,9 +162,11 @@ class Perturbation:
             everything = [(part.backend, part.backend.save(part.block, consume, spare)) for part in self._parts]
             self._saved = everything
             applied: list[Callable[[], Tensor]] = []
-            for part, length, (backend, saved) in zip(self._parts, self._lengths.blocks, everything, strict=True):
-                region, block = part.region, part.block
-                stride = Stride(self.norm, region.radius_at(self.norm), region.sign, self._linf)
+            for part, length, radius, (backend, saved) in zip(
+                self._parts, self._lengths.blocks, self._radii, everything, strict=True
+            ):
+                block = part.block
+                stride = Stride(self.norm, radius, part.region.sign, self._linf)
                 if backend.climb is not None:
                     applied.append(backend.climb(block, length, stride, part.noise(noise), saved))
                     continue
@@ -282,20 +295,6 @@ def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor
             weights.append(parameter)
             gradients.append(gradient)
     return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm
-
-
-def largest_radius(targets: Iterable[Targets], norm: Tensor) -> Tensor:
-    """Return the largest radius among the targets' regions, 0-dim; 0 without targets.
-
-    Args:
-        targets: What moves.
-        norm: ``||T d||_2`` over all of it.
-    """
-    radii = [region.radius_at(norm) for region, weights, _ in targets if weights]
-    numbers = [radius for radius in radii if not isinstance(radius, Tensor)]
-    tensors = [radius for radius in radii if isinstance(radius, Tensor)]
-    largest = torch.tensor(float(max(numbers, default=0.0)), dtype=torch.float64)
-    return torch.stack([radius.to(tensors[0]) for radius in (largest, *tensors)]).amax() if tensors else largest
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from samopt.combination import Combination
 from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.geometry import Metric
 from samopt.gradients import Taken, dense_gradients
-from samopt.metrics import Known, StepMetrics, as_scalar
-from samopt.perturbation import Perturbation, Targets, gradient_norm, largest_radius
+from samopt.metrics import StepMetrics, as_scalar
+from samopt.perturbation import Perturbation, Targets, gradient_norm
 from samopt.replay import Replay, RngState
 from samopt.rounding import Noise
 
@@ -77,8 +78,8 @@ class SecondPass:
         self._metrics = StepMetrics(
             loss=as_scalar(first_loss),
             grad_norm=norm,
-            radius=largest_radius(targets, self.perturbation.norm),
-            applied=Known(torch.zeros(())),
+            asked=self.perturbation.radius(),
+            applied=partial(torch.zeros, ()),
         )
 
     def enter(self, replay: Replay, start: RngState | None, noise: Noise | None) -> None:

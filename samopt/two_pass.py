@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,7 @@ class TwoPass:
             results.append(closure())
         if not self._optimizer.may_move():
             self._replay.forget()
-            self.metrics = StepMetrics(loss=as_scalar(results[-1]), radius=torch.zeros(()))
+            self.metrics = StepMetrics(loss=as_scalar(results[-1]), asked=partial(torch.zeros, ()))
             self._complete()
             return results[-1]
         with self.at_perturbed(results[-1], start) as second:

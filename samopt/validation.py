@@ -83,7 +83,7 @@ def check_nonnegative(name: str, value: Any, where: str = "") -> None:
         TypeError: If it is not a number.
         ValueError: If it is negative, infinite or nan.
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) or (type(value) is float and 0 <= value < math.inf):
         return
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}{where}")

@@ -99,8 +99,9 @@ def block_of(metric, *shapes):
 
 @pytest.fixture(autouse=True)
 def no_small_weights(monkeypatch):
-    """All weights are treated as large ones, whatever their size."""
+    """All weights are treated as large ones, whatever their size and number."""
     monkeypatch.setattr(cpu, "_SMALL", 0)
+    monkeypatch.setattr(cpu, "_FEW", 0)
 
 
 @pytest.fixture

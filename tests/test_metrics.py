@@ -176,7 +176,10 @@ def test_a_step_on_an_accelerator_never_waits_for_it(dtype, variant, form, monke
     with NoWaiting():
         for _ in range(3):
             wrapped_step(optimizer, [curved(parameters, (1, 1))] * 2, form)
-        metrics = vars(optimizer.last_step) | {"applied": optimizer.last_step.applied_radius}
+        metrics = vars(optimizer.last_step) | {
+            "asked": optimizer.last_step.radius,
+            "applied": optimizer.last_step.applied_radius,
+        }
     missing = {"distance"} | ({"loss", "perturbed_loss"} if form == "explicit" else set())
     assert {name for name, value in metrics.items() if value is None} == missing
     assert all(isinstance(value, Tensor) and value.dim() == 0 for name, value in metrics.items() if name not in missing)

@@ -64,7 +64,8 @@ class Block:
 
     def behind_autograd(self) -> Block:
         """Return the same memory, in tensors whose writes autograd does not notice."""
-        return replace(self, weights=[weight.data for weight in self.weights])
+        weights = [weight.data for weight in self.weights]
+        return Block(weights, self.directions, self.metric, self.eta, self.linf, self.quiet)
 
 
 @dataclass(frozen=True)

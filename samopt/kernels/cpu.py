@@ -34,6 +34,7 @@ __all__ = [
 
 _PIECE = 1 << 18  # elements; 1 MiB in fp32: with its scratch it stays in the cache, and calls cost little beside it
 _SMALL = 1 << 14  # elements; up to here a call costs about as much as moving the values
+_FEW = 1 << 17  # elements; up to here one sum in fp64 is faster than the calls that it takes to add up rows
 _PIECES_TOGETHER = 4  # as large as small weights are joined; splitting them in the cache's size would gain nothing
 _PIECE_PER_THREAD = 1 << 15  # torch gives no thread less than that
 _ROW = 512  # elements summed in one precision; longer sums lose digits when all terms are alike
@@ -95,15 +96,18 @@ def norm(block: Block) -> Tensor:
     """
     elements = sum(block.sizes)
     dtype = block.directions[0].dtype
-    if block.metric is None and elements <= _SMALL and dtype is torch.float32:
-        # Nothing that fp32 holds has a square that fp64 does not.
-        whole: Tensor = torch.linalg.vector_norm(_joined(block.directions, block.are_vectors), dtype=torch.float64)
-        return whole
-    rows = [row for uphill in _uphill(block) for row in _row_norms(uphill)]
-    if not rows:
+    length: Tensor
+    if not elements:
         return torch.zeros((), dtype=torch.float64)
-    lengths = torch.cat(rows).double()
-    length = torch.dot(lengths, lengths).sqrt()
+    if elements <= _FEW and dtype is torch.float32 and block.metric is None:
+        # Nothing that fp32 holds has a square that fp64 does not.
+        length = torch.linalg.vector_norm(_joined(block.directions, block.are_vectors), dtype=torch.float64)
+        return length
+    if elements <= _FEW and dtype is torch.float32 and has_small_only(block):
+        length = torch.linalg.vector_norm(next(_uphill(block)), dtype=torch.float64)
+    else:
+        lengths = torch.cat([row for uphill in _uphill(block) for row in _row_norms(uphill)]).double()
+        length = torch.dot(lengths, lengths).sqrt()
     limits = torch.finfo(dtype)
     # Squares below the smallest normal number lose digits or vanish; here all of them together are below one rounding.
     safe = (elements * limits.tiny / limits.eps) ** 0.5 <= float(length) < float("inf")
