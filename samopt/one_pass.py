@@ -20,7 +20,7 @@ from samopt.kernels.memory import NEW_MEMORY, Spare
 from samopt.metrics import StepMetrics, as_scalar
 from samopt.observation import is_observed
 from samopt.perturbation import Perturbation, gradient_norm
-from samopt.replay import RngState, save_buffers
+from samopt.replay import RngState, SavedBuffers
 
 if TYPE_CHECKING:
     from samopt.optimizer import SharpnessAwareOptimizer
@@ -302,7 +302,7 @@ class _Aside:
 
     def __init__(self, parameters: list[Tensor], model: nn.Module | None, devices: list[torch.device]) -> None:
         self._taken = Taken(parameters, [parameter.grad for parameter in parameters])
-        self._buffers = [] if model is None else save_buffers(model)
+        self._buffers = SavedBuffers(model)
         self._random = RngState.capture(devices)
 
     def begin(self) -> None:
@@ -310,8 +310,7 @@ class _Aside:
 
     def end(self) -> None:
         self._taken.put_back()
-        for saved in self._buffers:
-            saved.restore()
+        self._buffers.restore()
         self._random.restore()
         torch.clear_autocast_cache()
 

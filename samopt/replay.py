@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from samopt.notice import warn_user
 from samopt.observation import is_observed
 
-__all__ = ["PassObserver", "Replay", "RngState", "SavedBuffer", "save_buffers"]
+__all__ = ["PassObserver", "Replay", "RngState", "SavedBuffers"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,17 @@ class RngState:
             not torch.equal(_device_module(device).get_rng_state(device), state) for device, state in self.accelerators
         )
 
-    def restore(self) -> None:
-        """Put the global streams back to this state."""
+    def restore(self, present: RngState | None = None) -> None:
+        """Put the global streams back to this state.
+
+        Args:
+            present: The state they are in, where that is known: NumPy's, which is slow to set, is left alone if equal.
+        """
         torch.set_rng_state(self.cpu)
         for device, state in self.accelerators:
             _device_module(device).set_rng_state(state, device)
         random.setstate(self.python)
-        if self.numpy is not None:
+        if self.numpy is not None and (present is None or not _are_equal(self.numpy, present.numpy)):
             sys.modules["numpy.random"].set_state(self.numpy)
 
 
@@ -94,7 +98,7 @@ class Replay:
         self._calls = _CallRecorder(())
         self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
         self.use_devices(devices)
-        self._buffers: list[SavedBuffer] = []
+        self._buffers = SavedBuffers(None)
         self._end: RngState | None = None
         self._is_blind = False
         self._has_warned = False
@@ -120,18 +124,17 @@ class Replay:
         Args:
             start: Random state at the start of the first pass, where known.
         """
-        self._buffers = [] if self.model is None else save_buffers(self.model)
+        self._buffers = SavedBuffers(self.model)
         self._end = self.capture()
         self._is_blind = self.model is not None and start is None and self._calls.is_empty
         for observer in self._observers:
             observer.replaying = True
         if start is not None:
-            start.restore()
+            start.restore(present=self._end)
 
     def end(self) -> None:
         """Leave the second pass: buffers and random streams as the first pass left them; may be called again."""
-        for saved in self._buffers:
-            saved.restore()
+        self._buffers.restore()
         unseen = self._end is not None and self._is_blind and self._end.has_moved()
         if self._end is not None:
             self._end.restore()
@@ -161,7 +164,7 @@ class Replay:
         """Drop what was recorded, ready for the next first pass."""
         for observer in self._observers:
             observer.clear()
-        self._buffers = []
+        self._buffers = SavedBuffers(None)
         self._end = None
 
 
@@ -207,35 +210,38 @@ class _CallRecorder:
         return _CallRecorder, (None,)
 
 
-@dataclass(frozen=True)
-class SavedBuffer:
-    """A buffer's tensor and its values, to be put back where it was registered; ``value`` is None if read-only."""
-
-    owner: nn.Module
-    name: str
-    buffer: Tensor | None
-    value: Tensor | None
-
-    def restore(self) -> None:
-        """Register the same tensor again, if another took its place, and write its values back."""
-        if self.owner._buffers.get(self.name) is not self.buffer:
-            self.owner._buffers[self.name] = self.buffer
-        if self.buffer is not None and self.value is not None:
-            with torch.no_grad():
-                self.buffer.copy_(self.value)
-
-
-def save_buffers(model: nn.Module) -> list[SavedBuffer]:
-    """Return copies of every buffer of ``model``.
+class SavedBuffers:
+    """The tensor of every buffer of a model, and its values, to be put back where it was registered.
 
     Args:
-        model: The module.
+        model: The module; None has no buffers.
     """
-    return [
-        SavedBuffer(module, name, buffer, None if buffer is None or _is_read_only(buffer) else buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
+
+    def __init__(self, model: nn.Module | None) -> None:
+        modules = () if model is None else model.modules()
+        self._places = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
+        self._written = [buffer for _, _, buffer in self._places if buffer is not None and not _is_read_only(buffer)]
+        with torch.no_grad():
+            self._values = [buffer.clone() for buffer in self._written]
+
+    def restore(self) -> None:
+        """Register the same tensors again, where others took their place, and write their values back."""
+        for owner, name, buffer in self._places:
+            if owner._buffers.get(name) is not buffer:
+                owner._buffers[name] = buffer
+        with torch.no_grad():
+            if self._written and all([type(buffer) is Tensor for buffer in self._written]):
+                torch._foreach_copy_(self._written, self._values)
+                return
+            for buffer, value in zip(self._written, self._values, strict=True):
+                buffer.copy_(value)
+
+
+def _are_equal(numpy: Any, other: Any) -> bool:
+    """Return whether two states of NumPy's stream are seen to be equal, which those of its usual generator are."""
+    if not (isinstance(numpy, tuple) and isinstance(other, tuple)):
+        return False
+    return numpy[0] == other[0] and numpy[2:] == other[2:] and bool((numpy[1] == other[1]).all())
 
 
 def _is_read_only(buffer: Tensor) -> bool:

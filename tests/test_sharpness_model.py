@@ -293,32 +293,35 @@ def test_compiled_models_are_measured_like_the_originals(name):
     assert MEASURES[name](compiled, sharpness.cross_entropy, images()).to_dict() == expected
 
 
-def test_data_parallel_models_are_measured_without_communication(tmp_path):
+@pytest.fixture
+def lone_process(tmp_path):
+    """A process group of one, which outlives the test's DDP module.
+
+    A reducer that holds the last reference to a gloo group waits for its threads with the GIL, which they may need.
+    """
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = conv_net()
-        expected = sharpness.worst_case(model, sharpness.cross_entropy, images(), steps=2).to_dict()
-        parallel = nn.parallel.DistributedDataParallel(model)
-        called = []
-        parallel.register_forward_hook(lambda *_: called.append(1))
-        assert sharpness.worst_case(parallel, sharpness.cross_entropy, images(), steps=2).to_dict() == expected
-        assert called == []
-        sharpness.cross_entropy(parallel, images()[0]).backward()  # its reducer is not confused
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def test_sharded_models_are_refused(tmp_path):
+def test_data_parallel_models_are_measured_without_communication(lone_process):
+    model = conv_net()
+    expected = sharpness.worst_case(model, sharpness.cross_entropy, images(), steps=2).to_dict()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    called = []
+    parallel.register_forward_hook(lambda *_: called.append(1))
+    assert sharpness.worst_case(parallel, sharpness.cross_entropy, images(), steps=2).to_dict() == expected
+    assert called == []
+    sharpness.cross_entropy(parallel, images()[0]).backward()  # its reducer is not confused
+
+
+def test_sharded_models_are_refused(lone_process):
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = mlp()
-        fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        with pytest.raises(TypeError, match="sharded over processes.*load the full state dict into a plain copy"):
-            sharpness.worst_case(model, sharpness.cross_entropy, [batch()])
-    finally:
-        torch.distributed.destroy_process_group()
+    model = mlp()
+    fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match="sharded over processes.*load the full state dict into a plain copy"):
+        sharpness.worst_case(model, sharpness.cross_entropy, [batch()])
 
 
 @pytest.mark.parametrize("where", ["around", "inside"])

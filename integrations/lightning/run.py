@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
 from samopt.distributed import unsynced
-from samopt.replay import RngState, save_buffers
+from samopt.replay import RngState, SavedBuffers
 
 from ..inputs import independent_copy
 from ..window import MicroBatch, run_again
@@ -76,7 +76,7 @@ class Run:
         step = self._optimizer.last_step
         if self._scale is None:
             return step
-        norms = {"perturbed_grad_norm": step.perturbed_grad_norm}
+        norms: dict[str, Any] = {"perturbed_grad_norm": step.perturbed_grad_norm}
         if self._base_unscales:
             norms["grad_norm"] = step.grad_norm
         scale = self._scale
@@ -175,7 +175,7 @@ class Run:
     def _uncounted(self) -> Generator[None]:
         """Let the module and its trainer be, after this context, as if nothing had been run in it."""
         put_attributes_back = self._attributes.save()
-        buffers = save_buffers(self._module)
+        buffers = SavedBuffers(self._module)
         stepped = {parameter for group in self._optimizer.param_groups for parameter in group["params"]}
         others = [(parameter, parameter.grad) for parameter in self._module.parameters() if parameter not in stepped]
         self.is_second_pass = True
@@ -186,8 +186,7 @@ class Run:
             self.is_second_pass = False
             for parameter, gradient in others:
                 parameter.grad = gradient
-            for buffer in buffers:
-                buffer.restore()
+            buffers.restore()
             put_attributes_back()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samopt.observation import unobserved
 from samopt.perturbation import Placement
-from samopt.replay import RngState, SavedBuffer, save_buffers
+from samopt.replay import RngState, SavedBuffers
 from samopt.sharpness.batches import read_batches
 from samopt.sharpness.logits import normalized_logits
 from samopt.sharpness.losses import LossFn
@@ -48,7 +48,7 @@ class Subject:
         loss_fn: LossFn,
         weights: dict[str, nn.Parameter],
         batches: list[Any],
-        buffers: Sequence[SavedBuffer],
+        buffers: SavedBuffers,
         start: RngState,
         progress: Progress,
     ) -> None:
@@ -88,7 +88,7 @@ class Subject:
 
     def keep_buffers(self) -> None:
         """Let evaluations start from the buffers' present values; they are put back in the end all the same."""
-        self._buffers = save_buffers(self.model)
+        self._buffers = SavedBuffers(self.model)
 
     def loss_in_graph(self, batch: Any) -> Tensor:
         """Return the loss of one batch, detached, from a forward pass that could have been differentiated.
@@ -196,8 +196,7 @@ class Subject:
         torch.clear_autocast_cache()  # the weights may have moved
         self._start.restore()
         if self._may_update_buffers:
-            for saved in self._buffers:
-                saved.restore()
+            self._buffers.restore()
 
 
 @contextmanager
@@ -251,8 +250,8 @@ def measuring(
         start = RngState.capture({parameter.device for parameter in model.parameters()})
         stack.callback(start.restore)
         read = read_batches(batches, m)
-        buffers = save_buffers(model)
-        stack.callback(_restore_buffers, buffers)
+        buffers = SavedBuffers(model)
+        stack.callback(buffers.restore)
         stack.enter_context(_in_mode(model, mode))
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(unobserved())
@@ -275,8 +274,3 @@ def _in_mode(model: nn.Module, mode: str) -> Generator[None]:
     finally:
         for module, training in before:
             module.training = training
-
-
-def _restore_buffers(buffers: Sequence[SavedBuffer]) -> None:
-    for saved in buffers:
-        saved.restore()
