@@ -14,8 +14,8 @@ from samopt.combination import Combination
 from samopt.direction import Direction, GradientDirection, Momentum, StatefulDirection
 from samopt.geometry import Metric
 from samopt.gradients import Taken
-from samopt.perturbation import Radius, Region, Targets
 from samopt.rounding import Noise, RoundingNoise
+from samopt.targets import Radius, Region, Targets
 from samopt.validation import check_nonnegative
 from samopt.wrapper import OptimizerWrapper
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Known:
         return self.value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepMetrics:
     """Measurements of the latest pair of passes, as 0-dim tensors on the training device.
 
@@ -49,8 +49,8 @@ class StepMetrics:
     grad_norm: Tensor | None = None
     perturbed_grad_norm: Tensor | None = None
     distance: Tensor | None = None
-    asked: Callable[[], Tensor] | None = field(default=None, repr=False)
-    applied: Callable[[], Tensor] | None = field(default=None, repr=False)
+    asked: Callable[[], Tensor] | None = None
+    applied: Callable[[], Tensor] | None = None
 
     @property
     def radius(self) -> Tensor | None:
@@ -77,12 +77,24 @@ class StepMetrics:
         """Return every measured value, the radii and ``sharpness`` too, as a float; waits for the device."""
         return {name: float(value) for name in _NAMES if (value := getattr(self, name)) is not None}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in _NAMES)})"
+
     def __getstate__(self) -> dict[str, Any]:
         made = {"asked": self.radius, "applied": self.applied_radius}
         return vars(self) | {name: None if value is None else Known(value) for name, value in made.items()}
 
 
-_NAMES = [each.name for each in fields(StepMetrics) if each.repr] + ["radius", "applied_radius", "sharpness"]
+_NAMES = (
+    "loss",
+    "perturbed_loss",
+    "sharpness",
+    "grad_norm",
+    "perturbed_grad_norm",
+    "radius",
+    "applied_radius",
+    "distance",
+)
 
 
 def as_scalar(loss: Any) -> Tensor | None:

@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import compress
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from samopt import kernels
-from samopt.distributed import Shards, local_part
+from samopt.blocks import parts_of
+from samopt.distributed import Shards
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block, Lengths, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, lie_alike
+from samopt.kernels.memory import NEW_MEMORY, Spare
 from samopt.kernels.reference import vector_norm
 from samopt.metrics import Known
 from samopt.precision import is_low_precision
 from samopt.rounding import Noise
+from samopt.targets import Region, Targets
 
-__all__ = ["Perturbation", "Placement", "Radius", "Region", "Targets", "gradient_norm"]
-
-Radius: TypeAlias = float | Tensor | Callable[[Tensor], Tensor]
-"""A number; a 0-dim tensor; or what makes one of ``||T d||_2``. Tensors are never read on the host."""
-
-_WHOLE = {nn.Parameter, Tensor}  # kinds of tensors of which this rank has everything; others are asked
-
-
-@dataclass(frozen=True)
-class Region:
-    """The ball that one parameter group's weights may move in.
-
-    Attributes:
-        radius: Its radius ``r``.
-        eta: Stabiliser of the metric.
-        sign: 1 to move uphill, -1 for a group that is maximised.
-    """
-
-    radius: Radius
-    eta: float
-    sign: int
-
-    def radius_at(self, norm: Tensor) -> float | Tensor:
-        """Return the radius.
-
-        Args:
-            norm: ``||T d||_2`` over every target.
-        """
-        return self.radius(norm) if callable(self.radius) else self.radius
-
-
-class Targets(NamedTuple):
-    """Weights that move in one region, with the direction of each."""
-
-    region: Region
-    weights: list[Tensor]
-    directions: list[Tensor]
+__all__ = ["Perturbation", "Placement", "gradient_norm"]
 
 
 class Perturbation:
@@ -87,9 +51,7 @@ class Perturbation:
         backend: str = "auto",
         quiet: bool = False,
     ) -> None:
-        self._parts = [
-            _Part.of(block, region, shards, backend) for block, region, shards in _group(targets, metric, linf, quiet)
-        ]
+        self._parts = parts_of(targets, metric, linf=linf, backend=backend, quiet=quiet)
         self._saved: list[tuple[Backend[Any], Saved]] = []
         self.is_sharded = any([part.shards is not None for part in self._parts])
         """Whether a part of something that moves is on another rank."""
@@ -295,83 +257,6 @@ def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor
             weights.append(parameter)
             gradients.append(gradient)
     return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm
-
-
-@dataclass(frozen=True)
-class _Part:
-    block: Block
-    region: Region
-    backend: Backend[Any]
-    shards: Shards | None
-
-    @classmethod
-    def of(cls, block: Block, region: Region, shards: Shards | None, backend: str) -> _Part:
-        """Return a block with the backend that runs it."""
-        row = kernels.select(block, backend)
-        return cls(block.behind_autograd() if block.quiet and not row.points else block, region, row, shards)
-
-    def noise(self, source: Noise | None) -> Noise | None:
-        """Return numbers that are independent among shards, and equal among replicas of one."""
-        return source if source is None or self.shards is None else source.on_stream(self.shards.position)
-
-
-def _group(
-    targets: Iterable[Targets], metric: Metric, linf: bool, quiet: bool
-) -> Iterator[tuple[Block, Region, Shards | None]]:
-    """Yield blocks that one kernel call can treat alike, region by region, in order of first appearance."""
-    euclidean = metric.name == "euclidean"
-    for region, weights, directions in targets:
-        if _all_alike(weights, directions):
-            for some, towards, own in _by_metric(weights, directions, None if euclidean else metric):
-                yield Block(some, towards, own, region.eta, linf, quiet), region, None
-            continue
-        parts: dict[tuple[object, ...], tuple[Block, Region, Shards | None]] = {}
-        for weight, direction in zip(weights, directions, strict=True):
-            shards = None
-            if type(weight) not in _WHOLE:
-                shards = Shards.of(weight)
-                weight, direction = local_part(weight), local_part(direction, weight)
-            own = None if euclidean or not metric.applies_to(weight) else metric
-            layout = direction.layout
-            alike = (
-                type(direction) is Tensor
-                and layout is torch.strided
-                and ((weight.is_contiguous() and direction.is_contiguous()) or lie_alike(weight, direction))
-            )
-            key = (own is None, weight.dtype, direction.dtype, layout, alike, weight.device, shards)
-            part = parts.get(key)
-            if part is None:
-                part = parts[key] = (Block([], [], own, region.eta, linf, quiet), region, shards)
-            block = part[0]
-            block.weights.append(weight)
-            block.directions.append(direction)
-        yield from parts.values()
-
-
-def _by_metric(
-    weights: list[Tensor], directions: list[Tensor], metric: Metric | None
-) -> Iterator[tuple[list[Tensor], list[Tensor], Metric | None]]:
-    """Yield the weights that the metric applies to and the others, in order of first appearance."""
-    if metric is None:
-        yield weights, directions, None
-        return
-    applies = [metric.applies_to(weight) for weight in weights]
-    for does in dict.fromkeys(applies):
-        chosen = [each is does for each in applies]
-        yield list(compress(weights, chosen)), list(compress(directions, chosen)), metric if does else None
-
-
-def _all_alike(weights: list[Tensor], directions: list[Tensor]) -> bool:
-    """Return whether everything is whole, dense, contiguous, and of one device and two dtypes, as it mostly is."""
-    return (
-        _WHOLE.issuperset(map(type, weights))
-        and {Tensor}.issuperset(map(type, directions))
-        and len({weight.dtype for weight in weights}) == len({direction.dtype for direction in directions}) == 1
-        and len({weight.device for weight in weights}) == 1
-        and {torch.strided} == {direction.layout for direction in directions}
-        and all([weight.is_contiguous() for weight in weights])
-        and all([direction.is_contiguous() for direction in directions])
-    )
 
 
 def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:

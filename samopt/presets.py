@@ -15,7 +15,7 @@ from samopt.combination import ReusedComponent, SurrogateGap, WeightedSharpness
 from samopt.direction import Friendly, Momentum
 from samopt.geometry import Adaptive, Euclidean
 from samopt.optimizer import SharpnessAwareOptimizer
-from samopt.perturbation import Radius
+from samopt.targets import Radius
 
 __all__ = ["GSAM", "LESAM", "WSAM", "FriendlySAM", "LookSAM", "MomentumSAM"]
 

@@ -15,9 +15,10 @@ from samopt.distributed import abandon_pass, local_part, reshard, runs_on_severa
 from samopt.geometry import Metric
 from samopt.gradients import Taken, dense_gradients
 from samopt.metrics import StepMetrics, as_scalar
-from samopt.perturbation import Perturbation, Targets, gradient_norm
+from samopt.perturbation import Perturbation, gradient_norm
 from samopt.replay import Replay, RngState
 from samopt.rounding import Noise
+from samopt.targets import Targets
 
 __all__ = ["SecondPass"]
 

@@ -18,9 +18,9 @@ from samopt.gradients import Taken
 from samopt.metrics import StepMetrics
 from samopt.notice import warn_user
 from samopt.optimizer import SharpnessAwareOptimizer
-from samopt.perturbation import Targets
 from samopt.replay import PassObserver
 from samopt.second_pass import SecondPass
+from samopt.targets import Targets
 from samopt.trust_region import (
     TRUST_REGIONS,
     Divergence,

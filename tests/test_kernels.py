@@ -13,8 +13,9 @@ from torch import Tensor
 
 from samopt.geometry import Adaptive, Euclidean, Fisher
 from samopt.kernels import BACKENDS, Backend, Block, select
-from samopt.perturbation import Perturbation, Region, Targets
+from samopt.perturbation import Perturbation
 from samopt.rounding import RoundingNoise
+from samopt.targets import Region, Targets
 
 ETA = 0.1
 METRICS = {"none": None, "adaptive": Adaptive(), "fisher": Fisher()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -265,6 +266,20 @@ def test_no_copy_of_the_weights_is_made_where_the_gradients_can_hold_them(name, 
         optimizer.restore()
     smallest_large_weight = 4 * 64 * 32 * 9
     assert (memory.largest < smallest_large_weight) == (name != "foreach")
+
+
+@pytest.mark.parametrize("wrap", [samopt.SAM, samopt.ASAM])
+@pytest.mark.parametrize("name", [*IN_MEMORY, "foreach", "reference"])
+def test_gradients_that_hold_no_weights_are_freed_while_perturbed(name, wrap, monkeypatch):
+    monkeypatch.setattr(cpu, "_SMALL", 40)
+    small, large, bucketed = tensors((5, 8), (30, 20), (10, 9), dtype=torch.float32)
+    small.grad, large.grad = torch.ones(5, 8), torch.ones(30, 20)
+    bucketed.grad = torch.ones(91)[1:].view(10, 9)
+    memories = [StorageWeakRef(p.grad.untyped_storage()) for p in (small, large, bucketed)]
+    optimizer = wrap(torch.optim.SGD([small, large, bucketed], lr=0.1), backend=name, measure_grad_norms=False)
+    optimizer.ascend()
+    assert [memory.expired() for memory in memories] == [True, name not in IN_MEMORY, True]
+    optimizer.restore()
 
 
 @pytest.mark.parametrize("name", IN_MEMORY)

@@ -12,7 +12,8 @@ from torch.optim import SGD, AdamW
 import samopt
 from samopt.geometry import Adaptive, Euclidean, Fisher
 from samopt.kernels import Block, select
-from samopt.perturbation import Perturbation, Region, Targets
+from samopt.perturbation import Perturbation
+from samopt.targets import Region, Targets
 
 pytestmark = [
     pytest.mark.gpu,

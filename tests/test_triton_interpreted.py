@@ -14,8 +14,9 @@ import torch
 import samopt
 from samopt.geometry import Adaptive, Euclidean, Fisher
 from samopt.kernels import BACKENDS, Block, select
-from samopt.perturbation import Perturbation, Region, Targets
+from samopt.perturbation import Perturbation
 from samopt.rounding import RoundingNoise
+from samopt.targets import Region, Targets
 from tests.cases import VARIANTS, batch, bits, closure_form, explicit_form, mlp, same_bits, tensors, textbook_step
 
 pytestmark = pytest.mark.skipif(

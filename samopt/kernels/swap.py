@@ -20,17 +20,19 @@ class Move(Saved):
     """A way back: pointers for the weights that leave their memory, values for those that others can see.
 
     Attributes:
-        leaving: The weights that move elsewhere.
+        leaves: For each weight of the block, whether it moves elsewhere; the others are written in place.
+        weights: Those that do.
         homes: Their own memory, one for each.
         rooms: Where they move to.
-        staying: The weights that are written in place.
-        exchange: Their way back.
+        quiet: Whether autograd is not to notice.
+        exchange: The way back of the others.
     """
 
-    leaving: Block
+    leaves: list[bool]
+    weights: list[Tensor]
     homes: list[Tensor]
     rooms: list[Tensor]
-    staying: Block
+    quiet: bool
     exchange: cpu.Exchange
 
 
@@ -40,23 +42,19 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move
     A view, an alias, NumPy or another process would not see a weight move, so what they share stays where it is; small
     weights do, too, since they are faster together.
     """
-    if cpu.has_small_only(block):
-        leaving, staying = replace(block, weights=[], directions=[]), block
-    else:
+    leaves = [False] * len(block.weights)
+    if not cpu.has_small_only(block):
         leaves = [
             not cpu.is_small(size) and owns_its_memory(weight)
             for size, weight in zip(block.sizes, block.weights, strict=True)
         ]
-        leaving, staying = _part(block, leaves), _part(block, [not leave for leave in leaves])
-    if block.quiet:
-        staying = staying.behind_autograd()
-    exchange = cpu.save(staying, consume, spare)
+    leaving, staying = _split(block, leaves)
     homes = [weight.data for weight in leaving.weights]
     rooms = [
         room_for(weight, direction, consume, spare)
         for weight, direction in zip(leaving.weights, leaving.directions, strict=True)
     ]
-    return Move([], leaving, homes, rooms, staying, exchange)
+    return Move([], leaves, leaving.weights, homes, rooms, block.quiet, cpu.save(staying, consume, spare))
 
 
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move | None = None) -> None:
@@ -64,8 +62,9 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move |
     if saved is None:
         cpu.ascend(block, scale, noise)
         return
-    cpu.ascend(saved.staying, scale, noise, saved.exchange)
-    step, leaving = float(scale), saved.leaving
+    leaving, staying = _split(block, saved.leaves)
+    cpu.ascend(staying.behind_autograd() if block.quiet else staying, scale, noise, saved.exchange)
+    step = float(scale)
     if step == 0 or not leaving.weights:
         return
     if block.metric is None:
@@ -76,13 +75,20 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move |
         for part in cpu.slices(leaving, saved.rooms):
             if part.place is not None:
                 cpu.moved(part, block, step, scratch, part.place)
-    _point(leaving, saved.rooms)
+    _point(saved, saved.rooms)
 
 
 def restore(saved: Move) -> None:
     """Point the weights back to their own memory, which nothing has written to, and copy the others back."""
-    _point(saved.leaving, saved.homes)
+    _point(saved, saved.homes)
     cpu.restore(saved.exchange)
+
+
+def _split(block: Block, leaves: list[bool]) -> tuple[Block, Block]:
+    """Return the weights that leave and those that stay."""
+    if not any(leaves):
+        return replace(block, weights=[], directions=[]), block
+    return _part(block, leaves), _part(block, [not leave for leave in leaves])
 
 
 def _part(block: Block, chosen: list[bool]) -> Block:
@@ -90,8 +96,8 @@ def _part(block: Block, chosen: list[bool]) -> Block:
     return replace(block, weights=weights, directions=directions)
 
 
-def _point(block: Block, places: list[Tensor]) -> None:
-    for weight, place in zip(block.weights, places, strict=True):
+def _point(saved: Move, places: list[Tensor]) -> None:
+    for weight, place in zip(saved.weights, places, strict=True):
         weight.data = place
-        if not block.quiet:
+        if not saved.quiet:
             torch.autograd.graph.increment_version(weight)  # a graph that saved it must notice, as after any write

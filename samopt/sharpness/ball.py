@@ -12,8 +12,9 @@ from torch import Tensor
 from samopt import geometry
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels.reference import vector_norm
-from samopt.perturbation import Perturbation, Region, Targets
+from samopt.perturbation import Perturbation
 from samopt.precision import widen
+from samopt.targets import Region, Targets
 from samopt.validation import check_nonnegative
 
 __all__ = ["AdaptiveOption", "Ball"]
