@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
     ids=["steps", "fused", "layouts", "edges"],
 )
 def test_in_the_interpreter(arguments):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.5")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)

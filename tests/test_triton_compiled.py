@@ -8,7 +8,7 @@ import pytest
 
 from tests.compiled import BLOCK, TARGETS, bytes_per_element, compiled, resources
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.5")
 
 METRICS = ["none", "adaptive", "fisher"]
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -86,8 +86,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _refuse_shards(model: nn.Module) -> None:
-    tensors = sys.modules.get("torch.distributed.tensor")
-    sharded = tensors is not None and any(isinstance(parameter, tensors.DTensor) for parameter in model.parameters())
+    sharded = any(hasattr(parameter, "placements") for parameter in model.parameters())  # as DTensors have
     fsdp = sys.modules.get("torch.distributed.fsdp")
     flat = fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
     if sharded or flat:
