@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -56,6 +57,7 @@ class Perturbation:
         self.is_sharded = any([part.shards is not None for part in self._parts])
         """Whether a part of something that moves is on another rank."""
         self._linf = linf
+        self._on_host = all([part.backend.on_host for part in self._parts])
         with torch.no_grad():
             self._lengths = self._measured()
         self.norm = self._lengths.norm
@@ -181,17 +183,17 @@ class Perturbation:
         return Lengths(self._combine(blocks), None, None, blocks)
 
     def _combine(self, lengths: Sequence[Tensor]) -> Tensor:
-        return _combined(lengths, [part.shards for part in self._parts])
+        return _combined(lengths, [part.shards for part in self._parts], on_host=self._on_host)
 
     def _joined_later(self, applied: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
         """Return what gives the length of the whole move; where others have a share in it, that is known at once."""
         if len(applied) == 1 and not self.is_sharded:
             return applied[0]
         places = [part.shards for part in self._parts]
-        largest = self._linf
+        largest, on_host = self._linf, self._on_host
 
         def joined() -> Tensor:
-            return _combined([length() for length in applied], places, largest=largest)
+            return _combined([length() for length in applied], places, largest=largest, on_host=on_host)
 
         return Known(joined()) if self.is_sharded else joined
 
@@ -274,7 +276,9 @@ def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:
     return stacked.amax() if linf else vector_norm(stacked)
 
 
-def _combined(lengths: Sequence[Tensor], places: Sequence[Shards | None], *, largest: bool = False) -> Tensor:
+def _combined(
+    lengths: Sequence[Tensor], places: Sequence[Shards | None], *, largest: bool = False, on_host: bool = False
+) -> Tensor:
     """Return the length of everything from the length of each part."""
     if not lengths:
         return torch.zeros(())
@@ -284,7 +288,7 @@ def _combined(lengths: Sequence[Tensor], places: Sequence[Shards | None], *, lar
     by_place: dict[Shards | None, list[Tensor]] = {}
     for place, length in zip(places, lengths, strict=True):
         by_place.setdefault(place, []).append(length.to(lengths[0].device, non_blocking=True))
-    join = _longest if largest else _joint_length
+    join = _longest if largest else _joint_length_on_host if on_host else _joint_length
     whole = []
     for place, some in by_place.items():
         whole.append(join(some) if place is None else place.combine(join(some), largest=largest))
@@ -295,6 +299,11 @@ def _longest(lengths: list[Tensor]) -> Tensor:
     if len(lengths) == 1:
         return lengths[0]
     return torch.stack(lengths).amax()
+
+
+def _joint_length_on_host(lengths: list[Tensor]) -> Tensor:
+    """Return the same where numbers are at hand: torch takes a dozen operations for it."""
+    return torch.tensor(math.hypot(*[float(length) for length in lengths]), dtype=torch.float64)
 
 
 def _joint_length(lengths: list[Tensor]) -> Tensor:

@@ -85,6 +85,7 @@ class Backend(Generic[_S]):
         measure: The norms of several blocks of one device at once, for backends where each launch counts.
         climb: The ascent with all of its arithmetic in it, likewise.
         fusion: The restore as a part of the base's step, where a closure leaves nothing in between.
+        on_host: Whether it reads numbers on the host, so that others may, too.
         points: Whether weights are pointed to other memory, so that they have to be the parameters themselves.
         missing: Returns what the machine lacks, whatever the tensors, or None.
     """
@@ -98,6 +99,7 @@ class Backend(Generic[_S]):
     measure: Callable[[Sequence[Block]], Lengths] | None = None
     climb: Climb[_S] | None = None
     fusion: Fusion[_S] | None = None
+    on_host: bool = False
     points: bool = False
     missing: Callable[[], str | None] | None = None
 
@@ -119,8 +121,18 @@ BACKENDS: dict[str, Backend[Any]] = {
         "reference", reference.supports, reference.norm, reference.save, reference.ascend, reference.restore
     ),
     "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.save, foreach.ascend, foreach.restore),
-    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore, climb=cpu.climb),
-    "swap": Backend("swap", cpu.supports, cpu.norm, swap.save, swap.ascend, swap.restore, points=True),
+    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore, climb=cpu.climb, on_host=True),
+    "swap": Backend(
+        "swap",
+        cpu.supports,
+        cpu.norm,
+        swap.save,
+        swap.ascend,
+        swap.restore,
+        climb=swap.climb,
+        on_host=True,
+        points=True,
+    ),
     "triton": _TRITON,
     "triton-fused": replace(_TRITON, name="triton-fused", fusion=Fusion(triton.refuses, triton.restore_and_step)),
 }

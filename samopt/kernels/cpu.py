@@ -19,10 +19,12 @@ from samopt.kernels.memory import NEW_MEMORY, Spare, flat, lie_alike, room_for
 __all__ = [
     "Exchange",
     "Slice",
+    "applied",
     "ascend",
     "climb",
     "has_small_only",
     "is_small",
+    "move",
     "moved",
     "norm",
     "restore",
@@ -127,16 +129,16 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Exch
 
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Exchange | None = None) -> None:
     """Write ``w + scale T^2 d``, and the old ``w`` into ``saved``, piece by piece."""
-    _move(block, float(scale), saved)
+    move(block, float(scale), saved)
 
 
 def climb(
     block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Exchange
 ) -> Callable[[], Tensor]:
     """Do ``ascend`` with the step's arithmetic on the host; return what gives how far it went, 0-dim."""
-    step, far = stride.factor(), float(length)
-    _move(block, step, saved)
-    return partial(torch.tensor, abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
+    step = stride.factor()
+    move(block, step, saved)
+    return applied(step, length)
 
 
 def restore(saved: Exchange) -> None:
@@ -210,7 +212,25 @@ def scratch(block: Block) -> Tensor:
     return torch.empty(min(_piece_size(), max(block.sizes)), dtype=block.weights[0].dtype)
 
 
-def _move(block: Block, step: float, saved: Exchange | None) -> None:
+def applied(step: float, length: Tensor) -> Callable[[], Tensor]:
+    """Return what gives the norm of a move, 0-dim.
+
+    Args:
+        step: The factor of ``T^2 d``.
+        length: ``||T d||_2``, 0-dim; where it is not finite, nothing moved.
+    """
+    far = float(length)
+    return partial(torch.tensor, abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
+
+
+def move(block: Block, step: float, saved: Exchange | None) -> None:
+    """Do ``ascend`` with a number.
+
+    Args:
+        block: Tensors to move.
+        step: The factor of ``T^2 d``; 0 does nothing.
+        saved: As for ``ascend``.
+    """
     if step == 0:
         return
     for some in _small(block):

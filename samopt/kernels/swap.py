@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import compress
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from samopt.kernels import cpu
-from samopt.kernels.block import Block, NoiseSource, Saved
+from samopt.kernels.block import Block, NoiseSource, Saved, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory, room_for
 
-__all__ = ["Move", "ascend", "restore", "save"]
+__all__ = ["Move", "ascend", "climb", "restore", "save"]
 
 
 @dataclass
@@ -61,10 +62,26 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move |
     """Write ``w + scale T^2 d`` elsewhere and point each weight there; without ``saved``, in place."""
     if saved is None:
         cpu.ascend(block, scale, noise)
-        return
+    else:
+        _move(block, float(scale), saved)
+
+
+def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Move) -> Callable[[], Tensor]:
+    """Do ``ascend`` with the step's arithmetic on the host; return what gives how far it went, 0-dim."""
+    step = stride.factor()
+    _move(block, step, saved)
+    return cpu.applied(step, length)
+
+
+def restore(saved: Move) -> None:
+    """Point the weights back to their own memory, which nothing has written to, and copy the others back."""
+    _point(saved, saved.homes)
+    cpu.restore(saved.exchange)
+
+
+def _move(block: Block, step: float, saved: Move) -> None:
     leaving, staying = _split(block, saved.leaves)
-    cpu.ascend(staying.behind_autograd() if block.quiet else staying, scale, noise, saved.exchange)
-    step = float(scale)
+    cpu.move(staying.behind_autograd() if block.quiet else staying, step, saved.exchange)
     if step == 0 or not leaving.weights:
         return
     if block.metric is None:
@@ -76,12 +93,6 @@ def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move |
             if part.place is not None:
                 cpu.moved(part, block, step, scratch, part.place)
     _point(saved, saved.rooms)
-
-
-def restore(saved: Move) -> None:
-    """Point the weights back to their own memory, which nothing has written to, and copy the others back."""
-    _point(saved, saved.homes)
-    cpu.restore(saved.exchange)
 
 
 def _split(block: Block, leaves: list[bool]) -> tuple[Block, Block]:
