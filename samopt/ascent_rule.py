@@ -102,9 +102,7 @@ class AscentRule(OptimizerWrapper):
             if moving and self.option(group, "perturb"):
                 sign = -1 if group.get("maximize", False) else 1
                 region = Region(self.radius(group), self.option(group, "eta"), sign)
-                present = [gradient for gradient in gradients if gradient is not None]
-                if len(present) < len(weights):
-                    weights = [p for p, gradient in zip(weights, gradients, strict=True) if gradient is not None]
+                weights, present = _having(weights, gradients)
                 targets.append(Targets(region, weights, [gradient.data for gradient in present]))  # names of our own
         if self._turning is not None:
             with torch.no_grad():
@@ -148,10 +146,7 @@ class AscentRule(OptimizerWrapper):
             if not self.option(group, "perturb"):
                 continue
             weights = [parameter for parameter in group["params"] if parameter.requires_grad]
-            found = direction.of(weights, group, self.base_optimizer)
-            directions = [towards for towards in found if towards is not None]
-            if len(directions) < len(weights):
-                weights = [weight for weight, towards in zip(weights, found, strict=True) if towards is not None]
+            weights, directions = _having(weights, direction.of(weights, group, self.base_optimizer))
             targets.append(Targets(Region(self.radius(group), self.option(group, "eta"), 1), weights, directions))
         return targets
 
@@ -227,6 +222,14 @@ class AscentRule(OptimizerWrapper):
         if not isinstance(rho, Tensor):
             check_nonnegative(self.option_key("rho"), rho, where)
         check_nonnegative(self.option_key("eta"), eta, where)
+
+
+def _having(weights: list[Tensor], directions: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights that have a direction, and theirs."""
+    present = [direction for direction in directions if direction is not None]
+    if len(present) < len(weights):
+        weights = [weight for weight, towards in zip(weights, directions, strict=True) if towards is not None]
+    return weights, present
 
 
 def check_options(*, rho: Any, eta: Any, norm: str, backend: str) -> None:

@@ -19,6 +19,15 @@ class Taken(NamedTuple):
     parameters: list[Tensor]
     gradients: list[Tensor | None]
 
+    @classmethod
+    def of(cls, parameters: list[Tensor]) -> Taken:
+        """Return parameters with their present gradients.
+
+        Args:
+            parameters: The parameters.
+        """
+        return cls(parameters, [parameter.grad for parameter in parameters])
+
     def clear(self) -> None:
         """Take the gradients away from the parameters."""
         for parameter in self.parameters:

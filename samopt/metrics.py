@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Known", "StepMetrics", "as_scalar"]
+__all__ = ["ZERO", "Known", "StepMetrics", "as_scalar"]
+
+ZERO: Callable[[], Tensor] = partial(torch.zeros, ())
+"""The measurement of what did not happen."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -17,7 +16,7 @@ from samopt.direction import Direction, TakenDirection
 from samopt.distributed import reshard, unsynced
 from samopt.gradients import Taken, any_nonzero
 from samopt.kernels.memory import NEW_MEMORY, Spare
-from samopt.metrics import StepMetrics, as_scalar
+from samopt.metrics import ZERO, StepMetrics, as_scalar
 from samopt.observation import is_observed
 from samopt.perturbation import Perturbation, gradient_norm
 from samopt.replay import RngState, SavedBuffers
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnePass"]
 
-_STILL = StepMetrics(asked=partial(torch.zeros, ()), applied=partial(torch.zeros, ()))
+_STILL = StepMetrics(asked=ZERO, applied=ZERO)
 _Reference: TypeAlias = Callable[[], Callable[[], None] | None]
 
 
@@ -51,7 +50,6 @@ class OnePass:
         self._taken = direction if isinstance(direction, TakenDirection) else None
         self._perturbation: Perturbation | None = None
         self._has_ascended = False
-        self._may_move = False
         self._is_aside = False  # whether a first pass is running, at w
         self._has_stale_copies = False  # gathered from shards that have been put back since
         self._spare = NEW_MEMORY
@@ -97,12 +95,11 @@ class OnePass:
         if not targets:
             self._moved = _STILL
             return
-        self._may_move = True
         perturbation = Perturbation(
             targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
         )
         if perturbation.is_empty or perturbation.usable is False:
-            self._moved = StepMetrics(asked=perturbation.radius(), applied=partial(torch.zeros, ()))
+            self._moved = StepMetrics(asked=perturbation.radius(), applied=ZERO)
             return
         self._perturbation = perturbation
         self._has_stale_copies = perturbation.is_sharded
@@ -272,10 +269,10 @@ class OnePass:
         self.leave()
         if self._has_ascended:
             self._optimizer.advance_rounding()
-            if self._may_move:  # when the next forward begins, mostly nobody else holds the gradients
+            if self._optimizer.may_move():  # when the next forward begins, mostly nobody else holds the gradients
                 gradients = [parameter.grad for parameter in self._optimizer.parameters()]
                 self._spare = Spare([gradient for gradient in gradients if gradient is not None])
-        self._has_ascended = self._may_move = False
+        self._has_ascended = False
         self.loss = None
 
     def _can_move(self) -> bool:
@@ -301,7 +298,7 @@ class _Aside:
     """What a pass at ``w`` changes besides the weights, kept to be put back: gradients, buffers, random streams."""
 
     def __init__(self, parameters: list[Tensor], model: nn.Module | None, devices: list[torch.device]) -> None:
-        self._taken = Taken(parameters, [parameter.grad for parameter in parameters])
+        self._taken = Taken.of(parameters)
         self._buffers = SavedBuffers(model)
         self._random = RngState.capture(devices)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from samopt.combination import Combination
 from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.geometry import Metric
 from samopt.gradients import Taken, dense_gradients
-from samopt.metrics import StepMetrics, as_scalar
+from samopt.metrics import ZERO, StepMetrics, as_scalar
 from samopt.perturbation import Perturbation, gradient_norm
 from samopt.replay import Replay, RngState
 from samopt.rounding import Noise
@@ -80,7 +79,7 @@ class SecondPass:
             loss=as_scalar(first_loss),
             grad_norm=norm,
             asked=self.perturbation.radius(),
-            applied=partial(torch.zeros, ()),
+            applied=ZERO,
         )
 
     def enter(self, replay: Replay, start: RngState | None, noise: Noise | None) -> None:

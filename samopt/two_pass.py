@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 
 from samopt.distributed import unsynced
 from samopt.gradients import any_nonzero, dense_gradients, poison
-from samopt.metrics import StepMetrics, as_scalar
+from samopt.metrics import ZERO, StepMetrics, as_scalar
 from samopt.perturbation import Perturbation
 from samopt.replay import PassObserver, Replay, RngState
 from samopt.second_pass import SecondPass
@@ -139,7 +138,7 @@ class TwoPass:
             results.append(closure())
         if not self._optimizer.may_move():
             self._replay.forget()
-            self.metrics = StepMetrics(loss=as_scalar(results[-1]), asked=partial(torch.zeros, ()))
+            self.metrics = StepMetrics(loss=as_scalar(results[-1]), asked=ZERO)
             self._complete()
             return results[-1]
         with self.at_perturbed(results[-1], start) as second:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import samopt
 from samopt import sharpness
 from tests.cases import batch, mlp
+from tests.ranks import start_group
 
 
 def conv_net(dtype=torch.float32):
@@ -299,7 +300,7 @@ def lone_process(tmp_path):
 
     A reducer that holds the last reference to a gloo group waits for its threads with the GIL, which they may need.
     """
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    start_group(0, 1, str(tmp_path / "store"))
     yield
     torch.distributed.destroy_process_group()
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
 from samopt.distributed import unsynced
+from samopt.gradients import Taken
 from samopt.replay import RngState, SavedBuffers
 
 from ..inputs import independent_copy
@@ -177,15 +178,14 @@ class Run:
         put_attributes_back = self._attributes.save()
         buffers = SavedBuffers(self._module)
         stepped = {parameter for group in self._optimizer.param_groups for parameter in group["params"]}
-        others = [(parameter, parameter.grad) for parameter in self._module.parameters() if parameter not in stepped]
+        others = Taken.of([parameter for parameter in self._module.parameters() if parameter not in stepped])
         self.is_second_pass = True
         try:
             with quiet(self._trainer, self._module):
                 yield
         finally:
             self.is_second_pass = False
-            for parameter, gradient in others:
-                parameter.grad = gradient
+            others.put_back()
             buffers.restore()
             put_attributes_back()
 

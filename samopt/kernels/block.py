@@ -54,6 +54,11 @@ class Block:
         return [weight.numel() for weight in self.weights]
 
     @functools.cached_property
+    def largest(self) -> int:
+        """Number of elements of the largest weight; 0 without weights."""
+        return max(self.sizes, default=0)
+
+    @functools.cached_property
     def are_vectors(self) -> bool:
         """Whether every weight has one dimension."""
         return all([weight.dim() == 1 for weight in self.weights])

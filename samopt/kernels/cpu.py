@@ -101,11 +101,12 @@ def norm(block: Block) -> Tensor:
     length: Tensor
     if not elements:
         return torch.zeros((), dtype=torch.float64)
-    if elements <= _FEW and dtype is torch.float32 and block.metric is None:
+    few = elements <= _FEW and dtype is torch.float32
+    if few and block.metric is None:
         # Nothing that fp32 holds has a square that fp64 does not.
         length = torch.linalg.vector_norm(_joined(block.directions, block.are_vectors), dtype=torch.float64)
         return length
-    if elements <= _FEW and dtype is torch.float32 and has_small_only(block):
+    if few and has_small_only(block):
         length = torch.linalg.vector_norm(next(_uphill(block)), dtype=torch.float64)
     else:
         lengths = torch.cat([row for uphill in _uphill(block) for row in _row_norms(uphill)]).double()
@@ -162,7 +163,7 @@ def has_small_only(block: Block) -> bool:
     Args:
         block: The block.
     """
-    return is_small(max(block.sizes, default=0))
+    return is_small(block.largest)
 
 
 def slices(block: Block, places: Sequence[Tensor | None] | None = None) -> Iterator[Slice]:
@@ -209,7 +210,7 @@ def scratch(block: Block) -> Tensor:
     Args:
         block: Whose slices; it has some.
     """
-    return torch.empty(min(_piece_size(), max(block.sizes)), dtype=block.weights[0].dtype)
+    return torch.empty(min(_piece_size(), block.largest), dtype=block.weights[0].dtype)
 
 
 def applied(step: float, length: Tensor) -> Callable[[], Tensor]:
