@@ -14,6 +14,7 @@ from samopt.combination import Combination
 from samopt.direction import Direction, GradientDirection, Momentum, StatefulDirection
 from samopt.geometry import Metric
 from samopt.gradients import Taken
+from samopt.kernels.memory import IS_CPU, under_own_names
 from samopt.rounding import Noise, RoundingNoise
 from samopt.targets import Radius, Region, Targets
 from samopt.validation import check_nonnegative
@@ -103,7 +104,7 @@ class AscentRule(OptimizerWrapper):
                 sign = -1 if group.get("maximize", False) else 1
                 region = Region(self.radius(group), self.option(group, "eta"), sign)
                 weights, present = _having(weights, gradients)
-                targets.append(Targets(region, weights, [gradient.data for gradient in present]))  # names of our own
+                targets.append(Targets(region, weights, under_own_names(present)))
         if self._turning is not None:
             with torch.no_grad():
                 targets = self._turned(targets, self._turning)
@@ -165,7 +166,10 @@ class AscentRule(OptimizerWrapper):
 
     def accelerators(self) -> list[torch.device]:
         """Return the devices of the parameters, but for the CPU."""
-        return list(dict.fromkeys([parameter.device for parameter in self.parameters() if not parameter.is_cpu]))
+        parameters = self.parameters()
+        if all(map(IS_CPU, parameters)):
+            return []
+        return list(dict.fromkeys([parameter.device for parameter in parameters if not parameter.is_cpu]))
 
     def validate_groups(self) -> None:
         """Raise if an option of a group is out of range.

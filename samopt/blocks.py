@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from samopt.targets import Region, Targets
 
 __all__ = ["Part", "parts_of"]
 
+_DTYPE, _DEVICE, _LAYOUT = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
 _WHOLE = {nn.Parameter, Tensor}  # kinds of tensors of which this rank has everything; others are asked
 
 
@@ -131,9 +133,9 @@ def _all_alike(weights: list[Tensor], directions: list[Tensor]) -> bool:
     return (
         _WHOLE.issuperset(map(type, weights))
         and {Tensor}.issuperset(map(type, directions))
-        and len({weight.dtype for weight in weights}) == len({direction.dtype for direction in directions}) == 1
-        and len({weight.device for weight in weights}) == 1
-        and {torch.strided} == {direction.layout for direction in directions}
-        and all([weight.is_contiguous() for weight in weights])
-        and all([direction.is_contiguous() for direction in directions])
+        and len(set(map(_DTYPE, weights))) == len(set(map(_DTYPE, directions))) == 1
+        and len(set(map(_DEVICE, weights))) == 1
+        and {torch.strided} == set(map(_LAYOUT, directions))
+        and all(map(Tensor.is_contiguous, weights))
+        and all(map(Tensor.is_contiguous, directions))
     )

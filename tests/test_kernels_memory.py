@@ -140,10 +140,6 @@ def test_directions_are_overwritten_only_if_they_may_be(name, metric, consume, s
     assert [w.data_ptr() for w in block.weights] == addresses
 
 
-def clones(tensors):
-    return [tensor.clone() for tensor in tensors]
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_restore_after_any_number_of_pieces_is_exact(metric, small_pieces):
     block = block_of(metric, (9, 31), (5,), (7, 3), (64,), (65,), (2, 2))
@@ -154,10 +150,10 @@ def test_a_restore_after_any_number_of_pieces_is_exact(metric, small_pieces):
         saved = cpu.save(block, consume=True)
         cpu.ascend(block, torch.tensor(0.5, dtype=torch.float64), None, saved)
         assert len(saved.record) == 10
-        later = cpu.Exchange([], record=[(members, clones(values)) for members, values in saved.record[pieces:]])
-        cpu.restore(later)  # an interrupt came before these were written
-        for _, values in saved.record[pieces:]:
-            torch._foreach_mul_(values, float("nan"))
+        later = [some._replace(values=some.values.clone()) for some in saved.record[pieces:]]
+        cpu.restore(cpu.Exchange([], record=later))  # an interrupt came before these were written
+        for some in saved.record[pieces:]:
+            some.values.fill_(float("nan"))
         del saved.record[pieces:]
         cpu.restore(saved)
         assert all(torch.equal(w, b) for w, b in zip(block.weights, before, strict=True))
@@ -282,18 +278,22 @@ def test_gradients_that_hold_no_weights_are_freed_while_perturbed(name, wrap, mo
     optimizer.restore()
 
 
+@pytest.mark.parametrize("wrap", [samopt.SAM, samopt.ASAM])
+@pytest.mark.parametrize("small", [0, 9])
 @pytest.mark.parametrize("name", IN_MEMORY)
-@pytest.mark.parametrize("straddles", [True, False])
-def test_autograd_notices_that_the_weights_of_a_saved_graph_moved(straddles, name):
+@pytest.mark.parametrize("moves", ["never", "up", "up and down"])
+def test_autograd_notices_that_the_weights_of_a_saved_graph_moved(moves, name, small, wrap, monkeypatch):
+    monkeypatch.setattr(cpu, "_SMALL", small)
     w, x = nn.Parameter(torch.randn(3, 3)), torch.ones(3, requires_grad=True)
-    optimizer = samopt.SAM([w], torch.optim.SGD, lr=0.1, backend=name)
+    optimizer = wrap([w], torch.optim.SGD, lr=0.1, backend=name)
     (w @ x).square().sum().backward(retain_graph=True)
     graph = (w @ x).sum()
-    if not straddles:
+    if moves == "never":
         graph.backward()
         return
-    with optimizer.perturbed():
-        pass
+    optimizer.ascend()
+    if moves == "up and down":
+        optimizer.restore()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         graph.backward()
 

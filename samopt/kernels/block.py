@@ -51,7 +51,7 @@ class Block:
     @functools.cached_property
     def sizes(self) -> list[int]:
         """Number of elements of each weight."""
-        return [weight.numel() for weight in self.weights]
+        return list(map(Tensor.numel, self.weights))
 
     @functools.cached_property
     def largest(self) -> int:
@@ -61,7 +61,7 @@ class Block:
     @functools.cached_property
     def are_vectors(self) -> bool:
         """Whether every weight has one dimension."""
-        return all([weight.dim() == 1 for weight in self.weights])
+        return {1}.issuperset(map(Tensor.dim, self.weights))
 
     def without_metric(self) -> Block:
         """Return the same tensors under the identity metric."""

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-__all__ = ["NEW_MEMORY", "Spare", "flat", "lie_alike", "owns_its_memory", "room_for"]
+__all__ = [
+    "IS_CPU",
+    "NEW_MEMORY",
+    "Spare",
+    "flat",
+    "lie_alike",
+    "note_writes",
+    "owns_its_memory",
+    "room_for",
+    "under_own_names",
+]
+
+IS_CPU = attrgetter("is_cpu")
+"""Of a tensor."""
 
 _WORTHWHILE = 1 << 14  # elements; less is quickly had anew
 
@@ -37,6 +51,19 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
+def note_writes(tensors: Sequence[Tensor]) -> None:
+    """Have autograd notice that tensors were written to, where what wrote does not tell it.
+
+    Args:
+        tensors: They, or others that share their memory and version.
+    """
+    if _counts_many():
+        torch.autograd.graph.increment_version(tensors)
+    else:
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
+
+
 def owns_its_memory(tensor: Tensor) -> bool:
     """Return whether ``tensor`` fills its memory and nobody else can reach it.
 
@@ -53,6 +80,18 @@ def owns_its_memory(tensor: Tensor) -> bool:
         and not storage.is_shared()
         and _holders(storage) == _one_holder()
     )
+
+
+def under_own_names(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors so that ``owns_its_memory`` can tell, once we alone should hold them, whether somebody else does.
+
+    Args:
+        tensors: Any tensors; where all are on the CPU and small, so that their memory is not worth taking, they are
+            returned themselves.
+    """
+    if max(map(Tensor.numel, tensors), default=0) <= _WORTHWHILE and all(map(IS_CPU, tensors)):
+        return tensors
+    return [tensor.data for tensor in tensors]
 
 
 class Spare:
@@ -106,6 +145,16 @@ def _holders(storage: torch.UntypedStorage) -> int:
     """Return how many tensors hold ``storage``, plus a constant for the Python object that asks."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
+
+
+@functools.cache
+def _counts_many() -> bool:
+    """Return whether torch takes several tensors at once; 2.4 does not."""
+    try:
+        torch.autograd.graph.increment_version(())
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 @functools.cache

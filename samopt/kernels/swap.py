@@ -11,7 +11,7 @@ from torch import Tensor
 
 from samopt.kernels import cpu
 from samopt.kernels.block import Block, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory, room_for
+from samopt.kernels.memory import NEW_MEMORY, Spare, note_writes, owns_its_memory, room_for
 
 __all__ = ["Move", "ascend", "climb", "restore", "save"]
 
@@ -110,5 +110,5 @@ def _part(block: Block, chosen: list[bool]) -> Block:
 def _point(saved: Move, places: list[Tensor]) -> None:
     for weight, place in zip(saved.weights, places, strict=True):
         weight.data = place
-        if not saved.quiet:
-            torch.autograd.graph.increment_version(weight)  # a graph that saved it must notice, as after any write
+    if not saved.quiet:
+        note_writes(saved.weights)  # a graph that saved one must notice

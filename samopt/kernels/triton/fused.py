@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from samopt.kernels.memory import lie_alike
+from samopt.kernels.memory import lie_alike, note_writes
 from samopt.kernels.triton import base_steps
 from samopt.kernels.triton.availability import interprets
-from samopt.kernels.triton.launch import BLOCK, DTYPES, OPTIONS, Way, note_writes, on, restore
+from samopt.kernels.triton.launch import BLOCK, DTYPES, OPTIONS, Way, on, restore
 from samopt.kernels.triton.tables import CHUNK, addresses_of, pointer_table
 
 __all__ = ["restore_and_step"]

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from samopt.kernels.block import Block, Lengths, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, room_for
+from samopt.kernels.memory import NEW_MEMORY, Spare, note_writes, room_for
 from samopt.kernels.triton import stages
 from samopt.kernels.triton.availability import interprets
 from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, pointer_table
@@ -31,7 +31,6 @@ __all__ = [
     "climb",
     "measure",
     "norm",
-    "note_writes",
     "on",
     "restore",
     "save",
@@ -218,12 +217,3 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
         device: Where the tensors are.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def note_writes(weights: Sequence[Tensor]) -> None:
-    """Tell autograd of writes that it did not see.
-
-    Args:
-        weights: What was written.
-    """
-    torch.autograd.graph.increment_version(weights)
