@@ -127,8 +127,11 @@ class AscentRule(OptimizerWrapper):
 
     def is_on(self) -> bool:
         """Return whether any group has a positive ``rho``, so that this is more than the base optimizer."""
-        rhos = [self.option(group, "rho") for group in self.param_groups if self.option(group, "perturb")]
-        return any(isinstance(rho, Tensor) or rho > 0 for rho in rhos)
+        for group in self.param_groups:
+            rho = self.option(group, "rho")
+            if (isinstance(rho, Tensor) or rho > 0) and self.option(group, "perturb"):
+                return True
+        return False
 
     def targets_along(self, direction: Direction) -> list[Targets]:
         """Return every parameter that moves along ``direction``; those without a direction yet do not.

@@ -98,7 +98,7 @@ class Replay:
         self._calls = _CallRecorder(())
         self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
         self.use_devices(devices)
-        self._buffers = SavedBuffers(None)
+        self._buffers = _NO_BUFFERS
         self._end: RngState | None = None
         self._is_blind = False
         self._has_warned = False
@@ -124,7 +124,7 @@ class Replay:
         Args:
             start: Random state at the start of the first pass, where known.
         """
-        self._buffers = SavedBuffers(self.model)
+        self._buffers = _NO_BUFFERS if self.model is None else SavedBuffers(self.model)
         self._end = self.capture()
         self._is_blind = self.model is not None and start is None and self._calls.is_empty
         for observer in self._observers:
@@ -164,7 +164,7 @@ class Replay:
         """Drop what was recorded, ready for the next first pass."""
         for observer in self._observers:
             observer.clear()
-        self._buffers = SavedBuffers(None)
+        self._buffers = _NO_BUFFERS
         self._end = None
 
 
@@ -229,12 +229,17 @@ class SavedBuffers:
         for owner, name, buffer in self._places:
             if owner._buffers.get(name) is not buffer:
                 owner._buffers[name] = buffer
+        if not self._written:
+            return
         with torch.no_grad():
-            if self._written and all([type(buffer) is Tensor for buffer in self._written]):
+            if all([type(buffer) is Tensor for buffer in self._written]):
                 torch._foreach_copy_(self._written, self._values)
                 return
             for buffer, value in zip(self._written, self._values, strict=True):
                 buffer.copy_(value)
+
+
+_NO_BUFFERS = SavedBuffers(None)
 
 
 def _are_equal(numpy: Any, other: Any) -> bool:

@@ -44,11 +44,9 @@ def flat(tensor: Tensor) -> Tensor:
     """Return a gapless tensor's values as a vector in the order of memory, sharing that memory.
 
     Args:
-        tensor: A tensor that fills its memory without gaps.
+        tensor: A tensor that fills its memory without gaps; autograd is off.
     """
-    if tensor.is_contiguous():
-        return tensor.detach().view(-1)
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
 
 
 def note_writes(tensors: Sequence[Tensor]) -> None:
