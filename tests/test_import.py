@@ -21,11 +21,13 @@ def in_fresh_interpreter(source):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="repeats the import in forks of one process that holds torch")
-def test_importing_adds_less_than_100_ms_to_torch():
-    # Processor time: what the import costs, whatever else the machine is doing.
-    seconds = in_fresh_interpreter("""
+def test_importing_adds_less_than_a_tenth_of_importing_torch():
+    # Processor time, as a part of torch's in the same process: what the import costs, however fast the machine is.
+    part = in_fresh_interpreter("""
         import json, os, time
+        start = time.process_time()
         import torch
+        whole = time.process_time() - start
 
         seconds = []
         for _ in range(7):
@@ -37,9 +39,9 @@ def test_importing_adds_less_than_100_ms_to_torch():
                 os._exit(0)
             os.wait()
             seconds.append(float(os.read(read, 64)))
-        print(json.dumps(seconds))
+        print(json.dumps([each / whole for each in seconds]))
     """)
-    assert statistics.median(seconds) < 0.1, seconds
+    assert statistics.median(part) < 0.1, part
 
 
 def test_importing_loads_no_framework():
