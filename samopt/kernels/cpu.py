@@ -14,7 +14,7 @@ from torch import Tensor
 
 from samopt.kernels import reference
 from samopt.kernels.block import Block, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, flat, lie_alike, note_writes, room_for
+from samopt.kernels.memory import NEW_MEMORY, WORTHWHILE, Spare, flat, lie_alike, note_writes, room_for
 
 __all__ = [
     "Exchange",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _PIECE = 1 << 18  # elements; 1 MiB in fp32: with its scratch it stays in the cache, and calls cost little beside it
-_SMALL = 1 << 14  # elements; up to here a call costs about as much as moving the values
+_SMALL = WORTHWHILE  # elements; up to here a call costs about as much as moving the values
 _FEW = 1 << 17  # elements; up to here one sum in fp64 is faster than the calls that it takes to add up rows
 _PIECES_TOGETHER = 4  # as large as small weights are joined; splitting them in the cache's size would gain nothing
 _PIECE_PER_THREAD = 1 << 15  # torch gives no thread less than that

@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "IS_CPU",
     "NEW_MEMORY",
+    "WORTHWHILE",
     "Spare",
     "flat",
     "lie_alike",
@@ -24,7 +25,8 @@ __all__ = [
 IS_CPU = attrgetter("is_cpu")
 """Of a tensor."""
 
-_WORTHWHILE = 1 << 14  # elements; less is quickly had anew
+WORTHWHILE = 1 << 14
+"""Elements; memory of fewer is quickly had anew."""
 
 
 def lie_alike(weight: Tensor, direction: Tensor) -> bool:
@@ -87,7 +89,7 @@ def under_own_names(tensors: list[Tensor]) -> list[Tensor]:
         tensors: Any tensors; where all are on the CPU and small, so that their memory is not worth taking, they are
             returned themselves.
     """
-    if max(map(Tensor.numel, tensors), default=0) <= _WORTHWHILE and all(map(IS_CPU, tensors)):
+    if max(map(Tensor.numel, tensors), default=0) <= WORTHWHILE and all(map(IS_CPU, tensors)):
         return tensors
     return [tensor.data for tensor in tensors]
 
@@ -106,7 +108,7 @@ class Spare:
         self._vectors: dict[tuple[torch.dtype, int], list[Tensor]] = {}
         for tensor in tensors:
             size = tensor.numel()
-            if size >= _WORTHWHILE and type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided:
+            if size >= WORTHWHILE and type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided:
                 self._vectors.setdefault((tensor.dtype, size), []).append(tensor.detach())
 
     def like(self, tensor: Tensor) -> Tensor:
