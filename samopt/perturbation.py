@@ -143,6 +143,17 @@ class Perturbation:
                     applied.append(Known(scale.abs() * far))
             return self._joined_later(applied)
 
+    def move(self, noise: Noise | None = None) -> None:
+        """Do what ``apply`` does in place and without a way back, for those who have one.
+
+        Args:
+            noise: As for ``apply``.
+        """
+        with torch.no_grad():
+            for part, length, radius in zip(self._parts, self._lengths.blocks, self._radii, strict=True):
+                scale = Stride(self.norm, radius, part.region.sign, self._linf).scale(length.device)
+                part.backend.ascend(part.block, scale, part.noise(noise))
+
     def release_directions(self) -> None:
         """Forget the directions, which ``apply`` no longer needs, so that their memory can be reused."""
         self._parts = []

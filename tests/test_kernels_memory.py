@@ -324,6 +324,51 @@ def test_swap_leaves_weights_where_others_see_them(how, wrap):
     assert [alone.data_ptr(), shared.data_ptr()] == addresses
 
 
+def values_of(seen):
+    return np.asarray(seen.detach() if isinstance(seen, torch.Tensor) else seen)
+
+
+@pytest.mark.parametrize("wrap", [samopt.SAM, samopt.ASAM])
+@pytest.mark.parametrize("how", SHARED)
+def test_a_name_taken_while_perturbed_follows_its_weight_ever_after(how, wrap):
+    named, other = (p.requires_grad_() for p in tensors((5, 2), (4, 3), dtype=torch.float32))
+    optimizer = wrap([named, other], torch.optim.SGD, lr=0.1, backend="swap")
+    before, address = [named.detach().clone(), other.detach().clone()], other.data_ptr()
+    (named.sum() + other.sum()).backward()
+    with optimizer.perturbed():
+        seen = SHARED[how](named)
+        assert not torch.equal(named, before[0])
+        (named.sum() + other.sum()).backward()
+    assert torch.equal(named, before[0]) and torch.equal(other, before[1])
+    assert other.data_ptr() == address  # nobody took a name of this one
+    assert np.array_equal(values_of(seen), values_of(SHARED[how](named)))
+    optimizer.step()
+    assert torch.equal(named, before[0] - 0.1)
+    assert np.array_equal(values_of(seen), values_of(SHARED[how](named)))
+
+
+def test_a_name_that_a_model_takes_in_its_one_forward_follows_the_weight():
+    class Remembering(nn.Linear):
+        def forward(self, x):
+            self.seen = self.weight.detach().t()
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Remembering(4, 3)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = samopt.SAM(base, rho=0.5, direction="momentum", model=model, backend="swap")
+    for step in range(4):
+        kept = model.seen if step else None
+        loss = model(torch.randn(5, 4)).square().mean()
+        if step > 1:
+            assert torch.equal(kept, model.weight.t())  # and so it does at w + epsilon
+        loss.backward()
+        assert torch.equal(model.seen, model.weight.t())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(model.seen, model.weight.t())
+
+
 @pytest.mark.parametrize("backend, moves", [("auto", False), ("cpu", False), ("swap", True)])
 def test_only_swap_changes_addresses_and_not_of_memory_between_processes(backend, moves):
     shared, alone = nn.Parameter(torch.randn(4, 3).share_memory_()), nn.Parameter(torch.randn(4, 3))
@@ -411,16 +456,20 @@ def assert_equal_fp32(model, twin):
 
 
 def one_pass_steps(model, backend, passes):
-    """Steps along the momentum whose gradients ``passes`` takes, and whether weights left their memory meanwhile."""
+    """Steps along the momentum whose gradients ``passes`` takes; whether weights left their memory meanwhile, and came back.
+
+    They stay where a graph that is kept has views of them.
+    """
     base = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer = samopt.SAM(base, rho=0.3, direction="momentum", model=model, backend=backend)
-    homes, away = [p.data_ptr() for p in model.parameters()], []
+    away, back = [], []
     for step in range(4):
         optimizer.zero_grad()
+        homes = [p.data_ptr() for p in model.parameters()]
         passes(model, step, lambda: away.append([p.data_ptr() for p in model.parameters()] != homes))
-        assert [p.data_ptr() for p in model.parameters()] == homes
+        back.append([p.data_ptr() for p in model.parameters()] == homes)
         optimizer.step()
-    return any(away)
+    return any(away), all(back)
 
 
 def micro_batches(model, step, look):
@@ -450,6 +499,6 @@ def checkpointed(model, step, look):
 @pytest.mark.parametrize("passes", [micro_batches, two_backwards, checkpointed])
 def test_swap_moves_weights_in_one_pass_too(passes):
     swapped, reference = mlp(torch.float64), mlp(torch.float64)
-    assert one_pass_steps(swapped, "swap", passes) == (passes is not two_backwards)  # exact again between the two
-    assert not one_pass_steps(reference, "reference", passes)
+    assert one_pass_steps(swapped, "swap", passes) == (True, passes is not two_backwards)
+    assert one_pass_steps(reference, "reference", passes) == (False, True)
     assert_equal(swapped, reference)

@@ -15,6 +15,7 @@ __all__ = [
     "WORTHWHILE",
     "Spare",
     "flat",
+    "holders",
     "lie_alike",
     "note_writes",
     "owns_its_memory",
@@ -80,6 +81,15 @@ def owns_its_memory(tensor: Tensor) -> bool:
         and not storage.is_shared()
         and _holders(storage) == _one_holder()
     )
+
+
+def holders(tensor: Tensor) -> int:
+    """Return how many tensors hold the memory of ``tensor``, plus a constant.
+
+    Args:
+        tensor: A strided tensor.
+    """
+    return _holders(tensor.untyped_storage())
 
 
 def under_own_names(tensors: list[Tensor]) -> list[Tensor]:

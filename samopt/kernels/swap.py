@@ -1,9 +1,9 @@
-"""The fewest bytes: weights move into the gradients' memory, and their own waits untouched until they move back."""
+"""The fewest bytes: large weights move into the gradients' memory, and their own waits until they move back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from samopt.kernels import cpu
 from samopt.kernels.block import Block, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, note_writes, owns_its_memory, room_for
+from samopt.kernels.memory import NEW_MEMORY, Spare, holders, note_writes, owns_its_memory, room_for
 
 __all__ = ["Move", "ascend", "climb", "restore", "save"]
 
@@ -27,6 +27,7 @@ class Move(Saved):
         rooms: Where they move to.
         quiet: Whether autograd is not to notice.
         exchange: The way back of the others.
+        counts: How many held each room when the weights had just moved there; empty before.
     """
 
     leaves: list[bool]
@@ -35,6 +36,7 @@ class Move(Saved):
     rooms: list[Tensor]
     quiet: bool
     exchange: cpu.Exchange
+    counts: list[int] = field(default_factory=list)
 
 
 def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move:
@@ -74,8 +76,15 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
 
 
 def restore(saved: Move) -> None:
-    """Point the weights back to their own memory, which nothing has written to, and copy the others back."""
-    _point(saved, saved.homes)
+    """Point the weights back to their own memory, which nothing has written to, and copy the others back.
+
+    A weight of whose present memory somebody has taken a name meanwhile stays there, or that name would not follow it.
+    """
+    counts = saved.counts or [holders(room) for room in saved.rooms]
+    places = []
+    for home, room, count in zip(saved.homes, saved.rooms, counts, strict=True):
+        places.append(room.copy_(home) if holders(room) > count else home)
+    _point(saved, places)
     cpu.restore(saved.exchange)
 
 
@@ -93,6 +102,7 @@ def _move(block: Block, step: float, saved: Move) -> None:
             if part.place is not None:
                 cpu.moved(part, block, step, scratch, part.place)
     _point(saved, saved.rooms)
+    saved.counts = [holders(room) for room in saved.rooms]
 
 
 def _split(block: Block, leaves: list[bool]) -> tuple[Block, Block]:

@@ -131,7 +131,7 @@ class Climb:
         ascent = self._ball.first_step(self._subject.weights, gradient)
         if not 0 < float(ascent.norm) < math.inf:
             return False
-        ascent.apply(self._next_noise())
+        ascent.move(self._next_noise())
         if any(is_low_precision(weight) for weight in self._subject.weights):
             offsets = self._take(gradient)
             self._ball.uphill(offsets, self._placement.origin, self._ball.rho)

@@ -87,7 +87,7 @@ class Ball:
         return metric.scale(wide, wide, self.eta)
 
     def first_step(self, weights: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> Perturbation:
-        """Return SAM's ascent: the ball's first-order worst point.
+        """Return SAM's ascent, to the ball's first-order worst point.
 
         Args:
             weights: The weights, at the centre.
