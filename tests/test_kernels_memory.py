@@ -456,18 +456,25 @@ def assert_equal_fp32(model, twin):
 
 
 def one_pass_steps(model, backend, passes):
-    """Steps along the momentum whose gradients ``passes`` takes; whether weights left their memory meanwhile, and came back.
+    """Step along the momentum, with gradients from ``passes``; say whether weights left their memory, and came back.
 
     They stay where a graph that is kept has views of them.
     """
     base = torch.optim.AdamW(model.parameters(), lr=0.01)
     optimizer = samopt.SAM(base, rho=0.3, direction="momentum", model=model, backend=backend)
-    away, back = [], []
+    places, away, back = [], [], []
+
+    def look():
+        places.append([p.data_ptr() for p in model.parameters()])
+
     for step in range(4):
         optimizer.zero_grad()
-        homes = [p.data_ptr() for p in model.parameters()]
-        passes(model, step, lambda: away.append([p.data_ptr() for p in model.parameters()] != homes))
-        back.append([p.data_ptr() for p in model.parameters()] == homes)
+        places.clear()
+        look()
+        passes(model, step, look)
+        look()
+        away.append(any(where != places[0] for where in places[1:-1]))
+        back.append(places[-1] == places[0])
         optimizer.step()
     return any(away), all(back)
 
