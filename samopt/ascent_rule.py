@@ -62,6 +62,8 @@ class AscentRule(OptimizerWrapper):
     ) -> None:
         if isinstance(direction, Momentum):
             direction.check(base_optimizer)
+        if combination is not None:
+            combination.check(base_optimizer)
         super().__init__(base_optimizer, {"rho": rho, "eta": eta, "perturb": True})
         self.metric = metric
         self.norm = norm

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from samopt.distributed import Shards
 from samopt.per_parameter import by_parameter, in_order
@@ -30,6 +31,13 @@ class Combination:
     averaged over ranks as the second ones are.
     """
 
+    def check(self, base: Optimizer) -> None:
+        """Raise if a base optimizer cannot be used with it.
+
+        Args:
+            base: The base optimizer.
+        """
+
     def is_due(self) -> bool:
         """Return whether this step takes a second pass; it must not change before ``advance``."""
         return True
@@ -43,6 +51,18 @@ class Combination:
             second: Their gradients at ``w + epsilon``.
         """
         raise NotImplementedError
+
+    def beside(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return what the update subtracts from the weights besides the base's step, before ``combine`` is called.
+
+        Args:
+            first: The gradients at ``w``.
+            second: Those at ``w + epsilon``.
+
+        Returns:
+            A tensor for each, to be multiplied by the learning rate; None for nothing.
+        """
+        return None
 
     def complete(self, parameters: Sequence[Tensor], first: Sequence[Tensor]) -> None:
         """Write the base's gradient into ``first``, in a step without a second pass.
@@ -97,25 +117,62 @@ class SurrogateGap(Combination):
 
 
 class WeightedSharpness(Combination):
-    """``g + gamma / (1 - gamma) (g_p - g)``: the gradient of the loss plus weighted sharpness.
+    """The loss plus weighted sharpness, whose gradient is ``g + gamma / (1 - gamma) (g_p - g)``.
 
-    Source: Yue et al. 2023, "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term", its
-    definition of the loss, with the sharpness inside the base optimizer's gradient.
+    Source: Yue et al. 2023, "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term": its
+    definition of the loss, and its algorithm, which keeps the sharpness out of the base optimizer's momenta and scales.
 
     Args:
-        gamma: In [0, 1). 0 is the base optimizer, 0.5 is SAM, and above it sharpness weighs more than in SAM.
+        gamma: In [0, 1). 0 is the base optimizer; above 0.5 sharpness weighs more than in SAM.
+        decouple: The base gets ``g``, and ``lr gamma / (1 - gamma) (g_p - g)`` is subtracted from the weights just
+            before its step. If False, the base gets the sum; 0.5 is SAM then.
 
     Raises:
         ValueError: If ``gamma`` is out of range.
     """
 
-    def __init__(self, gamma: float = 0.9) -> None:
+    def __init__(self, gamma: float = 0.9, decouple: bool = True) -> None:
         if not 0 <= gamma < 1:
-            raise ValueError(f"gamma must be in [0, 1), got {gamma}; 0.5 is SAM")
+            raise ValueError(f"gamma must be in [0, 1), got {gamma}; 0.5 weighs the sharpness as SAM does")
         self.gamma = gamma
+        self.decouple = decouple
+
+    def check(self, base: Optimizer) -> None:
+        """Raise if a base optimizer cannot be used with it.
+
+        Args:
+            base: The base optimizer.
+
+        Raises:
+            ValueError: If the sharpness is decoupled, and the base has no learning rate for one update a step.
+        """
+        if not self.decouple:
+            return
+        name = type(base).__name__
+        if isinstance(base, torch.optim.LBFGS):
+            raise ValueError(
+                f"decouple=True subtracts the sharpness once a step, and {name} evaluates several points a step; use "
+                "decouple=False"
+            )
+        if any("lr" not in group for group in base.param_groups):
+            raise ValueError(
+                f"decouple=True subtracts lr times the sharpness, and a parameter group of {name} has no 'lr'; use "
+                "decouple=False"
+            )
+
+    def beside(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return ``gamma / (1 - gamma) (g_p - g)`` where that is decoupled."""
+        if not self.decouple:
+            return None
+        weight = self.gamma / (1 - self.gamma)
+        return [(gradient - plain).mul_(weight) for gradient, plain in zip(second, first, strict=True)]
 
     def combine(self, parameters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-        """Write ``gamma / (1 - gamma) g_p + (1 - 2 gamma) / (1 - gamma) g`` into ``second``."""
+        """Write ``gamma / (1 - gamma) g_p + (1 - 2 gamma) / (1 - gamma) g`` into ``second``; decoupled, ``g``."""
+        if self.decouple:
+            for gradient, plain in zip(second, first, strict=True):
+                gradient.mul_(0).add_(plain)  # what is not finite stays to be seen, by a GradScaler above all
+            return
         rest = 1 - self.gamma
         for gradient, plain in zip(second, first, strict=True):
             gradient.mul_(self.gamma / rest).add_(plain, alpha=(1 - 2 * self.gamma) / rest)

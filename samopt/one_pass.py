@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
+from samopt.decoupled import DecoupledUpdate
 from samopt.direction import Direction, TakenDirection
 from samopt.distributed import reshard, unsynced
 from samopt.gradients import Taken, any_nonzero
@@ -263,6 +264,10 @@ class OnePass:
 
     def note_unscaling(self) -> None:
         """Do nothing: gradients are scaled and unscaled once."""
+
+    def take_beside(self) -> DecoupledUpdate | None:
+        """Return None: there is no first gradient to decouple from the second."""
+        return None
 
     def reset(self) -> None:
         """Be ready for the next step's ascent, whose direction the update changes."""

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from samopt.amp import calling_scaler_stage, is_unscaling
 from samopt.ascent_rule import AscentRule, check_options
 from samopt.combination import Combination, check_combination
+from samopt.decoupled import DecoupledUpdate
 from samopt.direction import Direction, GradientDirection, named_direction
 from samopt.distributed import refuse_unsupported
 from samopt.fused_step import fuses, take_fused_step
@@ -329,7 +330,7 @@ class SharpnessAwareOptimizer(AscentRule):
 
         def oracle() -> Any:
             loss = self._passes.run(closure, first_losses, ascent_closure)
-            self._before_update()
+            self._update_beside(self._passes.take_beside())
             return loss
 
         base, passes = self.base_optimizer, self._passes
@@ -356,9 +357,16 @@ class SharpnessAwareOptimizer(AscentRule):
         return results[0] if results else None
 
     def _release(self) -> None:
+        beside = self._passes.take_beside()
         self._passes.reset()
         self._opt_called = True  # what learning rate schedules made for this optimizer look for
+        self._update_beside(beside)
+
+    def _update_beside(self, beside: DecoupledUpdate | None) -> None:
+        """Do all of the update that comes before the base's step."""
         self._before_update()
+        if beside is not None:
+            beside.apply(self.base_optimizer.param_groups)
 
     def _watch_for_stall(self) -> None:
         if self._stall is not None:

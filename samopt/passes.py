@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.amp.grad_scaler import OptState
 
+from samopt.decoupled import DecoupledUpdate
 from samopt.metrics import StepMetrics
 
 __all__ = ["PassHandle", "Passes"]
@@ -73,6 +74,9 @@ class Passes(Protocol):
 
     def note_unscaling(self) -> None:
         """Note that a ``GradScaler`` divides the present gradients."""
+
+    def take_beside(self) -> DecoupledUpdate | None:
+        """Return what the update does besides the base's step, once; None for nothing."""
 
     def reset(self) -> None:
         """Be ready for the next pair of passes: the gradients are about to be applied, or were dropped."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from samopt import kernels
 from samopt.blocks import parts_of
-from samopt.distributed import Shards
+from samopt.distributed import Shards, local_part
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block, Lengths, Saved, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare
@@ -23,7 +23,7 @@ from samopt.precision import is_low_precision
 from samopt.rounding import Noise
 from samopt.targets import Region, Targets
 
-__all__ = ["Perturbation", "Placement", "gradient_norm"]
+__all__ = ["Perturbation", "Placement", "descend", "gradient_norm"]
 
 
 class Perturbation:
@@ -254,6 +254,21 @@ class Placement:
         """Write every saved weight back, bit for bit; may be called any number of times."""
         with torch.no_grad():
             kernels.BACKENDS["reference"].restore(self._saved)
+
+
+def descend(parameters: Sequence[Tensor], directions: Sequence[Tensor], rate: float | Tensor, factor: Tensor) -> None:
+    """Write ``w - rate factor d`` for good: a part of an update.
+
+    Args:
+        parameters: Parameters.
+        directions: One for each; this rank's part of it, where the parameter is sharded.
+        rate: A learning rate, a number or 0-dim.
+        factor: 0-dim.
+    """
+    with torch.no_grad():
+        for parameter, direction in zip(parameters, directions, strict=True):
+            size = (factor * rate).to(direction.device, non_blocking=True)
+            local_part(parameter).sub_(direction * size.to(direction.dtype))
 
 
 def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor:

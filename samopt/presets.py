@@ -200,23 +200,25 @@ class GSAM(SharpnessAwareOptimizer):
 class WSAM(SharpnessAwareOptimizer):
     """WSAM: the loss plus weighted sharpness, ``L + gamma / (1 - gamma) (L_p - L)``.
 
-    The base gets ``gamma / (1 - gamma) g_p + (1 - 2 gamma) / (1 - gamma) g``. Source: Yue et al. 2023,
-    "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term", its definition of the loss;
-    the paper's variant that adds the sharpness outside the base optimizer, as AdamW does weight decay, is not built.
+    The base gets ``g``; just before its step, ``lr gamma / (1 - gamma) (g_p - g)`` is subtracted from the weights, as
+    AdamW decays them. Source: Yue et al. 2023, "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
+    Regularization Term", its definition of the loss and its algorithm.
 
-    Cost: SAM's, and one more transient copy of the gradients.
+    Cost: SAM's, two more transient copies of the gradients (one with ``decouple=False``), and two reads of them.
 
     Args:
         params: An optimizer instance to wrap; or parameters, for ``base_optimizer``.
         base_optimizer: With parameters: an optimizer class, called as ``base_optimizer(params, **options)``.
         rho: Radius of the perturbation, >= 0.
-        gamma: Weight of the sharpness, in [0, 1). 0 is the base, 0.5 is SAM.
+        gamma: Weight of the sharpness, in [0, 1). 0 is the base; 0.5 weighs it as SAM does.
+        decouple: Keep the sharpness out of the base optimizer. If False, the base gets
+            ``gamma / (1 - gamma) g_p + (1 - 2 gamma) / (1 - gamma) g``, and ``gamma=0.5`` is SAM.
         adaptive: Use ASAM's metric.
         **options: As for ``samopt.SAM``, without ``combination``.
 
     Raises:
         TypeError: If the arguments fit neither form.
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range; with ``decouple``, if the base has no learning rate, or is LBFGS.
 
     Example:
         >>> import torch, samopt
@@ -230,11 +232,12 @@ class WSAM(SharpnessAwareOptimizer):
         base_optimizer: Callable[..., Optimizer] | None = None,
         rho: float = 0.05,
         gamma: float = 0.9,
+        decouple: bool = True,
         adaptive: bool = False,
         **options: Any,
     ) -> None:
         metric = Adaptive() if adaptive else Euclidean()
-        rule = WeightedSharpness(gamma)
+        rule = WeightedSharpness(gamma, decouple)
         super().__init__(params, base_optimizer, metric=metric, rho=rho, eta=0.01, combination=rule, **options)
 
 

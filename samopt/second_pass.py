@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from samopt.combination import Combination
+from samopt.decoupled import DecoupledUpdate
 from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.geometry import Metric
 from samopt.gradients import Taken, dense_gradients
@@ -124,20 +125,29 @@ class SecondPass:
         if not self.is_needed:
             self._taken.put_back()
 
-    def combine(self, combination: Combination) -> None:
+    def combine(self, combination: Combination) -> DecoupledUpdate | None:
         """Make the base's gradients of both passes'; call it after ``leave``.
 
         Args:
             combination: The rule.
+
+        Returns:
+            What the update does besides the base's step; None for nothing.
         """
+        beside = None
         both = [(p, g) for p, g in zip(*self._taken, strict=True) if g is not None and p.grad is not None]
         parameters = [parameter for parameter, _ in both]
         if self.is_needed and both:
             self.is_spoiled = True
             with torch.no_grad():
-                combination.combine(parameters, [local_part(g, p) for p, g in both], dense_gradients(parameters))
+                first, second = [local_part(g, p) for p, g in both], dense_gradients(parameters)
+                directions = combination.beside(first, second)
+                combination.combine(parameters, first, second)
+                if directions is not None:
+                    beside = DecoupledUpdate(parameters, directions, second)
             self.is_spoiled = False
         self._taken = Taken([], [])
+        return beside
 
     def measure(self) -> StepMetrics:
         """Return what both passes measured; call it after ``leave``, with the second gradients in place."""

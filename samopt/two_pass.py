@@ -12,6 +12,7 @@ from torch import nn
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from samopt.decoupled import DecoupledUpdate
 from samopt.distributed import unsynced
 from samopt.gradients import any_nonzero, dense_gradients, poison
 from samopt.metrics import ZERO, StepMetrics, as_scalar
@@ -52,6 +53,7 @@ class TwoPass:
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
         self._leaves_perturbed = False  # whether the base's step is to restore the weights
         self._left: Perturbation | None = None  # what it has to restore
+        self._beside: DecoupledUpdate | None = None  # what the update does besides the base's step
         self.metrics = StepMetrics()
 
     @property
@@ -77,6 +79,7 @@ class TwoPass:
         """Note that the gradients are gone, a second pass's that waited for the update included."""
         self._replay.gradients_cleared()
         self._is_ready = False
+        self._beside = None
 
     def require_gradient(self, stage: OptState | None) -> None:
         """Raise unless the gradients are a second pass's, or there is nothing that an ascent would change.
@@ -104,7 +107,13 @@ class TwoPass:
     def reset(self) -> None:
         """Forget gradients and records, ready for the next first pass."""
         self._is_ready = False
+        self._beside = None
         self._replay.forget()
+
+    def take_beside(self) -> DecoupledUpdate | None:
+        """Return what the update does besides the base's step, once; None for nothing."""
+        beside, self._beside = self._beside, None
+        return beside
 
     def first_pass(self) -> AbstractContextManager[None]:
         """Keep the gradients on their rank in the context, if they decide no more than this rank's perturbation."""
@@ -197,6 +206,7 @@ class TwoPass:
         self._replay.use_devices(optimizer.accelerators())
         self._is_ready = False
         self._is_unscaled = False
+        self._beside = None
         self._current = second
         optimizer.advance_rounding()
         second.enter(self._replay, start, optimizer.rounding_noise())
@@ -280,7 +290,7 @@ class TwoPass:
         second.leave(self._replay, failed, restore=not leaves_perturbed)
         if not failed:
             if optimizer.may_move() and optimizer.combination is not None:
-                second.combine(optimizer.combination)
+                self._beside = second.combine(optimizer.combination)
             else:
                 self._complete()
             zero_or_nan = second.zero_or_nan()

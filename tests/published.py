@@ -104,6 +104,19 @@ class GapLoop(Loop):
 
 
 class WeightedLoop(Loop):
+    """Yue et al. 2023, its algorithm with gamma 0.8: the base steps along ``g``, the sharpness is subtracted beside."""
+
+    def step(self) -> tuple[Tensor, list[Tensor]]:
+        loss, g = self.gradient()
+        _, g_p = self.gradient(self.epsilon(g))
+        rates = [group["lr"] for group in self.base.param_groups for _ in group["params"]]
+        with torch.no_grad():
+            for w, lr, p, entry in zip(self.parameters, rates, g_p, g, strict=True):
+                w.copy_(w.double() - lr * 0.8 / 0.2 * (p - entry))
+        return loss, g
+
+
+class CoupledLoop(Loop):
     """Yue et al. 2023, the gradient of ``L + gamma / (1 - gamma) (L_p - L)`` with gamma 0.8."""
 
     def step(self) -> tuple[Tensor, list[Tensor]]:
@@ -144,6 +157,10 @@ def _weighted(params, base_optimizer=None, **options):
     return samopt.WSAM(params, base_optimizer, gamma=0.8, **options)
 
 
+def _coupled(params, base_optimizer=None, **options):
+    return samopt.WSAM(params, base_optimizer, gamma=0.8, decouple=False, **options)
+
+
 def _reused(params, base_optimizer=None, **options):
     return samopt.SAM(params, base_optimizer, direction=ReusedGradient(every=2), **options)
 
@@ -154,6 +171,7 @@ PRESETS = [
     Preset("look", _look, LookLoop, 0.1),
     Preset("gsam", samopt.GSAM, GapLoop, 0.1),
     Preset("wsam", _weighted, WeightedLoop, 0.1),
+    Preset("wsam-coupled", _coupled, CoupledLoop, 0.1),
     Preset("lesam", _budgeted, BudgetLoop, 0.02),
     Preset("reused", _reused, ReuseLoop, 0.1),
 ]

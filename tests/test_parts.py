@@ -44,7 +44,12 @@ def train(optimizer, model, steps, first=0, dtype=DOUBLE):
         optimizer.step(closure_of(optimizer, model, batch(dtype, seed=step)))
 
 
-@pytest.mark.parametrize("rule", [SurrogateGap(alpha=0.0), WeightedSharpness(gamma=0.5), ReusedComponent(every=1)])
+COMBINING = [preset for preset in PRESETS if preset.name in ("gsam", "wsam", "wsam-coupled", "look")]
+
+
+@pytest.mark.parametrize(
+    "rule", [SurrogateGap(alpha=0.0), WeightedSharpness(gamma=0.5, decouple=False), ReusedComponent(every=1)]
+)
 def test_a_combination_at_sams_setting_is_sam_to_the_bit(rule) -> None:
     model, plain = mlp(), mlp()
     optimizer = samopt.SAM(BASES["sgd-momentum"](model.parameters()), rho=0.1, combination=rule)
@@ -63,7 +68,7 @@ def test_a_friendly_direction_without_an_average_is_sam_to_the_bit() -> None:
     assert same_bits(model, bits(plain))
 
 
-@pytest.mark.parametrize("name", ["gsam", "wsam", "look", "momentum", "reused"])
+@pytest.mark.parametrize("name", ["gsam", "wsam", "wsam-coupled", "look", "momentum", "reused"])
 def test_a_power_of_two_as_loss_scale_changes_no_bit(name) -> None:
     preset = next(preset for preset in PRESETS if preset.name == name)
     model, optimizer = build(preset, dtype=torch.float32)
@@ -120,7 +125,7 @@ def test_a_checkpoint_of_the_plain_base_starts_the_parts_anew(preset) -> None:
     assert_equal(model, reference)
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p.name in ("gsam", "wsam", "look")], ids=lambda p: p.name)
+@pytest.mark.parametrize("preset", COMBINING, ids=lambda preset: preset.name)
 def test_a_group_that_does_not_move_takes_part_in_the_combination(preset) -> None:
     model, reference = mlp(DOUBLE), mlp(DOUBLE)
     groups = [{"params": [p for p in of.parameters() if p.dim() == d]} for of in (model, reference) for d in (2, 1)]
@@ -379,7 +384,7 @@ def train_replica(name: str, steps: int) -> list[Tensor]:
     return bits(model)
 
 
-@pytest.mark.parametrize("name", ["friendly", "look", "gsam", "wsam", "lesam", "momentum"])
+@pytest.mark.parametrize("name", ["friendly", "look", "gsam", "wsam", "wsam-coupled", "lesam", "momentum"])
 def test_shards_train_as_one_process_does(name) -> None:
     from tests.sharded import uneven
 

@@ -17,6 +17,7 @@ from samopt.direction import ReusedGradient
 __all__ = ["BASE", "METHODS", "Method", "name_of"]
 
 _RELATIVE = (0.3, 1.0, 3.0)
+_LARGEST_RADIUS = 2.0  # of TRAM, whose distance may be anything
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,18 @@ def _wsam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
     return samopt.WSAM(base, rho=rho, model=model)
 
 
+def _coupled_wsam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
+    return samopt.WSAM(base, rho=rho, decouple=False, model=model)
+
+
+def _fisher_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
+    return samopt.FisherSAM(base, rho=rho, model=model)
+
+
+def _tram(base: Optimizer, model: nn.Module, scale: float) -> Optimizer:
+    return samopt.TRAM(base, scale=scale, max_radius=_LARGEST_RADIUS, model=model)
+
+
 def _lesam(base: Optimizer, model: nn.Module, budget: float) -> Optimizer:
     return samopt.LESAM(base, budget=budget, model=model)
 
@@ -152,6 +165,9 @@ METHODS = {
         Method("friendly-sam", "Friendly SAM, two passes", _L2, _friendly_sam),
         Method("gsam", "GSAM, two passes", _L2, _gsam),
         Method("wsam", "WSAM, two passes", _L2, _wsam),
+        Method("wsam-coupled", "WSAM, all of it through the base, two passes", _L2, _coupled_wsam),
+        Method("fisher-sam", "Fisher SAM, two passes", _L2, _fisher_sam),
+        Method("tram", "TRAM, distance from the previous step, two passes", _around(1.0), _tram, setting="scale"),
         Method("lesam", "LE-SAM, two passes, a loss budget", _L2, _lesam, setting="budget"),
     )
 }
