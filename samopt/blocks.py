@@ -15,7 +15,7 @@ from samopt import kernels
 from samopt.distributed import Shards, local_part
 from samopt.geometry import Metric
 from samopt.kernels import Backend, Block
-from samopt.kernels.memory import lie_alike
+from samopt.kernels.memory import IS_CPU, lie_alike
 from samopt.rounding import Noise
 from samopt.targets import Region, Targets
 
@@ -134,7 +134,7 @@ def _all_alike(weights: list[Tensor], directions: list[Tensor]) -> bool:
         _WHOLE.issuperset(map(type, weights))
         and {Tensor}.issuperset(map(type, directions))
         and len(set(map(_DTYPE, weights))) == len(set(map(_DTYPE, directions))) == 1
-        and len(set(map(_DEVICE, weights))) == 1
+        and (all(map(IS_CPU, weights)) or len(set(map(_DEVICE, weights))) == 1)
         and {torch.strided} == set(map(_LAYOUT, directions))
         and all(map(Tensor.is_contiguous, weights))
         and all(map(Tensor.is_contiguous, directions))

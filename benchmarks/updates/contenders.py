@@ -65,7 +65,7 @@ class _Alone:
 
 
 class _Textbook:
-    """SAM as most scripts have it: for each tensor clone, multiply, add, and copy back."""
+    """SAM as most scripts have it: for each tensor clone, multiply, add, clear the gradient, and copy back."""
 
     def __init__(self, parameters: Sequence[Tensor], metric: str) -> None:
         self.base = _base(parameters)
@@ -84,6 +84,7 @@ class _Textbook:
             if self._stretches(parameter):
                 move = self._stretch(parameter) ** 2 * move
             parameter.add_(move)
+        self.base.zero_grad()
 
     @torch.no_grad()
     def descend(self) -> None:
@@ -109,7 +110,7 @@ class _Package:
         self.base = self._optimizer.base_optimizer
 
     def ascend(self) -> None:
-        self._optimizer.first_step()
+        self._optimizer.first_step(zero_grad=True)
 
     def descend(self) -> None:
         self._optimizer.second_step()
