@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +19,6 @@ from samopt.direction import ReusedGradient
 __all__ = ["BASE", "METHODS", "Method", "name_of"]
 
 _RELATIVE = (0.3, 1.0, 3.0)
-_LARGEST_RADIUS = 2.0  # of TRAM, whose distance may be anything
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Method:
         name: What a person types.
         summary: What it does, in a few words.
         values: What its setting is chosen from, where the arena does not scale it; see ``values_in``.
-        wrap: Makes the optimizer from the base, the model and the setting.
+        wrap: Makes the optimizer from the base, ``model=`` and the setting by its name.
         setting: The setting that is chosen.
         schedule: Further settings of a run, see ``benchmarks.training.Run``.
         bases: The bases that it can wrap.
@@ -37,7 +38,7 @@ class Method:
     name: str
     summary: str
     values: tuple[float, ...]
-    wrap: Callable[[Optimizer, nn.Module, float], Optimizer]
+    wrap: Callable[..., Optimizer]
     setting: str = "rho"
     schedule: Mapping[str, float] = field(default_factory=dict)
     bases: tuple[str, ...] = ("sgd", "adamw")
@@ -66,7 +67,7 @@ class Method:
         settings = dict(base.defaults) | {"lr": lr, self.setting: value} | self.schedule
 
         def build(model: nn.Module, chosen: Mapping[str, float]) -> Optimizer:
-            return self.wrap(base.build(model, chosen), model, chosen[self.setting])
+            return self.wrap(base.build(model, chosen), model=model, **{self.setting: chosen[self.setting]})
 
         case = OptimizerCase(self.name, self.summary, base.name, settings, build)
         return Choice(f"{self.name}:{self.setting}={value:g}", case, settings)
@@ -86,89 +87,53 @@ def _around(centre: float) -> tuple[float, ...]:
     return tuple(float(f"{centre * factor:.3g}") for factor in _RELATIVE)
 
 
-def _sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.SAM(base, rho=rho, model=model)
-
-
-def _asam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.ASAM(base, rho=rho, model=model)
-
-
-def _momentum_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.MomentumSAM(base, rho=rho, model=model)
-
-
-def _momentum_asam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.MomentumSAM(base, rho=rho, adaptive=True, model=model)
-
-
-def _adam_step_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.MomentumSAM(base, rho=rho, preconditioned=True, model=model)
-
-
-def _part_asam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.ASAM(base, rho=rho, direction=ReusedGradient(), model=model)
-
-
-def _look_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.LookSAM(base, rho=rho, model=model)
-
-
-def _friendly_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.FriendlySAM(base, rho=rho, model=model)
-
-
-def _gsam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.GSAM(base, rho=rho, model=model)
-
-
-def _wsam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.WSAM(base, rho=rho, model=model)
-
-
-def _coupled_wsam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.WSAM(base, rho=rho, decouple=False, model=model)
-
-
-def _fisher_sam(base: Optimizer, model: nn.Module, rho: float) -> Optimizer:
-    return samopt.FisherSAM(base, rho=rho, model=model)
-
-
-def _tram(base: Optimizer, model: nn.Module, scale: float) -> Optimizer:
-    return samopt.TRAM(base, scale=scale, max_radius=_LARGEST_RADIUS, model=model)
-
-
-def _lesam(base: Optimizer, model: nn.Module, budget: float) -> Optimizer:
-    return samopt.LESAM(base, budget=budget, model=model)
+def _part_asam(base: Optimizer, **options: Any) -> Optimizer:
+    return samopt.ASAM(base, direction=ReusedGradient(), **options)  # which remembers: one for each run
 
 
 _L2, _ADAPTIVE = _around(0.1), _around(0.3)
 
-BASE = Method("base", "SGD or AdamW alone; its learning rate, which all use, is chosen", (), lambda b, m, v: b)
+BASE = Method("base", "SGD or AdamW alone; its learning rate, which all use, is chosen", (), lambda base, **_: base)
 METHODS = {
     method.name: method
     for method in (
         BASE,
-        Method("sam", "SAM, two passes", _L2, _sam),
-        Method("asam", "ASAM, two passes", _ADAPTIVE, _asam),
-        Method("momentum-sam", "SAM along the momentum, one pass", _L2, _momentum_sam),
-        Method("momentum-asam", "ASAM along the momentum, one pass", _ADAPTIVE, _momentum_asam),
-        Method("adam-step-sam", "SAM along Adam's own step, one pass", _L2, _adam_step_sam, bases=("adamw",)),
-        Method("sam-last-half", "SAM from half of the run on", _L2, _sam, schedule={"rho_from": 0.5}),
-        Method("asam-last-half", "ASAM from half of the run on", _ADAPTIVE, _asam, schedule={"rho_from": 0.5}),
-        Method("asam-last-quarter", "ASAM in the last quarter", _ADAPTIVE, _asam, schedule={"rho_from": 0.75}),
-        Method("sam-every-2", "SAM at every second step", _L2, _sam, schedule={"rho_every": 2}),
-        Method("asam-every-2", "ASAM at every second step", _ADAPTIVE, _asam, schedule={"rho_every": 2}),
-        Method("asam-every-4", "ASAM at every fourth step", _ADAPTIVE, _asam, schedule={"rho_every": 4}),
+        Method("sam", "SAM, two passes", _L2, samopt.SAM),
+        Method("asam", "ASAM, two passes", _ADAPTIVE, samopt.ASAM),
+        Method("momentum-sam", "SAM along the momentum, one pass", _L2, samopt.MomentumSAM),
+        Method(
+            "momentum-asam", "ASAM along the momentum, one pass", _ADAPTIVE, partial(samopt.MomentumSAM, adaptive=True)
+        ),
+        Method(
+            "adam-step-sam",
+            "SAM along Adam's own step, one pass",
+            _L2,
+            partial(samopt.MomentumSAM, preconditioned=True),
+            bases=("adamw",),
+        ),
+        Method("sam-last-half", "SAM from half of the run on", _L2, samopt.SAM, schedule={"rho_from": 0.5}),
+        Method("asam-last-half", "ASAM from half of the run on", _ADAPTIVE, samopt.ASAM, schedule={"rho_from": 0.5}),
+        Method("asam-last-quarter", "ASAM in the last quarter", _ADAPTIVE, samopt.ASAM, schedule={"rho_from": 0.75}),
+        Method("sam-every-2", "SAM at every second step", _L2, samopt.SAM, schedule={"rho_every": 2}),
+        Method("asam-every-2", "ASAM at every second step", _ADAPTIVE, samopt.ASAM, schedule={"rho_every": 2}),
+        Method("asam-every-4", "ASAM at every fourth step", _ADAPTIVE, samopt.ASAM, schedule={"rho_every": 4}),
         Method("asam-quarter", "ASAM, ascent on a quarter", _ADAPTIVE, _part_asam, schedule={"ascent_part": 0.25}),
-        Method("looksam", "LookSAM, SAM at every fifth step", _L2, _look_sam),
-        Method("friendly-sam", "Friendly SAM, two passes", _L2, _friendly_sam),
-        Method("gsam", "GSAM, two passes", _L2, _gsam),
-        Method("wsam", "WSAM, two passes", _L2, _wsam),
-        Method("wsam-coupled", "WSAM, all of it through the base, two passes", _L2, _coupled_wsam),
-        Method("fisher-sam", "Fisher SAM, two passes", _L2, _fisher_sam),
-        Method("tram", "TRAM, distance from the previous step, two passes", _around(1.0), _tram, setting="scale"),
-        Method("lesam", "LE-SAM, two passes, a loss budget", _L2, _lesam, setting="budget"),
+        Method("looksam", "LookSAM, SAM at every fifth step", _L2, samopt.LookSAM),
+        Method("friendly-sam", "Friendly SAM, two passes", _L2, samopt.FriendlySAM),
+        Method("gsam", "GSAM, two passes", _L2, samopt.GSAM),
+        Method("wsam", "WSAM, two passes", _L2, samopt.WSAM),
+        Method(
+            "wsam-coupled", "WSAM, all of it through the base, two passes", _L2, partial(samopt.WSAM, decouple=False)
+        ),
+        Method("fisher-sam", "Fisher SAM, two passes", _L2, samopt.FisherSAM),
+        Method(
+            "tram",
+            "TRAM, distance from the previous step, two passes",
+            _around(1.0),
+            partial(samopt.TRAM, max_radius=2.0),
+            setting="scale",
+        ),
+        Method("lesam", "LE-SAM, two passes, a loss budget", _L2, samopt.LESAM, setting="budget"),
     )
 }
 """By name, the base first."""
