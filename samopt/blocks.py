@@ -131,11 +131,13 @@ def _by_metric(
 def _all_alike(weights: list[Tensor], directions: list[Tensor]) -> bool:
     """Return whether everything is whole, dense, contiguous, and of one device and two dtypes, as it mostly is."""
     return (
-        _WHOLE.issuperset(map(type, weights))
-        and {Tensor}.issuperset(map(type, directions))
-        and len(set(map(_DTYPE, weights))) == len(set(map(_DTYPE, directions))) == 1
-        and (all(map(IS_CPU, weights)) or len(set(map(_DEVICE, weights))) == 1)
+        {Tensor}.issuperset(map(type, directions))
         and {torch.strided} == set(map(_LAYOUT, directions))
-        and all(map(Tensor.is_contiguous, weights))
-        and all(map(Tensor.is_contiguous, directions))
+        and _alike(directions)
+        and (all(map(IS_CPU, weights)) or len(set(map(_DEVICE, weights))) == 1)
+        and (weights is directions or (_WHOLE.issuperset(map(type, weights)) and _alike(weights)))
     )
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    return len(set(map(_DTYPE, tensors))) == 1 and all(map(Tensor.is_contiguous, tensors))

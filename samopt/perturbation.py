@@ -278,12 +278,10 @@ def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor
         parameters: Parameters; those without a gradient do not count.
         backend: Name of a kernel backend, or "auto".
     """
-    weights, gradients = [], []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None:
-            weights.append(parameter)
-            gradients.append(gradient)
+    owners = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients: list[Any] = [parameter.grad for parameter in owners]
+    # A gradient that every rank has a part of is told from its parameter what it waits for; any other is whole.
+    weights = gradients if {Tensor}.issuperset(map(type, gradients)) else owners
     return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm
 
 
