@@ -246,7 +246,7 @@ def _are_equal(numpy: Any, other: Any) -> bool:
     """Return whether two states of NumPy's stream are seen to be equal, which those of its usual generator are."""
     if not (isinstance(numpy, tuple) and isinstance(other, tuple)):
         return False
-    return numpy[0] == other[0] and numpy[2:] == other[2:] and bool((numpy[1] == other[1]).all())
+    return numpy[0] == other[0] and numpy[2:] == other[2:] and bool(numpy[1].tobytes() == other[1].tobytes())
 
 
 def _is_read_only(buffer: Tensor) -> bool:
