@@ -53,7 +53,7 @@ class Combination:
         raise NotImplementedError
 
     def beside(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return what the update subtracts from the weights besides the base's step, before ``combine`` is called.
+        """Return what is subtracted from the weights after the base's step; asked before ``combine``.
 
         Args:
             first: The gradients at ``w``.
@@ -125,7 +125,7 @@ class WeightedSharpness(Combination):
     Args:
         gamma: In [0, 1). 0 is the base optimizer; above 0.5 sharpness weighs more than in SAM.
         decouple: The base gets ``g``, and ``lr gamma / (1 - gamma) (g_p - g)`` is subtracted from the weights just
-            before its step. If False, the base gets the sum; 0.5 is SAM then.
+            after its step. If False, the base gets the sum; 0.5 is SAM then.
 
     Raises:
         ValueError: If ``gamma`` is out of range.

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from samopt.amp import calling_scaler_stage, is_unscaling
 from samopt.ascent_rule import AscentRule, check_options
 from samopt.combination import Combination, check_combination
-from samopt.decoupled import DecoupledUpdate
+from samopt.decoupled import follow_steps
 from samopt.direction import Direction, GradientDirection, named_direction
 from samopt.distributed import refuse_unsupported
 from samopt.fused_step import fuses, take_fused_step
@@ -308,6 +308,8 @@ class SharpnessAwareOptimizer(AscentRule):
             self._passes = OnePass(self, model, self.direction)
         else:
             self._passes = TwoPass(self, model, self._observers(model))
+        if self.combination is not None:
+            follow_steps(self.base_optimizer, self._after_base_step)
 
     def _observers(self, model: nn.Module | None) -> Iterable[PassObserver]:
         """Return what else wants to know when passes begin and end."""
@@ -322,6 +324,7 @@ class SharpnessAwareOptimizer(AscentRule):
         if self._stall is not None and self.state:
             self._stall.dismiss()  # a run that goes on is past its start
         self._passes.reset()
+        self._passes.take_beside()
 
     def _step_with(self, closure: Callable[[], Any], ascent_closure: Callable[[], Any] | None) -> Any:
         """Give the base optimizer a closure that delivers the perturbed gradient at ``w``, as often as it asks."""
@@ -330,7 +333,7 @@ class SharpnessAwareOptimizer(AscentRule):
 
         def oracle() -> Any:
             loss = self._passes.run(closure, first_losses, ascent_closure)
-            self._update_beside(self._passes.take_beside())
+            self._before_update()
             return loss
 
         base, passes = self.base_optimizer, self._passes
@@ -357,14 +360,13 @@ class SharpnessAwareOptimizer(AscentRule):
         return results[0] if results else None
 
     def _release(self) -> None:
-        beside = self._passes.take_beside()
         self._passes.reset()
         self._opt_called = True  # what learning rate schedules made for this optimizer look for
-        self._update_beside(beside)
-
-    def _update_beside(self, beside: DecoupledUpdate | None) -> None:
-        """Do all of the update that comes before the base's step."""
         self._before_update()
+
+    def _after_base_step(self) -> None:
+        """Do the part of the update that is not the base's."""
+        beside = self._passes.take_beside()
         if beside is not None:
             beside.apply(self.base_optimizer.param_groups)
 

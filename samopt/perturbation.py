@@ -263,12 +263,12 @@ def descend(parameters: Sequence[Tensor], directions: Sequence[Tensor], rate: fl
         parameters: Parameters.
         directions: One for each; this rank's part of it, where the parameter is sharded.
         rate: A learning rate, a number or 0-dim.
-        factor: 0-dim.
+        factor: 0-dim; 0 moves nothing, whatever the directions hold.
     """
     with torch.no_grad():
         for parameter, direction in zip(parameters, directions, strict=True):
-            size = (factor * rate).to(direction.device, non_blocking=True)
-            local_part(parameter).sub_(direction * size.to(direction.dtype))
+            size = (factor * rate).to(direction, non_blocking=True)
+            local_part(parameter).sub_(torch.where(size != 0, direction * size, torch.zeros_like(size)))
 
 
 def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor:

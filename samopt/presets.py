@@ -200,9 +200,9 @@ class GSAM(SharpnessAwareOptimizer):
 class WSAM(SharpnessAwareOptimizer):
     """WSAM: the loss plus weighted sharpness, ``L + gamma / (1 - gamma) (L_p - L)``.
 
-    The base gets ``g``; just before its step, ``lr gamma / (1 - gamma) (g_p - g)`` is subtracted from the weights, as
-    AdamW decays them. Source: Yue et al. 2023, "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
-    Regularization Term", its definition of the loss and its algorithm.
+    The base gets ``g``; just after its step, ``lr gamma / (1 - gamma) (g_p - g)`` is subtracted from the weights.
+    Source: Yue et al. 2023, "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term", its
+    definition of the loss and its algorithm.
 
     Cost: SAM's, two more transient copies of the gradients (one with ``decouple=False``), and two reads of them.
 

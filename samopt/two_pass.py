@@ -107,11 +107,10 @@ class TwoPass:
     def reset(self) -> None:
         """Forget gradients and records, ready for the next first pass."""
         self._is_ready = False
-        self._beside = None
         self._replay.forget()
 
     def take_beside(self) -> DecoupledUpdate | None:
-        """Return what the update does besides the base's step, once; None for nothing."""
+        """Return what the update does besides the base's step, once: a base's ``step`` may call its parent's."""
         beside, self._beside = self._beside, None
         return beside
 

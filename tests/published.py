@@ -104,15 +104,20 @@ class GapLoop(Loop):
 
 
 class WeightedLoop(Loop):
-    """Yue et al. 2023, its algorithm with gamma 0.8: the base steps along ``g``, the sharpness is subtracted beside."""
+    """Yue et al. 2023, its algorithm with gamma 0.8: the base steps along ``g``, then the sharpness is subtracted."""
+
+    def __call__(self, model: nn.Module, base: torch.optim.Optimizer, data: tuple[Tensor, Tensor]) -> Tensor:
+        loss = super().__call__(model, base, data)
+        rates = [group["lr"] for group in base.param_groups for _ in group["params"]]
+        with torch.no_grad():
+            for w, lr, rise in zip(self.parameters, rates, self.memory, strict=True):
+                w.copy_(w.double() - lr * 0.8 / 0.2 * rise)
+        return loss
 
     def step(self) -> tuple[Tensor, list[Tensor]]:
         loss, g = self.gradient()
         _, g_p = self.gradient(self.epsilon(g))
-        rates = [group["lr"] for group in self.base.param_groups for _ in group["params"]]
-        with torch.no_grad():
-            for w, lr, p, entry in zip(self.parameters, rates, g_p, g, strict=True):
-                w.copy_(w.double() - lr * 0.8 / 0.2 * (p - entry))
+        self.memory = [p - entry for p, entry in zip(g_p, g, strict=True)]
         return loss, g
 
 

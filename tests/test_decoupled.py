@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
@@ -143,6 +144,29 @@ def test_an_overflow_in_the_first_pass_after_a_whole_step_is_the_bases_business(
     stock.step()
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_fused_base_that_a_scaler_has_skip_its_update_moves_nothing() -> None:
+    model = mlp()
+    base = torch.optim.Adam(model.parameters(), lr=0.1, fused=True)
+    optimizer = samopt.WSAM(base, rho=0.1, gamma=0.8, model=model)
+    before = bits(model)
+    loss_of(model, batch(seed=1)).backward()
+    with optimizer.perturbed():
+        (loss_of(model, batch(seed=1)) * float("inf")).backward()
+    optimizer.hand_over()
+    base.grad_scale, base.found_inf = torch.ones(()), torch.ones(())  # as GradScaler leaves them
+    base.step()
+    assert same_bits(model, before)
+
+
+def test_a_base_forgets_a_wrapper_that_is_gone() -> None:
+    base = BASES["sgd"](mlp().parameters())
+    optimizer = samopt.WSAM(base, rho=0.1)
+    assert len(base._optimizer_step_post_hooks) == 1
+    del optimizer
+    gc.collect()
+    assert not base._optimizer_step_post_hooks
 
 
 def test_bases_without_one_learning_rate_a_step_are_refused_and_left_alone() -> None:

@@ -82,6 +82,16 @@ def test_an_optimizer_of_ones_own(name, accumulate, tmp_path):
     lit.assert_same_state(module.net, expected.net)
 
 
+def test_clipping_reaches_what_goes_past_the_base(tmp_path):
+    module, expected = lit.Module(), lit.Module()
+    lit.fit(tmp_path, module, SharpnessAwareTraining(samopt.WSAM), gradient_clip_val=0.3)
+    lit.train_by_hand(expected, list(lit.loader()), sam=samopt.WSAM, clip_norm=0.3)
+    lit.assert_same_state(module.net, expected.net)
+    unclipped = lit.Module()
+    lit.train_by_hand(unclipped, list(lit.loader()), sam=samopt.WSAM)
+    assert not torch.equal(module.net[0].weight, unclipped.net[0].weight)
+
+
 def test_one_pass_is_no_variant(tmp_path):
     make = functools.partial(samopt.SAM, direction="momentum")
     with pytest.raises(ValueError, match=r"SAM\(direction=...\) does not need; leave .* return the optimizer from"):
