@@ -194,7 +194,7 @@ class ReusedGradient:
 
 
 class Momentum:
-    """The base optimizer's running average of gradients (Becker et al. 2024, Momentum-SAM, equation 4).
+    """The base optimizer's running average of gradients, after Becker et al. 2024, Momentum-SAM.
 
     It is SGD's ``momentum_buffer``, or the first moment ``exp_avg`` of Adam and its relatives; bias correction is a
     common factor and cancels in the normalised direction.
@@ -202,6 +202,8 @@ class Momentum:
     Args:
         preconditioned: Divide by ``sqrt(v) + eps`` with the bias-corrected second moment, so that the direction is the
             step that Adam would take.
+        ahead: Move the other way, downhill along the average, as the authors' code does: ahead of the base's step, as
+            Nesterov's method looks, but further. Costs a transient copy of the average.
         buffer: Name of the entry in the base's state, for other optimizers.
 
     Raises:
@@ -209,8 +211,9 @@ class Momentum:
             base's state has no such entry.
     """
 
-    def __init__(self, *, preconditioned: bool = False, buffer: str | None = None) -> None:
+    def __init__(self, *, preconditioned: bool = False, ahead: bool = False, buffer: str | None = None) -> None:
         self.preconditioned = preconditioned
+        self.ahead = ahead
         self.buffer = buffer
 
     def check(self, base: Optimizer) -> None:
@@ -226,7 +229,7 @@ class Momentum:
             raise ValueError(self._missing(base, "has momentum=0"))
 
     def of(self, parameters: Sequence[Tensor], group: dict[str, Any], base: Optimizer) -> list[Tensor | None]:
-        """Return the running averages, None before the base's first step for a parameter."""
+        """Return the running averages, turned round if ``ahead``; None before the base's first step for a parameter."""
         states = [base.state.get(parameter) for parameter in parameters]
         for name in self._names:
             momenta = [state.get(name) if state else None for state in states]
@@ -234,12 +237,12 @@ class Momentum:
                 break
         else:
             momenta = [self._buffer_of(state, base) if state else None for state in states]
-        if not self.preconditioned:
-            return momenta
-        return [
-            None if momentum is None else _preconditioned(momentum, state, group, base)
-            for momentum, state in zip(momenta, states, strict=True)
-        ]
+        if self.preconditioned:
+            momenta = [
+                None if momentum is None else _preconditioned(momentum, state, group, base)
+                for momentum, state in zip(momenta, states, strict=True)
+            ]
+        return [None if momentum is None else -momentum for momentum in momenta] if self.ahead else momenta
 
     def _buffer_of(self, state: dict[str, Any], base: Optimizer) -> Tensor:
         for name in self._names:

@@ -23,8 +23,9 @@ __all__ = ["GSAM", "LESAM", "WSAM", "FriendlySAM", "LookSAM", "MomentumSAM"]
 class MomentumSAM(SharpnessAwareOptimizer):
     """Momentum-SAM: SAM at the base's price, because the momentum is there before the batch.
 
-    The base gets the gradient at ``w + rho m / ||m||_2``, with ``m`` its own momentum. Source: Becker et al. 2024,
-    "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead", equation 4.
+    The base gets the gradient at ``w + rho m / ||m||_2``, with ``m`` its own momentum, an average of gradients: uphill,
+    as SAM goes. Source: Becker et al. 2024, "Momentum-SAM: Sharpness Aware Minimization without Computational
+    Overhead"; the authors' code goes the other way, to ``w - rho m / ||m||_2``: that is ``ahead=True``.
 
     Cost: one forward-backward pass a step in an unchanged loop (with ``model=``), and one transient copy of the
     weights, on a CPU in the memory of the last step's gradients.
@@ -32,9 +33,10 @@ class MomentumSAM(SharpnessAwareOptimizer):
     Args:
         params: An optimizer instance to wrap; or parameters, for ``base_optimizer``.
         base_optimizer: With parameters: an optimizer class, called as ``base_optimizer(params, **options)``.
-        rho: Radius of the perturbation, >= 0. The authors' scripts take 3, more than ten times SAM's radius.
+        rho: Radius of the perturbation, >= 0. The authors' scripts take 3, with ``ahead``: more than ten times SAM's.
         adaptive: Use ASAM's metric.
         preconditioned: Ascend along the step that Adam would take, in place of its momentum.
+        ahead: Move along the base's coming step instead of against it, as the authors do.
         **options: As for ``samopt.SAM``, without ``direction`` and ``combination``.
 
     Raises:
@@ -57,10 +59,11 @@ class MomentumSAM(SharpnessAwareOptimizer):
         rho: float = 0.5,
         adaptive: bool = False,
         preconditioned: bool = False,
+        ahead: bool = False,
         **options: Any,
     ) -> None:
         metric = Adaptive() if adaptive else Euclidean()
-        direction = Momentum(preconditioned=preconditioned)
+        direction = Momentum(preconditioned=preconditioned, ahead=ahead)
         super().__init__(params, base_optimizer, metric=metric, rho=rho, eta=0.01, direction=direction, **options)
 
 

@@ -57,14 +57,22 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 
 
 class MomentumLoop(Loop):
-    """Becker et al. 2024: the gradient at ``w + rho m / ||m||``; the base's own buffer is ``m``."""
+    """The gradient at ``w + rho m / ||m||``; the base's own buffer is ``m``."""
+
+    sign = 1.0
 
     def step(self) -> tuple[Tensor, list[Tensor]]:
         states = [self.base.state.get(p, {}) for p in self.parameters]
         buffers = [state.get("momentum_buffer", state.get("exp_avg")) for state in states]
         if any(buffer is None for buffer in buffers):
             return self.gradient()
-        return self.gradient(self.epsilon([buffer.double() for buffer in buffers]))
+        return self.gradient(self.epsilon([self.sign * buffer.double() for buffer in buffers]))
+
+
+class AheadLoop(MomentumLoop):
+    """Becker et al. 2024: the gradient at ``w - rho m / ||m||``."""
+
+    sign = -1.0
 
 
 class FriendlyLoop(Loop):
@@ -166,12 +174,17 @@ def _coupled(params, base_optimizer=None, **options):
     return samopt.WSAM(params, base_optimizer, gamma=0.8, decouple=False, **options)
 
 
+def _ahead(params, base_optimizer=None, **options):
+    return samopt.MomentumSAM(params, base_optimizer, ahead=True, **options)
+
+
 def _reused(params, base_optimizer=None, **options):
     return samopt.SAM(params, base_optimizer, direction=ReusedGradient(every=2), **options)
 
 
 PRESETS = [
     Preset("momentum", samopt.MomentumSAM, MomentumLoop, 0.1, needs_momentum=True),
+    Preset("momentum-ahead", _ahead, AheadLoop, 0.1, needs_momentum=True),
     Preset("friendly", samopt.FriendlySAM, FriendlyLoop, 0.1),
     Preset("look", _look, LookLoop, 0.1),
     Preset("gsam", samopt.GSAM, GapLoop, 0.1),

@@ -105,6 +105,12 @@ METHODS = {
             "momentum-asam", "ASAM along the momentum, one pass", _ADAPTIVE, partial(samopt.MomentumSAM, adaptive=True)
         ),
         Method(
+            "momentum-sam-ahead",
+            "SAM ahead along the momentum, as its authors do, one pass",
+            _around(1.0),
+            partial(samopt.MomentumSAM, ahead=True),
+        ),
+        Method(
             "adam-step-sam",
             "SAM along Adam's own step, one pass",
             _L2,
