@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _BUFFERS = ("momentum_buffer", "exp_avg")
+_NAMED = ("gradient", "momentum", "momentum-ahead")
 
 
 @runtime_checkable
@@ -279,17 +280,20 @@ def named_direction(direction: str | Direction | GradientDirection) -> Direction
     """Return the direction that a user named, or None for this batch's gradient.
 
     Args:
-        direction: "gradient", "momentum", or a direction.
+        direction: "gradient", "momentum", "momentum-ahead", or a direction.
 
     Raises:
         ValueError: If the name is unknown.
         TypeError: If it is neither a name nor a direction.
     """
-    accepted = f'direction must be "gradient", "momentum", or an object from samopt.direction; got {direction!r}'
+    accepted = (
+        'direction must be "gradient", "momentum", "momentum-ahead", or an object from samopt.direction; got '
+        f"{direction!r}"
+    )
     if isinstance(direction, str):
-        if direction not in ("gradient", "momentum"):
+        if direction not in _NAMED:
             raise ValueError(accepted)
-        return Momentum() if direction == "momentum" else None
+        return None if direction == "gradient" else Momentum(ahead=direction == "momentum-ahead")
     if isinstance(direction, type) or not isinstance(direction, Direction | GradientDirection):
         raise TypeError(accepted)
     return direction

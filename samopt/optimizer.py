@@ -53,7 +53,8 @@ class SharpnessAwareOptimizer(AscentRule):
         norm: "l2", or "linf" for ``epsilon = rho T sign(g)``.
         direction: "gradient": this batch's, which takes a pass of its own. "momentum": known before the batch, so that
             a step is one pass and the training loop stays as it is (``loss.backward(); optimizer.step()``); needs
-            ``model``, or the closure form. Or an object from ``samopt.direction``.
+            ``model``, or the closure form. "momentum-ahead": the other way along it. Or an object from
+            ``samopt.direction``.
         combination: What the base gets of both gradients, an object from ``samopt.combination``; None is the second.
         model: The module that the passes run. When given, the second pass replays dropout masks, and buffers such as
             normalisation statistics are left as by the first pass. Give the outermost module that your loop calls

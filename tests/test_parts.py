@@ -344,6 +344,20 @@ def test_settings_out_of_range_are_refused(make, message) -> None:
         make()
 
 
+@pytest.mark.parametrize("base", ["sgd-momentum", "adamw"])
+def test_directions_by_name_are_the_presets(base) -> None:
+    for name, ahead in (("momentum", False), ("momentum-ahead", True)):
+        model, twin = mlp(), mlp()
+        named = samopt.SAM(BASES[base](model.parameters()), rho=0.1, direction=name, model=model)
+        preset = samopt.MomentumSAM(BASES[base](twin.parameters()), rho=0.1, ahead=ahead, model=twin)
+        for step in range(3):
+            for each, of in ((named, model), (preset, twin)):
+                each.zero_grad()
+                loss_of(of, batch(seed=step)).backward()
+                each.step()
+        assert same_bits(model, bits(twin))
+
+
 def test_a_radius_is_not_also_a_budget() -> None:
     with pytest.raises(TypeError, match=r"budget= and max_radius= .* rho=0.1"):
         samopt.LESAM(mlp().parameters(), torch.optim.SGD, lr=0.1, rho=0.1)

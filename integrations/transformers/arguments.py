@@ -52,7 +52,8 @@ class SAMArguments:
         sam_eta: Stabiliser of the metric, >= 0; None for the optimizer's own default. SAM has none.
         sam_norm: "l2", or "linf" for the l-infinity ball.
         sam_direction: "gradient", which takes a pass of its own; or "momentum", the base optimizer's, which is known
-            before the batch, so that a step costs one pass. TRAM needs "gradient".
+            before the batch, so that a step costs one pass; or "momentum-ahead", the other way along it. TRAM needs
+            "gradient".
         sam_rho_schedule: How the radius (TRAM's scale) varies over the run: "linear_warmup" from 0 over
             ``sam_rho_warmup_steps``, "cosine" to 0 at the last step, "proportional_to_lr" from ``learning_rate``, or
             "constant".
@@ -79,8 +80,8 @@ class SAMArguments:
     sam_rho: float | None = _option(None, "Radius of the perturbation; by default the optimizer's own.")
     sam_eta: float | None = _option(None, "Stabiliser of the metric; by default the optimizer's own.")
     sam_norm: Literal["l2", "linf"] = _option("l2", "Norm of the ball.")
-    sam_direction: Literal["gradient", "momentum"] = _option(
-        "gradient", "Where uphill is: the batch's gradient (two passes a step) or the base's momentum (one)."
+    sam_direction: Literal["gradient", "momentum", "momentum-ahead"] = _option(
+        "gradient", "Along the batch's gradient (two passes a step), or the base's momentum, or ahead of it (one)."
     )
     sam_rho_schedule: Literal["constant", "linear_warmup", "cosine", "proportional_to_lr"] = _option(
         "constant", "How the radius varies over the run."
