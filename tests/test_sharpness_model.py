@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import samopt
 from samopt import sharpness
 from tests.cases import batch, mlp
-from tests.ranks import start_group
+from tests.ranks import needs_fully_shard, start_group
 
 
 def conv_net(dtype=torch.float32):
@@ -316,6 +316,7 @@ def test_data_parallel_models_are_measured_without_communication(lone_process):
     sharpness.cross_entropy(parallel, images()[0]).backward()  # its reducer is not confused
 
 
+@needs_fully_shard
 def test_sharded_models_are_refused(lone_process):
     from torch.distributed.fsdp import fully_shard
 
