@@ -148,12 +148,13 @@ class AscentRule(OptimizerWrapper):
         if not self.may_move():
             return []
         targets = []
+        sign = getattr(direction, "sign", 1)
         for group in self.param_groups:
             if not self.option(group, "perturb"):
                 continue
             weights = [parameter for parameter in group["params"] if parameter.requires_grad]
             weights, directions = _having(weights, direction.of(weights, group, self.base_optimizer))
-            targets.append(Targets(Region(self.radius(group), self.option(group, "eta"), 1), weights, directions))
+            targets.append(Targets(Region(self.radius(group), self.option(group, "eta"), sign), weights, directions))
         return targets
 
     def rounding_noise(self) -> Noise | None:

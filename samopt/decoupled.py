@@ -31,7 +31,6 @@ class DecoupledUpdate:
     """
 
     def __init__(self, parameters: Sequence[Tensor], directions: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        self._parameters = parameters
         self._directions = dict(zip(parameters, directions, strict=True))
         self._square = inner_product(parameters, gradients, gradients)
 
@@ -41,7 +40,7 @@ class DecoupledUpdate:
         Args:
             groups: The base's parameter groups, with the gradients that it has applied.
         """
-        present = [parameter for parameter in self._parameters if parameter.grad is not None]
+        present = [parameter for parameter in self._directions if parameter.grad is not None]
         if not present:
             return
         gradients = dense_gradients(present)

@@ -29,7 +29,10 @@ _NAMED = ("gradient", "momentum", "momentum-ahead")
 
 @runtime_checkable
 class Direction(Protocol):
-    """A direction that is known before a batch's gradient, so that no first pass is needed for it."""
+    """A direction that is known before a batch's gradient, so that no first pass is needed for it.
+
+    It may have a ``sign``: 1, as without one, or -1 to move the other way.
+    """
 
     def of(self, parameters: Sequence[Tensor], group: dict[str, Any], base: Optimizer) -> list[Tensor | None]:
         """Return the direction of each parameter of a group, of its shape, or None while there is none.
@@ -204,7 +207,7 @@ class Momentum:
         preconditioned: Divide by ``sqrt(v) + eps`` with the bias-corrected second moment, so that the direction is the
             step that Adam would take.
         ahead: Move the other way, downhill along the average, as the authors' code does: ahead of the base's step, as
-            Nesterov's method looks, but further. Costs a transient copy of the average.
+            Nesterov's method looks, but further.
         buffer: Name of the entry in the base's state, for other optimizers.
 
     Raises:
@@ -214,7 +217,7 @@ class Momentum:
 
     def __init__(self, *, preconditioned: bool = False, ahead: bool = False, buffer: str | None = None) -> None:
         self.preconditioned = preconditioned
-        self.ahead = ahead
+        self.sign = -1 if ahead else 1
         self.buffer = buffer
 
     def check(self, base: Optimizer) -> None:
@@ -230,7 +233,7 @@ class Momentum:
             raise ValueError(self._missing(base, "has momentum=0"))
 
     def of(self, parameters: Sequence[Tensor], group: dict[str, Any], base: Optimizer) -> list[Tensor | None]:
-        """Return the running averages, turned round if ``ahead``; None before the base's first step for a parameter."""
+        """Return the running averages, None before the base's first step for a parameter."""
         states = [base.state.get(parameter) for parameter in parameters]
         for name in self._names:
             momenta = [state.get(name) if state else None for state in states]
@@ -238,12 +241,12 @@ class Momentum:
                 break
         else:
             momenta = [self._buffer_of(state, base) if state else None for state in states]
-        if self.preconditioned:
-            momenta = [
-                None if momentum is None else _preconditioned(momentum, state, group, base)
-                for momentum, state in zip(momenta, states, strict=True)
-            ]
-        return [None if momentum is None else -momentum for momentum in momenta] if self.ahead else momenta
+        if not self.preconditioned:
+            return momenta
+        return [
+            None if momentum is None else _preconditioned(momentum, state, group, base)
+            for momentum, state in zip(momenta, states, strict=True)
+        ]
 
     def _buffer_of(self, state: dict[str, Any], base: Optimizer) -> Tensor:
         for name in self._names:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from samopt import kernels
-from samopt.blocks import parts_of
+from samopt.blocks import Part, parts_of
 from samopt.distributed import Shards, local_part
 from samopt.geometry import Euclidean, Metric
 from samopt.kernels import Backend, Backup, Block, Lengths, Saved, Stride
@@ -130,7 +130,7 @@ class Perturbation:
                 self._parts, self._lengths.blocks, self._radii, everything, strict=True
             ):
                 block = part.block
-                stride = Stride(self.norm, radius, part.region.sign, self._linf)
+                stride = self._stride(part, radius)
                 if backend.climb is not None:
                     applied.append(backend.climb(block, length, stride, part.noise(noise), saved))
                     continue
@@ -151,7 +151,7 @@ class Perturbation:
         """
         with torch.no_grad():
             for part, length, radius in zip(self._parts, self._lengths.blocks, self._radii, strict=True):
-                scale = Stride(self.norm, radius, part.region.sign, self._linf).scale(length.device)
+                scale = self._stride(part, radius).scale(length.device)
                 part.backend.ascend(part.block, scale, part.noise(noise))
 
     def release_directions(self) -> None:
@@ -183,6 +183,9 @@ class Perturbation:
         if done:
             self._saved = []
         return done
+
+    def _stride(self, part: Part, radius: float | Tensor) -> Stride:
+        return Stride(self.norm, radius, part.region.sign, self._linf)
 
     def _measured(self) -> Lengths:
         """Return the norms: all at once where one backend can, else part by part."""

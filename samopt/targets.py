@@ -21,7 +21,7 @@ class Region:
     Attributes:
         radius: Its radius ``r``.
         eta: Stabiliser of the metric.
-        sign: 1 to move uphill, -1 for a group that is maximised.
+        sign: 1 to move along the directions, -1 to move against them, as where a group is maximised.
     """
 
     radius: Radius

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import samopt
 from samopt.combination import WeightedSharpness
-from tests.cases import BASES, batch, bits, closure_of, loss_of, mlp, sam_epsilon, same_bits
+from tests.cases import BASES, Epsilon, batch, bits, closure_of, loss_of, mlp, sam_epsilon, same_bits, second_gradient
 
 DOUBLE = torch.float64
 WEIGHT = 0.8 / 0.2  # of the sharpness, at gamma = 0.8
@@ -22,20 +23,20 @@ def wsam(model: nn.Module, base: str = "sgd", **options: object) -> samopt.WSAM:
     return samopt.WSAM(BASES[base](model.parameters()), rho=0.1, gamma=0.8, model=model, **options)
 
 
-def both_gradients(model: nn.Module, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+def both_gradients(model: nn.Module, seed: int, epsilon: Epsilon = sam_epsilon) -> list[list[Tensor]]:
     """The gradients at ``w`` and at ``w + epsilon``, with the weights as they were and no gradient left."""
     parameters = list(model.parameters())
-    data = batch(DOUBLE, seed=seed)
-    first = torch.autograd.grad(loss_of(model, data), parameters)
-    before = bits(model)
-    with torch.no_grad():
-        for p, move in zip(parameters, sam_epsilon(parameters, first, [0.1] * len(parameters)), strict=True):
-            p.add_(move)
-    second = torch.autograd.grad(loss_of(model, data), parameters)
-    with torch.no_grad():
-        for p, value in zip(parameters, before, strict=True):
-            p.copy_(value)
-    return list(first), list(second)
+    gradients = []
+
+    def backward() -> Tensor:
+        loss = loss_of(model, batch(DOUBLE, seed=seed))
+        loss.backward()
+        gradients.append([p.grad for p in parameters])
+        return loss
+
+    second_gradient(parameters, backward, epsilon, 0.1)
+    model.zero_grad()
+    return gradients
 
 
 def two_passes(optimizer: samopt.WSAM, model: nn.Module, seed: int) -> None:
@@ -77,23 +78,19 @@ def test_groups_have_their_own_rate_and_direction() -> None:
     weights, biases = ([p for p in model.parameters() if p.dim() == d] for d in (2, 1))
     groups = [{"params": weights, "lr": 0.3, "maximize": True}, {"params": biases, "lr": torch.tensor(0.2)}]
     optimizer = samopt.WSAM(torch.optim.SGD(groups), rho=0.1, gamma=0.8)
-    first = dict(zip(model.parameters(), both_gradients(model, 0)[0], strict=True))
-    before = {p: p.detach().clone() for p in model.parameters()}
+    parameters = list(model.parameters())
+    signs = [-1.0 if p.dim() == 2 else 1.0 for p in parameters]  # the ascent goes down the loss where it is maximized
+
+    def downhill(weights: Sequence[Tensor], gradients: Sequence[Tensor], rhos: Sequence[float]) -> list[Tensor]:
+        return sam_epsilon(weights, [sign * g for sign, g in zip(signs, gradients, strict=True)], rhos)
+
+    first, second = both_gradients(model, 0, downhill)
+    before = bits(model)
     two_passes(optimizer, model, 0)
-    with torch.no_grad():  # the ascent goes down the loss where it is maximized, by hand here
-        signs = {p: -1.0 if p.dim() == 2 else 1.0 for p in first}
-        length = math.sqrt(sum(float(g.square().sum()) for g in first.values()))
-        for p, g in first.items():
-            p.add_(signs[p] * 0.1 * g / length)
-    second = dict(zip(first, torch.autograd.grad(loss_of(model, batch(DOUBLE, seed=0)), list(first)), strict=True))
-    with torch.no_grad():
-        for p, value in before.items():
-            p.copy_(value)
     optimizer.step()
-    for p, g in first.items():
+    for p, old, sign, g, g_p in zip(parameters, before, signs, first, second, strict=True):
         rate = 0.3 if p.dim() == 2 else float(torch.tensor(0.2))
-        move = -signs[p] * rate * (g + WEIGHT * (second[p] - g))
-        torch.testing.assert_close(p.detach() - before[p], move, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(p.detach() - old, -sign * rate * (g + WEIGHT * (g_p - g)), rtol=1e-7, atol=1e-10)
 
 
 @pytest.mark.parametrize("between", ["zero_grad", "load_state_dict"])

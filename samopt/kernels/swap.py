@@ -80,10 +80,10 @@ def restore(saved: Move) -> None:
 
     A weight of whose present memory somebody has taken a name meanwhile stays there, or that name would not follow it.
     """
-    counts = saved.counts or [holders(room) for room in saved.rooms]
-    places = []
-    for home, room, count in zip(saved.homes, saved.rooms, counts, strict=True):
-        places.append(room.copy_(home) if holders(room) > count else home)
+    places = saved.homes
+    if saved.counts:
+        moves = zip(saved.homes, saved.rooms, saved.counts, strict=True)
+        places = [room.copy_(home) if holders(room) > count else home for home, room, count in moves]
     _point(saved, places)
     cpu.restore(saved.exchange)
 
