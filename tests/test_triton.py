@@ -21,10 +21,11 @@ ROOT = Path(__file__).parents[1]
         ["tests/test_triton_interpreted.py"],
         ["tests/test_triton_fused.py"],
         ["tests/test_triton_memory.py"],
+        ["tests/test_triton_graphs.py"],
         ["tests/test_kernels.py", "-k", "triton and agree_with_fp64"],
         ["tests/test_kernels.py", "-k", "triton and not agree_with_fp64"],
     ],
-    ids=["steps", "fused", "memory", "layouts", "edges"],
+    ids=["steps", "fused", "memory", "graphs", "layouts", "edges"],
 )
 def test_in_the_interpreter(arguments):
     pytest.importorskip("triton", minversion="3.5")
