@@ -274,7 +274,8 @@ def _preconditioned(momentum: Tensor, state: Any, group: dict[str, Any], base: O
             f"{type(base).__name__} has {sorted(state)}; use preconditioned=False"
         )
     _, beta2 = group["betas"]
-    correction = 1 - beta2 ** torch.as_tensor(state["step"], device=momentum.device)
+    taken = state["step"]  # on the host or, where a capturable or fused base counts, on the device
+    correction = 1 - beta2 ** (taken if isinstance(taken, Tensor) and not taken.is_cpu else float(taken))
     step: Tensor = momentum / ((state["exp_avg_sq"] / correction).sqrt() + group["eps"])
     return step
 

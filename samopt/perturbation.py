@@ -86,10 +86,12 @@ class Perturbation:
         """Return what gives the largest radius among the regions of what moves, 0-dim; 0 where nothing does."""
         numbers = [float(radius) for radius in self._radii if not isinstance(radius, Tensor)]
         tensors = [radius for radius in self._radii if isinstance(radius, Tensor)]
-        largest = partial(torch.tensor, max(numbers, default=0.0), dtype=torch.float64)
+        largest = max(numbers, default=0.0)
         if not tensors:
-            return largest
-        return Known(torch.stack([radius.to(tensors[0]) for radius in (largest(), *tensors)]).amax())
+            return partial(torch.tensor, largest, dtype=torch.float64)
+        # Filled on the device, and read from the host without waiting for it.
+        like = torch.full((), largest, dtype=tensors[0].dtype, device=self.norm.device)
+        return Known(torch.stack([like, *[radius.to(like, non_blocking=True) for radius in tensors]]).amax())
 
     def gradient_norm(self) -> Tensor:
         """Return ``||d||_2`` over every target, without the metric: 0-dim, on the device of ``norm``.

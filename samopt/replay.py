@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from samopt.capture import device_module, is_capturing
 from samopt.notice import warn_user
 from samopt.observation import is_observed
 
@@ -32,10 +34,13 @@ class RngState:
         """Return the present state of the global streams.
 
         Args:
-            devices: Accelerator devices whose streams to include; others are ignored.
+            devices: Accelerator devices whose streams to include; others are ignored, and those on which a graph is
+                being captured, since their state can be neither read nor set then.
         """
         accelerators = tuple(
-            (device, _device_module(device).get_rng_state(device)) for device in devices if device.type != "cpu"
+            (device, device_module(device).get_rng_state(device))
+            for device in devices
+            if device.type != "cpu" and not is_capturing(device)
         )
         numpy_random = sys.modules.get("numpy.random")
         return cls(
@@ -48,7 +53,7 @@ class RngState:
     def has_moved(self) -> bool:
         """Return whether torch's streams have been drawn from since."""
         return not torch.equal(torch.get_rng_state(), self.cpu) or any(
-            not torch.equal(_device_module(device).get_rng_state(device), state) for device, state in self.accelerators
+            not torch.equal(device_module(device).get_rng_state(device), state) for device, state in self.accelerators
         )
 
     def restore(self, present: RngState | None = None) -> None:
@@ -59,7 +64,7 @@ class RngState:
         """
         torch.set_rng_state(self.cpu)
         for device, state in self.accelerators:
-            _device_module(device).set_rng_state(state, device)
+            device_module(device).set_rng_state(state, device)
         random.setstate(self.python)
         if self.numpy is not None and (present is None or not _are_equal(self.numpy, present.numpy)):
             sys.modules["numpy.random"].set_state(self.numpy)
@@ -127,6 +132,13 @@ class Replay:
         self._buffers = _NO_BUFFERS if self.model is None else SavedBuffers(self.model)
         self._end = self.capture()
         self._is_blind = self.model is not None and start is None and self._calls.is_empty
+        if not self._has_warned and any(map(is_capturing, self._calls.devices or ())) and _has_dropout(self.model):
+            self._has_warned = True
+            warn_user(
+                "random states cannot be set while a graph is captured, so in its replays the dropout of "
+                f"model={type(self.model).__name__} draws other masks in the second pass than in the first. Set its "
+                "rate to 0, or take these steps without a graph"
+            )
         for observer in self._observers:
             observer.replaying = True
         if start is not None:
@@ -258,5 +270,8 @@ def _is_read_only(buffer: Tensor) -> bool:
     )
 
 
-def _device_module(device: torch.device) -> Any:
-    return getattr(torch, device.type)
+def _has_dropout(model: nn.Module | None) -> bool:
+    """Return whether a module of torch's own draws masks, as far as its attributes tell."""
+    modules = () if model is None else model.modules()
+    rates = [getattr(m, "p" if isinstance(m, _DropoutNd) else "dropout", None) for m in modules if m.training]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from samopt.capture import is_capturing
 from samopt.metrics import StepMetrics
 from samopt.notice import warn_user
 
@@ -52,6 +53,9 @@ class StallDetector:
         """
         rise, norm, perturbed_norm = metrics.sharpness, metrics.grad_norm, metrics.perturbed_grad_norm
         if self._done or metrics.loss is None or rise is None or norm is None or perturbed_norm is None:
+            return
+        if is_capturing(metrics.loss.device):
+            self.dismiss()  # replays never come here
             return
         self._steps += 1
         check = next(check for check in _CHECKS if self._steps <= check)

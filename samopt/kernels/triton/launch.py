@@ -105,7 +105,7 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Way:
 
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Way | None = None) -> None:
     """Write ``w + scale T^2 d`` (l2) or ``w + scale T sign(d)`` (l-infinity), and the old ``w`` into ``saved``."""
-    _ascend(block, saved, noise, radius_at=scale.to(block.weights[0].device))
+    _ascend(block, saved, noise, radius_at=scale.to(block.weights[0].device, non_blocking=True))
 
 
 def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Way) -> Callable[[], Tensor]:
@@ -127,7 +127,7 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
         return partial(torch.zeros, (), dtype=torch.float64, device=device)
     measured = is_low_precision(block.weights[0])
     applied = torch.empty(saved.table.chunks if measured else 1, dtype=torch.float64, device=device)
-    number, where = (0.0, radius.to(device)) if isinstance(radius, Tensor) else (float(radius), None)
+    number, where = (0.0, radius.to(device, non_blocking=True)) if isinstance(radius, Tensor) else (float(radius), None)
     _ascend(
         block,
         saved,

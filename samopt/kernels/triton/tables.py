@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from samopt.capture import is_capturing
+
 __all__ = ["CHUNK", "PointerTable", "addresses_of", "boundaries", "pointer_table"]
 
 _T = TypeVar("_T")
@@ -69,7 +71,7 @@ def boundaries(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _unless_captured(made: functools._lru_cache_wrapper[_T], device: torch.device) -> Callable[..., _T]:
     """Return the function behind the cache where a CUDA graph is captured: what it makes is filled at a replay only."""
-    return made.__wrapped__ if device.type == "cuda" and torch.cuda.is_current_stream_capturing() else made
+    return made.__wrapped__ if is_capturing(device) else made
 
 
 @functools.lru_cache(maxsize=_TABLES)
@@ -96,6 +98,6 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return values
     pinned = values.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         _captured.append(pinned)
     return pinned.to(device, non_blocking=True)

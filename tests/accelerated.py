@@ -1,0 +1,156 @@
+"""Steps on an accelerator: nothing waits for it, and nothing asks what cannot be asked while a graph is captured.
+
+``tests/test_accelerator.py`` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+
+import samopt
+from samopt.direction import Momentum
+from samopt.trust_region import EMA
+from tests.accelerator import DEVICE, Accelerator, on_device
+from tests.cases import batch, closure_form, explicit_form, mlp
+
+
+def sgd(model):
+    return SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def two_groups(model):
+    weights, biases = [p for p in model.parameters() if p.dim() > 1], [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": weights, "rho": torch.tensor(0.3)}, {"params": biases, "rho": 0.1, "maximize": True}]
+    return samopt.ASAM(groups, SGD, lr=0.1, rho=0.5, backend="reference")
+
+
+TWO_PASSES = {
+    "sam": lambda m: samopt.SAM(sgd(m), rho=0.5),
+    "sam, model": lambda m: samopt.SAM(AdamW(m.parameters(), lr=0.01), rho=0.5, model=m),
+    "asam, two groups, a radius on the host": two_groups,
+    "fisher": lambda m: samopt.FisherSAM(sgd(m), rho=0.1),
+    "l-infinity": lambda m: samopt.SAM(sgd(m), rho=0.01, norm="linf"),
+    "tram": lambda m: samopt.TRAM(sgd(m), model=m),
+    "tram, average": lambda m: samopt.TRAM(sgd(m), model=m, trust_region=EMA(0.9)),
+    "lesam": lambda m: samopt.LESAM(sgd(m)),
+    "friendly": lambda m: samopt.FriendlySAM(sgd(m), rho=0.1),
+    "gsam": lambda m: samopt.GSAM(sgd(m), rho=0.1),
+    "wsam": lambda m: samopt.WSAM(sgd(m), rho=0.1),
+    "look": lambda m: samopt.LookSAM(sgd(m), rho=0.1),
+}
+ONE_PASS = {
+    "momentum": lambda m: samopt.SAM(sgd(m), rho=0.5, direction="momentum", model=m),
+    "ahead": lambda m: samopt.MomentumSAM(sgd(m), rho=0.5, ahead=True, model=m),
+    "preconditioned": lambda m: samopt.SAM(
+        Adam(m.parameters(), lr=0.01), rho=0.5, direction=Momentum(preconditioned=True), model=m
+    ),
+}
+
+
+def plain_form(optimizer, model, data):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(data[0]).float(), data[1]).backward()
+    optimizer.step()
+
+
+CASES = [
+    *[pytest.param(make, form, id=f"{name}, {form.__name__}") for name, make in TWO_PASSES.items()
+      for form in (closure_form, explicit_form)],
+    *[pytest.param(make, plain_form, id=name) for name, make in ONE_PASS.items()],
+]  # fmt: skip
+
+
+def train(make, form, model, data, steps):
+    optimizer = prepared(make, model)
+    for seed in range(steps):
+        form(optimizer, model, data[seed])
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("make", "form"), CASES)
+def test_no_step_waits_and_all_have_the_bits_of_the_cpus(make, form, kind):
+    data = [batch(kind, seed=seed) for seed in range(4)]
+    model, twin = on_device(mlp(kind)), mlp(kind)
+    there = [tuple(map(on_device, pair)) for pair in data]
+    with Accelerator() as accelerator:
+        optimizer = prepared(make, model)
+        for seed, pair in enumerate(there):
+            if seed == 2:  # torch's own bases wait where they make their states
+                accelerator.waits.clear()
+            form(optimizer, model, pair)
+        metrics = optimizer.last_step
+        assert accelerator.waits == []
+        accelerator.capture(True)  # which forbids more than waiting does
+        try:
+            form(optimizer, model, there[0])
+        finally:
+            accelerator.capture(False)
+        assert accelerator.waits == []
+        values = metrics.to_dict()
+        assert {name for name, _ in accelerator.waits} <= {"_local_scalar_dense.default"} and values
+    assert all(p.device == DEVICE for p in model.parameters())
+    same = train(make, form, twin, [*data, data[0]], 5)
+    for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(got.near, want)
+    assert set(values) == set(same.last_step.to_dict())
+
+
+def prepared(make, model):
+    """The optimizer on what runs a device that is made up; rounding draws from generators, which it has not."""
+    optimizer = make(model)
+    optimizer.backend, optimizer._rounding = "reference", None
+    return optimizer
+
+
+def test_a_wait_is_noticed():
+    value = on_device(torch.ones(()))
+    with Accelerator() as accelerator:
+        assert float(value + 1) == 2.0
+        torch.ones(3).to(DEVICE)
+        torch.ones(3).to(DEVICE, non_blocking=True)
+        value.to("cpu", non_blocking=True)
+    waits = [name for name, _ in accelerator.waits]
+    assert waits == ["_local_scalar_dense.default", "_to_copy.default", "_to_copy.default"]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_captured_step_is_not_read_for_a_stall(captured, monkeypatch):
+    read = []
+    monkeypatch.setattr("samopt.stall._CHECKS", (3, 400))
+    monkeypatch.setattr("samopt.stall._read", lambda values: read.append(values) or [0.0] * 2)  # its tolist would wait
+    model, data = on_device(mlp()), tuple(map(on_device, batch()))
+    with Accelerator() as accelerator:
+        optimizer = samopt.SAM(sgd(model), rho=0.5)
+        for _ in range(2):
+            closure_form(optimizer, model, data)
+        accelerator.capture(captured)
+        try:
+            closure_form(optimizer, model, data)
+        finally:
+            accelerator.capture(False)
+    assert bool(read) is not captured
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.0])
+def test_a_captured_step_says_that_dropout_cannot_be_repeated(rate):
+    model = on_device(nn.Sequential(nn.Linear(6, 12), nn.Dropout(rate), nn.Linear(12, 3)))
+    data = tuple(map(on_device, batch()))
+    with Accelerator() as accelerator:
+        optimizer = samopt.SAM(sgd(model), rho=0.5, model=model)
+        closure_form(optimizer, model, data)
+        accelerator.capture(True)
+        try:
+            with warnings.catch_warnings(record=True) as issued:
+                warnings.simplefilter("always")
+                for _ in range(2):
+                    closure_form(optimizer, model, data)
+        finally:
+            accelerator.capture(False)
+    said = [str(warning.message) for warning in issued if "masks" in str(warning.message)]
+    assert len(said) == (1 if rate else 0)
