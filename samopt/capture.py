@@ -17,7 +17,8 @@ def is_capturing(device: torch.device) -> bool:
     Args:
         device: Any device; the CPU has no graphs.
     """
-    asks = None if device.type == "cpu" else getattr(device_module(device), "is_current_stream_capturing", None)
+    module = None if device.type == "cpu" else getattr(torch, device.type, None)
+    asks = getattr(module, "is_current_stream_capturing", None)
     return asks is not None and bool(asks())
 
 

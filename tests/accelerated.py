@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW
 
 import samopt
 from samopt.direction import Momentum
-from samopt.trust_region import EMA
+from samopt.trust_region import EMA, Pretrained
 from tests.accelerator import DEVICE, Accelerator, on_device
 from tests.cases import batch, closure_form, explicit_form, mlp
 
@@ -36,7 +36,8 @@ TWO_PASSES = {
     "fisher": lambda m: samopt.FisherSAM(sgd(m), rho=0.1),
     "l-infinity": lambda m: samopt.SAM(sgd(m), rho=0.01, norm="linf"),
     "tram": lambda m: samopt.TRAM(sgd(m), model=m),
-    "tram, average": lambda m: samopt.TRAM(sgd(m), model=m, trust_region=EMA(0.9)),
+    "tram, average": lambda m: samopt.TRAM(sgd(m), model=m, trust_region=EMA(0.9), divergence="mmd"),
+    "tram, pretrained": lambda m: samopt.TRAM(sgd(m), model=m, trust_region=Pretrained(), divergence="symmetric_kl"),
     "lesam": lambda m: samopt.LESAM(sgd(m)),
     "friendly": lambda m: samopt.FriendlySAM(sgd(m), rho=0.1),
     "gsam": lambda m: samopt.GSAM(sgd(m), rho=0.1),

@@ -46,7 +46,7 @@ def take_step(optimizer: torch.optim.Optimizer, model: nn.Module, data: tuple[Te
 def unreadable(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device whose values cannot be brought to the host: reading one raises."""
     streams = SimpleNamespace(get_rng_state=lambda device: None, set_rng_state=lambda state, device: None)
-    monkeypatch.setattr("samopt.replay._device_module", lambda device: streams)
+    monkeypatch.setattr("samopt.replay.device_module", lambda device: streams)
     real = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": real())
     for read in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
