@@ -143,6 +143,27 @@ def test_norm_ascend_and_restore_agree_with_fp64(name, layout, metric, linf, dty
     assert same(storage_of(directions), fixed)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_without_eta_the_adaptive_metric_is_the_size_of_the_weights(name, layout, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.ETA", 0.0)
+    torch.manual_seed(0)
+    weights, directions = cast(LAYOUTS[layout](), torch.float32), cast(LAYOUTS[layout](), torch.float32)
+    block = Block(weights, directions, METRICS["adaptive"], 0.0, False)
+    backend, before, fixed = chosen(name, block), [w.clone() for w in weights], storage_of(directions)
+    norm, moves = expected("adaptive", False, before, directions, 0.5)
+    assert float(backend.norm(block)) == pytest.approx(norm, rel=1e-6)
+    assert same(weights, before)
+    saved = backend.save(block)
+    backend.ascend(block, torch.tensor(0.5, dtype=torch.float64), None, saved)
+    for now, was, move in zip(weights, before, moves, strict=True):
+        want = was.double() + move
+        allowed = half_ulp(want, torch.float32) + 2.0**-24 * (want.abs() + 16 * move.abs())
+        assert bool(((now.double() - want).abs() <= allowed).all())
+    backend.restore(saved)
+    assert same(weights, before) and same(storage_of(directions), fixed)
+
+
 @pytest.mark.parametrize("direction", [torch.float32, torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW], ids=str)
 @pytest.mark.parametrize("metric", METRICS)

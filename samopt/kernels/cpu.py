@@ -281,8 +281,8 @@ def _uphill(block: Block) -> Iterator[Tensor]:
     for some in _small(block):
         vector = _joined(some.directions, some.are_vectors)
         if block.metric is not None:
-            weights = _joined(some.weights, some.are_vectors)
-            vector = _lengths(weights, block.eta, torch.empty_like(vector)).mul_(vector)
+            weights, room = _joined(some.weights, some.are_vectors), torch.empty_like(vector)
+            vector = torch.mul(_lengths(weights, block.eta, room), vector, out=room)
         yield vector
     if has_small_only(block):
         return
@@ -293,7 +293,8 @@ def _uphill(block: Block) -> Iterator[Tensor]:
         return
     room = scratch(block)
     for part in slices(block):
-        yield _lengths(part.weight, block.eta, room[: part.weight.numel()]).mul_(part.direction)
+        place = room[: part.weight.numel()]
+        yield torch.mul(_lengths(part.weight, block.eta, place), part.direction, out=place)
 
 
 def _small(block: Block) -> Iterator[Block]:
@@ -352,9 +353,8 @@ def _add(weights: list[Tensor], uphill: list[Tensor] | tuple[Tensor, ...], step:
 
 
 def _lengths(weight: Tensor, eta: float, room: Tensor) -> Tensor:
-    """Return the adaptive metric's ``T = |w| + eta``, in ``room``."""
-    length = torch.abs(weight, out=room)
-    return length.add_(eta) if eta else length
+    """Return the adaptive metric's ``T = |w| + eta`` in ``room``; without ``eta`` the weight: only ``T^2`` counts."""
+    return torch.abs(weight, out=room).add_(eta) if eta else weight
 
 
 def _row_norms(values: Tensor) -> Iterator[Tensor]:
