@@ -1,4 +1,4 @@
-"""Who updates them: the base alone, the textbook loop, another package, and every backend of samopt."""
+"""Who updates them: the base alone, two loops, another package, and every backend of samopt."""
 
 from __future__ import annotations
 
@@ -100,6 +100,35 @@ class _Textbook:
         return parameter.abs() + ETA
 
 
+class _Script:
+    """The loop that most projects copy, operation by operation: davda54/sam on GitHub, with its products by 1.0.
+
+    Its adaptive form has no stabiliser and stretches biases too. A weight's memory is another after each step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], metric: str) -> None:
+        self.base = _base(parameters)
+        self._parameters = parameters
+        self._adaptive = metric == "asam"
+        self._old: list[Tensor] = []
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        lengths = [((p.abs() if self._adaptive else 1.0) * p.grad).norm() for p in self._parameters]
+        scale = RHO / (torch.stack(lengths).norm() + 1e-12)
+        for parameter in self._parameters:
+            self._old.append(parameter.data.clone())
+            parameter.add_((parameter.pow(2) if self._adaptive else 1.0) * parameter.grad * scale)
+        self.base.zero_grad()
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for parameter, old in zip(self._parameters, self._old, strict=True):
+            parameter.data = old
+        self._old = []
+        self.base.step()
+
+
 class _Package:
     """The SAM of the package pytorch_optimizer."""
 
@@ -180,7 +209,8 @@ CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("base", _Alone, (0, 0)),
-        Contender("textbook", _Textbook, (48, 72)),
+        Contender("textbook", _Textbook, (40, 104)),
+        Contender("script", _Script, (48, 72)),
         Contender("pytorch_optimizer", _Package, None),
         *(Contender(f"samopt-{name}", _ours(name), _MOVED.get(name)) for name in BACKENDS),
         Contender("samopt-lean", _ours("auto", measure_grad_norms=False), None),

@@ -19,7 +19,9 @@ from benchmarks.updates.measure import Measurement
 __all__ = ["Spread", "beyond_base", "bytes_at_copy_rate", "markdown", "plot", "relative"]
 
 _DPI = 115
-_UPDATE = ("Contender", "n", "ms", "beyond the base, ms", "x textbook", "bytes/element at copy rate", "GB/s", "peak, B")
+_LOOPS = ("textbook", "script")
+_ADDED = ("bytes/element at copy rate", "GB/s", "peak, B")
+_UPDATE = ("Contender", "n", "ms", "beyond the base, ms", *(f"x {loop}" for loop in _LOOPS), *_ADDED)
 _STEP = ("Contender", "n", "ms", "x base", "x textbook")
 _BATCH = ("Batch", "n", "base, ms", *(f"{name}, x base" for name in ONE_PASS))
 
@@ -212,7 +214,7 @@ def _groups(measurements: Sequence[Measurement]) -> dict[tuple[str, str, str], l
 
 def _update_rows(group: Sequence[Measurement]) -> list[tuple[str, ...]]:
     base = _named(group, "base")
-    textbook = next((one for one in group if one.contender == "textbook"), None)
+    loops = [next((one for one in group if one.contender == name), None) for name in _LOOPS]
     rows = []
     for one in group:
         added = one is not base
@@ -222,7 +224,7 @@ def _update_rows(group: Sequence[Measurement]) -> list[tuple[str, ...]]:
                 str(len(one.milliseconds)),
                 Spread.of(one.milliseconds).text(".2f"),
                 Spread.of(beyond_base(one, base)).text(".2f") if added else "",
-                relative(one, textbook, base).text(".2f") if added and textbook is not None else "",
+                *(relative(one, loop, base).text(".2f") if added and loop is not None else "" for loop in loops),
                 f"{bytes_at_copy_rate(one, base).median:.1f}" if added else "",
                 _achieved(one),
                 "" if one.peak is None else f"{one.peak / one.elements:.2f}",
