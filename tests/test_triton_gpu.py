@@ -100,7 +100,7 @@ def test_a_captured_step_replays(backend):
     twin = copy.deepcopy(model)
     for net in (model, twin):
         base = AdamW(net.parameters(), lr=1e-3, capturable=True)
-        optimizer = samopt.SAM(base, rho=0.05, backend=backend, warn_on_stall=False)
+        optimizer = samopt.SAM(base, rho=0.05, model=net, backend=backend)
         closure = closure_of(optimizer, net, x, y)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):

@@ -116,6 +116,18 @@ def test_a_gradient_that_is_not_finite_meets_the_base_at_its_replay(backend):
     assert any(p.isnan().any() for p in model.parameters())
 
 
+def test_a_base_that_counts_on_the_host_cannot_be_captured(monkeypatch):
+    model = mlp()
+    optimizer = samopt.SAM(AdamW(model.parameters(), lr=0.01, foreach=True), rho=0.5, backend="triton-fused")
+    closure = closure_of(optimizer, model, batch())
+    optimizer.step(closure)
+    before = bits(model)
+    monkeypatch.setattr("samopt.kernels.triton.fused.is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="this AdamW counts its steps on the host.*capturable=True"):
+        optimizer.step(closure)
+    assert same_bits(model, before)
+
+
 def test_what_waits_for_the_device_is_no_part_of_a_graph():
     with Graph(), pytest.raises(RuntimeError, match="_local_scalar_dense.default waits for the device"):
         float(torch.ones(()) * 2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from samopt.capture import is_capturing
 from samopt.kernels.memory import lie_alike, note_writes
 from samopt.kernels.triton import base_steps
 from samopt.kernels.triton.availability import interprets
@@ -45,6 +46,9 @@ def restore_and_step(base: Optimizer, ways: Sequence[Way]) -> bool:
 
     Returns:
         Whether it was done; where a tensor has no such form, nothing is, and the caller restores and steps in turn.
+
+    Raises:
+        RuntimeError: If a graph is being captured and the base counts its steps on the host.
     """
     marks = {
         id(weight): (room, mark)
@@ -120,6 +124,11 @@ def _adam_launches(base: Any, group: dict[str, Any]) -> Iterator[_Launch]:
     base._init_group(group, *lists)
     weights, gradients, first, second, largest, steps = lists
     counted = bool(group["capturable"] or group["fused"])
+    if not counted and any(map(is_capturing, {weight.device for weight in weights})):
+        raise RuntimeError(
+            f"a graph is being captured, but this {type(base).__name__} counts its steps on the host, so every replay "
+            "would be the same step; make it with capturable=True"
+        )
     beta1, beta2 = (float(beta) for beta in group["betas"])
     decay = "decoupled" if group.get("decoupled_weight_decay", isinstance(base, AdamW)) else "l2"
     for indices in _alike(
