@@ -90,7 +90,7 @@ class Perturbation:
         if not tensors:
             return partial(torch.tensor, largest, dtype=torch.float64)
         # Filled on the device, and read from the host without waiting for it.
-        like = torch.full((), largest, dtype=tensors[0].dtype, device=self.norm.device)
+        like = torch.full((), largest, dtype=self.norm.dtype, device=self.norm.device)
         return Known(torch.stack([like, *[radius.to(like, non_blocking=True) for radius in tensors]]).amax())
 
     def gradient_norm(self) -> Tensor:

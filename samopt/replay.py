@@ -38,7 +38,7 @@ class RngState:
                 being captured, since their state can be neither read nor set then.
         """
         accelerators = tuple(
-            (device, device_module(device).get_rng_state(device))
+            (device, device_module(device).get_rng_state(*_named(device)))
             for device in devices
             if device.type != "cpu" and not is_capturing(device)
         )
@@ -53,7 +53,8 @@ class RngState:
     def has_moved(self) -> bool:
         """Return whether torch's streams have been drawn from since."""
         return not torch.equal(torch.get_rng_state(), self.cpu) or any(
-            not torch.equal(device_module(device).get_rng_state(device), state) for device, state in self.accelerators
+            not torch.equal(device_module(device).get_rng_state(*_named(device)), state)
+            for device, state in self.accelerators
         )
 
     def restore(self, present: RngState | None = None) -> None:
@@ -64,7 +65,7 @@ class RngState:
         """
         torch.set_rng_state(self.cpu)
         for device, state in self.accelerators:
-            device_module(device).set_rng_state(state, device)
+            device_module(device).set_rng_state(state, *_named(device))
         random.setstate(self.python)
         if self.numpy is not None and (present is None or not _are_equal(self.numpy, present.numpy)):
             sys.modules["numpy.random"].set_state(self.numpy)
@@ -268,6 +269,11 @@ def _is_read_only(buffer: Tensor) -> bool:
     return buffer.layout is torch.strided and any(
         stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
     )
+
+
+def _named(device: torch.device) -> tuple[torch.device, ...]:
+    """Return the argument that picks a device's random stream; that of ``torch.mps`` is one, and had none before."""
+    return () if device.type == "mps" else (device,)
 
 
 def _has_dropout(model: nn.Module | None) -> bool:

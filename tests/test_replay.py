@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import samopt
+from samopt.replay import RngState
 from tests.cases import two_pass_step, wrapped_step
 
 forms = pytest.mark.parametrize("form", ["closure", "explicit"])
@@ -247,3 +248,15 @@ def test_copies_of_a_hooked_model_are_free_of_the_optimizer():
         masks = watch_masks(twin)
         wrapped_step(optimizer, [lambda twin=twin: loss_of(twin, data(0))] * 2, "explicit")
         assert torch.equal(masks[0], masks[2])
+
+
+def test_the_stream_of_apples_gpu_is_asked_for_without_naming_it(monkeypatch):
+    streams = {"mps": torch.arange(4)}
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: streams["mps"])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: streams.update(mps=state))
+    before = RngState.capture([torch.device("mps")])
+    assert not before.has_moved()
+    streams["mps"] = torch.ones(4)
+    assert before.has_moved()
+    before.restore()
+    assert torch.equal(streams["mps"], torch.arange(4))
