@@ -37,6 +37,14 @@ def test_a_tensor_owns_its_memory_until_somebody_else_can_reach_it():
     assert not owns_its_memory(torch.zeros(8).split(4)[0])
 
 
+def test_memory_of_an_accelerator_is_not_taken_for_another_processs(monkeypatch):
+    elsewhere, here = torch.empty(3, device="meta"), torch.empty(3)  # which is all that can be had without one
+    monkeypatch.setattr(torch.UntypedStorage, "is_shared", lambda storage: True)  # as torch says of any accelerator's
+    assert owns_its_memory(elsewhere) and not owns_its_memory(here)
+    alias = elsewhere.detach()
+    assert not owns_its_memory(elsewhere) and alias.is_meta
+
+
 @pytest.mark.parametrize(
     ("weight", "direction", "alike"),
     [

@@ -53,6 +53,17 @@ def test_auto_picks_triton():
     assert select(block, "auto").name == "triton"
 
 
+def test_the_gradients_memory_takes_the_weights_and_no_other_is_asked_for():
+    model = network()
+    optimizer = samopt.SAM(SGD(model.parameters(), lr=0.1), rho=0.05, backend="triton", measure_grad_norms=False)
+    model(torch.randn(32, 64, device="cuda")).square().sum().backward()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with optimizer.perturbed():
+        weights = sum(p.nbytes for p in model.parameters())
+        assert torch.cuda.max_memory_allocated() - before < weights / 2  # tables and sums
+
+
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 10)).cuda()

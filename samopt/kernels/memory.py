@@ -69,7 +69,7 @@ def owns_its_memory(tensor: Tensor) -> bool:
     """Return whether ``tensor`` fills its memory and nobody else can reach it.
 
     Not so for a view (a DDP bucket's, a flat parameter's), for a tensor that somebody else still holds under another
-    name, and for memory that belongs to NumPy or to several processes.
+    name, and for memory that belongs to NumPy or, on the CPU, to several processes.
 
     Args:
         tensor: A strided tensor.
@@ -78,7 +78,7 @@ def owns_its_memory(tensor: Tensor) -> bool:
     return (
         storage.nbytes() == tensor.numel() * tensor.element_size()
         and storage.resizable()  # which memory from or for NumPy is not
-        and not storage.is_shared()
+        and not (tensor.is_cpu and storage.is_shared())  # of other devices' memory, torch says that all of it is
         and _holders(storage) == _one_holder()
     )
 
