@@ -26,10 +26,11 @@ def sum_chunk(kind, metric):
     return "stages.sum_chunk", {"DTYPE": dtype(kind), "METRIC": metric, "BLOCK": BLOCK}
 
 
-def ascend_chunk(kind, metric, linf=False, on_device=False, saves=True):
+def ascend_chunk(kind, metric, linf=False, on_device=False, away=False):
     low = kind != "fp32"
     constants = {
-        "DTYPE": dtype(kind), "METRIC": metric, "LINF": linf, "SCALED": False, "ON_DEVICE": on_device, "SAVES": saves,
+        "DTYPE": dtype(kind), "METRIC": metric, "LINF": linf, "SCALED": False, "ON_DEVICE": on_device,
+        "SAVES": not away, "AWAY": away,
         "STOCHASTIC": low, "MEASURED": low, "INTERPRETED": False, "CHUNK": CHUNK, "BLOCK": BLOCK,
     }  # fmt: skip
     return "stages.ascend_chunk", constants
@@ -61,6 +62,7 @@ def wide_kernels():
         for metric in METRICS:
             yield f"sum-{kind}-{metric}", (sum_chunk, kind, metric)
             yield f"ascend-{kind}-{metric}", (ascend_chunk, kind, metric)
+            yield f"ascend-away-{kind}-{metric}", (ascend_chunk, kind, metric, False, False, True)
     yield "ascend-fp32-adaptive-linf-device", (ascend_chunk, "fp32", "adaptive", True, True)
     yield "ascend-bf16-fisher-linf", (ascend_chunk, "bf16", "fisher", True)
     yield "ascend-bf16-none-linf-device", (ascend_chunk, "bf16", "none", True, True)
@@ -121,6 +123,8 @@ def test_a_step_moves_the_bytes_of_the_table(kind):
             "adaptive norm": sum_chunk(kind, "adaptive"),
             "ascend": ascend_chunk(kind, "none"),
             "adaptive ascend": ascend_chunk(kind, "adaptive"),
+            "ascend away": ascend_chunk(kind, "none", away=True),
+            "adaptive ascend away": ascend_chunk(kind, "adaptive", away=True),
             "restore": restore_chunk(bits),
             "sgd": sgd_chunk(kind, momentum=False),
             "sgd with momentum": sgd_chunk(kind),
@@ -132,6 +136,8 @@ def test_a_step_moves_the_bytes_of_the_table(kind):
         "adaptive norm": 2 * width,
         "ascend": 4 * width,
         "adaptive ascend": 4 * width,
+        "ascend away": 3 * width,
+        "adaptive ascend away": 3 * width,
         "restore": 2 * width,
         # The backup is read in the place of the weight, so these are what torch's own fused steps move.
         "sgd": 3 * width,

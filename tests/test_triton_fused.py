@@ -330,8 +330,10 @@ NORM, MEASURED = ["sum_chunk", "join_sums"], ["sum_chunk", "join_sums"]
         (torch.bfloat16, "triton", False, [*NORM, "ascend_chunk", "restore_chunk", "add_.Tensor"]),
         (torch.bfloat16, FUSED, False, [*NORM, "ascend_chunk", "add_.Tensor", "sgd_chunk"]),
         (torch.float32, FUSED, True, [*NORM, "ascend_chunk", "add_.Tensor", *MEASURED, "sgd_chunk"]),
+        (torch.float32, "triton-swap", False, [*NORM, "ascend_chunk", "add_.Tensor"]),
+        (torch.bfloat16, "triton-swap", False, [*NORM, "ascend_chunk", "add_.Tensor"]),
     ],
-    ids=["restore", "fused", "restore-bf16", "fused-bf16", "fused-measured"],
+    ids=["restore", "fused", "restore-bf16", "fused-bf16", "fused-measured", "swap", "swap-bf16"],
 )
 def test_what_a_step_launches_on_an_accelerator(kind, backend, measure, launches, monkeypatch):
     from triton.runtime.interpreter import InterpretedFunction

@@ -80,7 +80,7 @@ def closure_of(optimizer, model, x, y):
 
 
 @pytest.mark.parametrize("base", [lambda p: SGD(p, lr=0.1, momentum=0.9), lambda p: AdamW(p, lr=1e-3, fused=True)])
-@pytest.mark.parametrize("backend", ["triton", "triton-fused"])
+@pytest.mark.parametrize("backend", ["triton", "triton-fused", "triton-swap"])
 def test_steps_agree_with_the_reference_wait_for_nothing_and_compile_once(backend, base):
     from samopt.kernels.triton import base_steps, stages
 
@@ -104,7 +104,7 @@ def test_steps_agree_with_the_reference_wait_for_nothing_and_compile_once(backen
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton-fused"])
+@pytest.mark.parametrize("backend", ["triton", "triton-fused", "triton-swap"])
 def test_a_captured_step_replays(backend):
     x, y = torch.randn(32, 64, device="cuda"), torch.randint(10, (32,), device="cuda")
     model = network()

@@ -55,15 +55,16 @@ def test_auto_leaves_the_cpu_to_its_own_backend():
     assert select(block, "triton").name == "triton"
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton-swap"])
 @pytest.mark.parametrize("linf", [False, True], ids=["l2", "linf"])
 @pytest.mark.parametrize("metric", METRICS)
-def test_groups_and_dtypes_share_one_norm_and_move_as_the_reference_moves_them(metric, linf):
+def test_groups_and_dtypes_share_one_norm_and_move_as_the_reference_moves_them(metric, linf, backend):
     kinds = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
     ours, theirs = targets(kinds), targets(kinds)
     before = copies(weights_of(ours))
     perturbations = [
         Perturbation(some, METRICS[metric], linf=linf, backend=name)
-        for some, name in ((ours, "triton"), (theirs, "reference"))
+        for some, name in ((ours, backend), (theirs, "reference"))
     ]
     assert float(perturbations[0].norm) == pytest.approx(float(perturbations[1].norm), rel=1e-7)
     plain = [float(p.gradient_norm()) for p in perturbations]
@@ -144,12 +145,57 @@ def test_a_table_is_reused_until_an_address_changes():
     assert table() is not first and table().data[0, 0] == weights[0].data_ptr()
 
 
+def moving(kind=torch.float32, seed=0):
+    """Weights of which two can leave and one is seen by others, with directions that nobody else holds."""
+    torch.manual_seed(seed)
+    weights = [torch.randn(40, 500).to(kind), torch.randn(33).to(kind), torch.randn(6, 5).to(kind)]
+    return weights, [torch.randn_like(w, dtype=torch.float32).to(kind) for w in weights], weights[2].view(-1)
+
+
+@pytest.mark.parametrize("linf", [False, True], ids=["l2", "linf"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_swap_moves_what_nobody_else_sees_into_the_gradients_memory_and_back(metric, kind, linf):
+    weights, directions, seen = moving(kind)
+    others, towards, _ = moving(kind)
+    before, addresses = copies(weights), [w.data_ptr() for w in weights]
+    rooms = [d.data_ptr() for d in directions]
+    runs = []
+    for some, along, name in ((weights, directions, "triton-swap"), (others, towards, "reference")):
+        targets = Targets(Region(0.5, ETA, 1), some, along)
+        perturbation = Perturbation([targets], METRICS[metric], linf=linf, backend=name)
+        del targets
+        runs.append((perturbation, float(perturbation.apply(None, consume=True)())))
+    assert [w.data_ptr() for w in weights] == [*rooms[:2], addresses[2]]
+    unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[kind]
+    for mine, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(mine.float(), other.float(), rtol=unit, atol=1e-6)
+    assert not torch.equal(weights[0], before[0]) and torch.equal(seen, weights[2].view(-1))
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
+    runs[0][0].undo()
+    assert [w.data_ptr() for w in weights] == addresses
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+
+def test_a_name_taken_while_swapped_follows_its_weight():
+    weights, directions, _ = moving()
+    before = copies(weights)
+    perturbation = Perturbation([Targets(Region(0.5, ETA, 1), weights, directions)], Euclidean(), backend="triton-swap")
+    perturbation.apply(consume=True)
+    name = weights[0].detach().view(-1)
+    perturbation.undo()
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+    weights[0][0, 0] = 7.0
+    assert name[0] == 7.0
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 @pytest.mark.parametrize("form", [closure_form, explicit_form], ids=["closure", "explicit"])
-def test_training_agrees_with_the_textbook(variant, form):
+@pytest.mark.parametrize("backend", ["triton", "triton-swap"])
+def test_training_agrees_with_the_textbook(backend, variant, form):
     model, twin = mlp(), mlp()
     optimizer = variant.wrap(
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=variant.rho, backend="triton"
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=variant.rho, backend=backend
     )
     base = torch.optim.SGD([{"params": list(twin.parameters()), "rho": variant.rho}], lr=0.1, momentum=0.9)
     for seed in range(3):
@@ -159,10 +205,11 @@ def test_training_agrees_with_the_textbook(variant, form):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton-swap"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_are_exact_after_an_exception_in_the_second_pass(kind):
+def test_weights_are_exact_after_an_exception_in_the_second_pass(kind, backend):
     model = mlp(kind)
-    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, backend="triton")
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, backend=backend)
     before = bits(model)
     model(batch(kind)[0]).float().square().sum().backward()
     with pytest.raises(RuntimeError, match="in between"), optimizer.perturbed():
@@ -220,10 +267,11 @@ def test_replicas_and_resumed_runs_round_alike():
         assert torch.equal(value, again[0][name]) and torch.equal(value, resumed[0][name])
 
 
-def test_the_one_pass_form_ascends_through_the_kernels():
+@pytest.mark.parametrize("ours", ["triton", "triton-swap"])
+def test_the_one_pass_form_ascends_through_the_kernels(ours):
     model, twin = mlp(), mlp()
     runs = []
-    for net, backend in ((model, "triton"), (twin, "reference")):
+    for net, backend in ((model, ours), (twin, "reference")):
         base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         optimizer = samopt.ASAM(base, rho=0.5, direction="momentum", model=net, backend=backend)
         for seed in range(3):

@@ -203,7 +203,12 @@ def _ours(backend: str, **options: Any) -> Callable[[Sequence[Tensor], str], Upd
     return lambda parameters, metric: kind(backend, parameters, metric, **options)
 
 
-_MOVED: dict[str, tuple[int, int]] = {"swap": (16, 20), "triton": (28, 32), "triton-fused": (20, 24)}
+_MOVED: dict[str, tuple[int, int]] = {
+    "swap": (16, 20),
+    "triton": (28, 32),
+    "triton-fused": (20, 24),
+    "triton-swap": (16, 20),
+}
 
 CONTENDERS = {
     contender.name: contender

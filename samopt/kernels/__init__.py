@@ -135,8 +135,20 @@ BACKENDS: dict[str, Backend[Any]] = {
     ),
     "triton": _TRITON,
     "triton-fused": replace(_TRITON, name="triton-fused", fusion=Fusion(triton.refuses, triton.restore_and_step)),
+    "triton-swap": Backend(
+        "triton-swap",
+        triton.supports,
+        triton.norm,
+        triton.swap_save,
+        triton.swap_ascend,
+        triton.swap_restore,
+        triton.measure,
+        triton.swap_climb,
+        points=True,
+        missing=triton.missing,
+    ),
 }
-# For those who ask: "swap" changes addresses, and "triton-fused" takes the step in the base's place.
+# For those who ask: the swaps change addresses, and "triton-fused" takes the step in the base's place.
 _PREFERENCE = {"cpu": ("cpu", "foreach", "reference"), "cuda": ("triton", "foreach", "reference")}
 _ELSEWHERE = ("foreach", "reference")
 

@@ -1,42 +1,18 @@
-"""The fewest bytes: large weights move into the gradients' memory, and their own waits until they move back."""
+"""The fewest bytes on the CPU: large weights move into the gradients' memory, and their own waits until they return."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from itertools import compress
 
 import torch
 from torch import Tensor
 
 from samopt.kernels import cpu
-from samopt.kernels.block import Block, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare, holders, note_writes, owns_its_memory, room_for
+from samopt.kernels.away import Move, arrive, go_home, prepare, split
+from samopt.kernels.block import Block, NoiseSource, Stride
+from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory
 
-__all__ = ["Move", "ascend", "climb", "restore", "save"]
-
-
-@dataclass
-class Move(Saved):
-    """A way back: pointers for the weights that leave their memory, values for those that others can see.
-
-    Attributes:
-        leaves: For each weight of the block, whether it moves elsewhere; the others are written in place.
-        weights: Those that do.
-        homes: Their own memory, one for each.
-        rooms: Where they move to.
-        quiet: Whether autograd is not to notice.
-        exchange: The way back of the others.
-        counts: How many held each room when the weights had just moved there; empty before.
-    """
-
-    leaves: list[bool]
-    weights: list[Tensor]
-    homes: list[Tensor]
-    rooms: list[Tensor]
-    quiet: bool
-    exchange: cpu.Exchange
-    counts: list[int] = field(default_factory=list)
+__all__ = ["ascend", "climb", "restore", "save"]
 
 
 def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move:
@@ -51,13 +27,7 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move
             not cpu.is_small(size) and owns_its_memory(weight)
             for size, weight in zip(block.sizes, block.weights, strict=True)
         ]
-    leaving, staying = _split(block, leaves)
-    homes = [weight.data for weight in leaving.weights]
-    rooms = [
-        room_for(weight, direction, consume, spare)
-        for weight, direction in zip(leaving.weights, leaving.directions, strict=True)
-    ]
-    return Move([], leaves, leaving.weights, homes, rooms, block.quiet, cpu.save(staying, consume, spare))
+    return prepare(block, leaves, consume, spare, cpu.save)
 
 
 def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move | None = None) -> None:
@@ -76,21 +46,14 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
 
 
 def restore(saved: Move) -> None:
-    """Point the weights back to their own memory, which nothing has written to, and copy the others back.
-
-    A weight of whose present memory somebody has taken a name meanwhile stays there, or that name would not follow it.
-    """
-    places = saved.homes
-    if saved.counts:
-        moves = zip(saved.homes, saved.rooms, saved.counts, strict=True)
-        places = [room.copy_(home) if holders(room) > count else home for home, room, count in moves]
-    _point(saved, places)
-    cpu.restore(saved.exchange)
+    """Point the weights back to their own memory, and copy those back that stayed."""
+    go_home(saved, cpu.restore)
 
 
 def _move(block: Block, step: float, saved: Move) -> None:
-    leaving, staying = _split(block, saved.leaves)
-    cpu.move(staying.behind_autograd() if block.quiet else staying, step, saved.exchange)
+    leaving, staying = split(block, saved.leaves)
+    if staying.weights:
+        cpu.move(staying.behind_autograd() if block.quiet else staying, step, saved.staying)
     if step == 0 or not leaving.weights:
         return
     if block.metric is None:
@@ -101,24 +64,4 @@ def _move(block: Block, step: float, saved: Move) -> None:
         for part in cpu.slices(leaving, saved.rooms):
             if part.place is not None:
                 cpu.moved(part, block, step, scratch, part.place)
-    _point(saved, saved.rooms)
-    saved.counts = [holders(room) for room in saved.rooms]
-
-
-def _split(block: Block, leaves: list[bool]) -> tuple[Block, Block]:
-    """Return the weights that leave and those that stay."""
-    if not any(leaves):
-        return replace(block, weights=[], directions=[]), block
-    return _part(block, leaves), _part(block, [not leave for leave in leaves])
-
-
-def _part(block: Block, chosen: list[bool]) -> Block:
-    weights, directions = list(compress(block.weights, chosen)), list(compress(block.directions, chosen))
-    return replace(block, weights=weights, directions=directions)
-
-
-def _point(saved: Move, places: list[Tensor]) -> None:
-    for weight, place in zip(saved.weights, places, strict=True):
-        weight.data = place
-    if not saved.quiet:
-        note_writes(saved.weights)  # a graph that saved one must notice
+    arrive(saved)

@@ -1,4 +1,4 @@
-"""The Triton row of the dispatch table, which imports Triton when a kernel first runs."""
+"""The Triton rows of the dispatch table, which import Triton when a kernel first runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from samopt.kernels.away import Move
 from samopt.kernels.block import Block, Lengths, NoiseSource, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, lie_alike
 from samopt.kernels.triton.availability import missing, unavailable
@@ -29,6 +30,10 @@ __all__ = [
     "restore_and_step",
     "save",
     "supports",
+    "swap_ascend",
+    "swap_climb",
+    "swap_restore",
+    "swap_save",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,6 +111,36 @@ def restore(saved: Way) -> None:
     from samopt.kernels.triton import launch
 
     launch.restore(saved)
+
+
+def swap_save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Move:
+    """Return where every weight may go, and its way back; one that others can see stays where it is."""
+    from samopt.kernels.triton import swapped
+
+    return swapped.save(block, consume, spare)
+
+
+def swap_ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Move | None = None) -> None:
+    """Write the perturbed weights elsewhere and point each weight there; without ``saved``, in place."""
+    from samopt.kernels.triton import swapped
+
+    swapped.ascend(block, scale, noise, saved)
+
+
+def swap_climb(
+    block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Move
+) -> Callable[[], Tensor]:
+    """Do ``swap_ascend`` with the step's arithmetic on the device; return what gives its norm."""
+    from samopt.kernels.triton import swapped
+
+    return swapped.climb(block, length, stride, noise, saved)
+
+
+def swap_restore(saved: Move) -> None:
+    """Point the weights back to their own memory, and copy those back that stayed."""
+    from samopt.kernels.triton import swapped
+
+    swapped.restore(saved)
 
 
 def refuses(base: Optimizer) -> str | None:

@@ -18,7 +18,7 @@ from samopt.kernels.block import Block, Lengths, NoiseSource, Saved, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, note_writes, room_for
 from samopt.kernels.triton import stages
 from samopt.kernels.triton.availability import interprets
-from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, pointer_table
+from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, count_chunks, pointer_table
 from samopt.metrics import Known
 from samopt.precision import is_low_precision
 
@@ -103,12 +103,33 @@ def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Way:
     return Way([], block.weights, rooms, table, written, next(_stamps))
 
 
-def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Way | None = None) -> None:
-    """Write ``w + scale T^2 d`` (l2) or ``w + scale T sign(d)`` (l-infinity), and the old ``w`` into ``saved``."""
-    _ascend(block, saved, noise, radius_at=scale.to(block.weights[0].device, non_blocking=True))
+def ascend(
+    block: Block,
+    scale: Tensor,
+    noise: NoiseSource | None,
+    saved: Way | None = None,
+    rooms: Sequence[Tensor] | None = None,
+) -> None:
+    """Write ``w + scale T^2 d`` (l2) or ``w + scale T sign(d)`` (l-infinity), and the old ``w`` into ``saved``.
+
+    Args:
+        block: Tensors to move.
+        scale: The factor, 0-dim.
+        noise: Uniform numbers for stochastic rounding, or None.
+        saved: From ``save``, or None.
+        rooms: Where to write instead of over the weights, or None; there is no ``saved`` then.
+    """
+    _ascend(block, saved, noise, rooms=rooms, radius_at=scale.to(block.weights[0].device, non_blocking=True))
 
 
-def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Way) -> Callable[[], Tensor]:
+def climb(
+    block: Block,
+    length: Tensor,
+    stride: Stride,
+    noise: NoiseSource | None,
+    saved: Way | None = None,
+    rooms: Sequence[Tensor] | None = None,
+) -> Callable[[], Tensor]:
     """Ascend as far as ``stride`` says, with its arithmetic on the device.
 
     Args:
@@ -116,22 +137,25 @@ def climb(block: Block, length: Tensor, stride: Stride, noise: NoiseSource | Non
         length: ``||T d||_2`` over the block, 0-dim fp64 on its device.
         stride: How far.
         noise: Uniform numbers for stochastic rounding, or None.
-        saved: From ``save``.
+        saved: From ``save``, or None.
+        rooms: As for ``ascend``.
 
     Returns:
         Gives the norm of the move, 0-dim: measured after rounding for low-precision weights, in a launch of its own
         when it is asked for; else the one asked for.
     """
     device, radius = block.weights[0].device, stride.radius
-    if not saved.table.chunks:
+    chunks = count_chunks(block.sizes)
+    if not chunks:
         return partial(torch.zeros, (), dtype=torch.float64, device=device)
     measured = is_low_precision(block.weights[0])
-    applied = torch.empty(saved.table.chunks if measured else 1, dtype=torch.float64, device=device)
+    applied = torch.empty(chunks if measured else 1, dtype=torch.float64, device=device)
     number, where = (0.0, radius.to(device, non_blocking=True)) if isinstance(radius, Tensor) else (float(radius), None)
     _ascend(
         block,
         saved,
         noise,
+        rooms=rooms,
         norm=stride.norm.to(device, non_blocking=True),
         own_length=length,
         radius=number,
@@ -161,6 +185,7 @@ def _ascend(
     saved: Way | None,
     noise: NoiseSource | None,
     *,
+    rooms: Sequence[Tensor] | None = None,
     norm: Tensor | None = None,
     own_length: Tensor | None = None,
     radius: float = 0.0,
@@ -170,7 +195,7 @@ def _ascend(
     measured: bool = False,
 ) -> None:
     """Launch the ascent; without a norm, the radius is the scale."""
-    table = _table_of(block, block.directions) if saved is None else saved.table
+    table = _table_of(block, block.directions if rooms is None else rooms) if saved is None else saved.table
     if not table.chunks:
         return
     stochastic = noise is not None and is_low_precision(block.weights[0])
@@ -181,10 +206,11 @@ def _ascend(
             _signed(key & 0xFFFFFFFF), _signed(key >> 32),
             None if saved is None else saved.written, 0 if saved is None else saved.stamp, applied,
             DTYPE=DTYPES[block.weights[0].dtype], METRIC=_metric(block), LINF=block.linf,
-            SCALED=norm is None, ON_DEVICE=radius_at is not None, SAVES=saved is not None,
+            SCALED=norm is None, ON_DEVICE=radius_at is not None, SAVES=saved is not None, AWAY=rooms is not None,
             STOCHASTIC=stochastic, MEASURED=measured, INTERPRETED=interprets(), CHUNK=CHUNK, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
-    note_writes(block.weights)
+    if rooms is None:
+        note_writes(block.weights)
 
 
 def _length_of_move(sizes: Tensor, linf: bool) -> Tensor:

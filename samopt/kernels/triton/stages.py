@@ -131,6 +131,7 @@ def ascend_chunk(
     SCALED: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     SAVES: tl.constexpr,
+    AWAY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MEASURED: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -160,6 +161,7 @@ def ascend_chunk(
         SCALED: Whether the scale is given, so that no norm is needed.
         ON_DEVICE: Whether the radius is in device memory.
         SAVES: Whether to keep the old weights.
+        AWAY: Whether to write where backups would be, and leave the weights alone.
         STOCHASTIC: Whether to round stochastically.
         MEASURED: Whether to measure the move as it is after rounding.
         INTERPRETED: Whether Triton's interpreter runs this.
@@ -190,7 +192,7 @@ def ascend_chunk(
 
     lane = tl.arange(0, BLOCK)
     sizes = tl.zeros([BLOCK], tl.float64)
-    addresses = w_address | d_address | b_address if SAVES else w_address | d_address
+    addresses = w_address | d_address | b_address if SAVES or AWAY else w_address | d_address
     whole = tl.where((addresses & 15) == 0, size // BLOCK * BLOCK, 0)
     for at in range(0, whole, BLOCK):
         places = tl.multiple_of(w_start + at, 16) + lane
@@ -200,7 +202,10 @@ def ascend_chunk(
                      DTYPE, METRIC, LINF, STOCHASTIC, INTERPRETED)  # fmt: skip
         if SAVES:
             tl.store(tl.multiple_of(b_start + at, 16) + lane, old)
-        tl.store(places, new)
+        if AWAY:
+            tl.store(tl.multiple_of(b_start + at, 16) + lane, new)
+        else:
+            tl.store(places, new)
         if MEASURED:
             sizes = _with_move(sizes, old, new, d, eta, root_eta, METRIC, LINF)
     for at in range(whole, size, BLOCK):
@@ -211,7 +216,7 @@ def ascend_chunk(
                      DTYPE, METRIC, LINF, STOCHASTIC, INTERPRETED)  # fmt: skip
         if SAVES:
             tl.store(b_start + at + lane, old, mask=inside)
-        tl.store(w_start + at + lane, new, mask=inside)
+        tl.store((b_start if AWAY else w_start) + at + lane, new, mask=inside)
         if MEASURED:
             sizes = _with_move(sizes, old, tl.where(inside, new, old), d, eta, root_eta, METRIC, LINF)
     if MEASURED:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samopt.capture import is_capturing
 
-__all__ = ["CHUNK", "PointerTable", "addresses_of", "boundaries", "pointer_table"]
+__all__ = ["CHUNK", "PointerTable", "addresses_of", "boundaries", "count_chunks", "pointer_table"]
 
 _T = TypeVar("_T")
 
@@ -34,6 +34,15 @@ class PointerTable:
 
     data: Tensor
     chunks: int
+
+
+def count_chunks(sizes: Sequence[int]) -> int:
+    """Return how many chunks tensors have.
+
+    Args:
+        sizes: Their numbers of elements.
+    """
+    return sum(-(-size // CHUNK) for size in sizes)
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
