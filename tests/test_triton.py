@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
 import samopt
+from samopt.kernels.triton import availability
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +56,29 @@ def test_a_named_triton_backend_says_why_it_cannot_run_on_the_cpu():
     with refused:
         optimizer.ascend()
     assert torch.equal(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "answer", "lack"),
+    [
+        (shutil, "which", lambda program: None, r"triton finds no C compiler, .*\(install gcc, or name one in CC\)"),
+        (sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"}, "triton finds no Python.h in /nowhere"),
+    ],
+    ids=["compiler", "headers"],
+)
+def test_a_gpu_whose_launches_cannot_be_built_is_left_to_other_backends(owner, name, answer, lack, monkeypatch):
+    pytest.importorskip("triton", minversion="3.5")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(owner, name, answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for cached in (availability._unbuildable, availability._is_recent):
+        cached.cache_clear()
+    try:
+        assert re.match(lack, availability.missing()) and availability.unavailable(torch.device("cuda", 7)) is not None
+        with pytest.raises(RuntimeError, match=f'backend="triton" cannot run here: {lack}.*use backend="auto"'):
+            samopt.SAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, backend="triton")
+    finally:
+        for cached in (availability._unbuildable, availability._is_recent):
+            cached.cache_clear()

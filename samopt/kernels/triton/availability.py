@@ -6,6 +6,8 @@ import functools
 import importlib.util
 import os
 import re
+import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -20,7 +22,9 @@ def missing() -> str | None:
     """Return what this machine lacks for any kernel to run, or None; it may ask the driver, so not in every step."""
     if (lack := _unfit_version()) is not None:
         return lack
-    return None if interprets() or torch.cuda.is_available() else "torch finds no CUDA or ROCm device"
+    if interprets():
+        return None
+    return _unbuildable() if torch.cuda.is_available() else "torch finds no CUDA or ROCm device"
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -32,7 +36,8 @@ def unavailable(device: torch.device) -> str | None:
     if (lack := _unfit_version()) is not None:
         return lack
     if device.type == "cuda":
-        return None if _is_recent(device) else f"{device} has a compute capability below {_dotted(_CAPABILITY)}"
+        old = f"{device} has a compute capability below {_dotted(_CAPABILITY)}"
+        return _unbuildable() if _is_recent(device) else old
     if device.type == "cpu" and interprets():
         return None
     return f"a parameter is on {device}, not on a CUDA or ROCm device"
@@ -50,6 +55,21 @@ def _unfit_version() -> str | None:
         return "triton is not installed (pip install triton)"
     if version < _VERSION:
         return f"the triton installed is version {_dotted(version)}, older than {_dotted(_VERSION)}"
+    return None
+
+
+@functools.cache
+def _unbuildable() -> str | None:
+    """Return why Triton cannot build the C module that it launches kernels through, or None where it can.
+
+    It looks where Triton does. Images without a compiler are common, and a launch would raise there.
+    """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler, which it needs to launch kernels (install gcc, or name one in CC)"
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not (Path(headers) / "Python.h").exists():
+        return f"triton finds no Python.h in {headers}, which it needs to launch kernels (install python3-dev)"
     return None
 
 
