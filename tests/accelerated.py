@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 import samopt
+from samopt import sharpness
 from samopt.direction import Momentum
 from samopt.trust_region import EMA, Pretrained
 from tests.accelerator import DEVICE, Accelerator, on_device
@@ -107,6 +108,49 @@ def prepared(make, model):
     optimizer = make(model)
     optimizer.backend, optimizer._rounding = "reference", None
     return optimizer
+
+
+def half(model):
+    return {name: value * 0.5 for name, value in model.state_dict().items()}
+
+
+MEASURES = {
+    "worst case": lambda *on: sharpness.worst_case(*on, rho=0.1, steps=4, restarts=2),
+    "worst case, adaptive": lambda *on: sharpness.worst_case(*on, rho=0.01, norm="linf", adaptive=True, steps=4),
+    "average case": lambda *on: sharpness.average_case(*on, rho=0.1, samples=3),
+    "by layer": lambda *on: sharpness.per_layer(*on, rho=0.1, steps=2),
+    "eigenvalues": lambda *on: sharpness.hessian_eigenvalues(*on, k=2),
+    "gauss-newton": lambda *on: sharpness.gauss_newton_eigenvalues(*on, k=2),
+    "trace": lambda *on: sharpness.hessian_trace(*on),
+    "density": lambda *on: sharpness.spectral_density(*on, steps=10, samples=2),
+    "landscape": lambda *on: sharpness.landscape(*on, points=3),
+    "interpolation": lambda model, *on: sharpness.interpolate(model, *on, half(model), points=3),
+    "active units": lambda *on: sharpness.active_units(*on, layers=["1"]),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measures_find_on_the_device_what_they_find_on_the_cpu(measure, monkeypatch):
+    pytest.importorskip("torch.distributed.tensor")  # which annotates with the class that is replaced here
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())  # a device that is made up has none
+    values = []
+    for place in (on_device, lambda thing: thing):
+        model, batches = place(mlp()), [tuple(map(place, batch(seed=seed))) for seed in range(2)]
+        with Accelerator():
+            before = [p.clone() for p in model.parameters()]
+            values.append(MEASURES[measure](model, sharpness.cross_entropy, batches).value)
+            assert all(bool((p == b).all()) for p, b in zip(model.parameters(), before, strict=True))
+    assert values[0] == values[1]
+
+
+def test_devices_do_not_mix():
+    away, near = on_device(torch.ones(3)), torch.ones(3)
+    with Accelerator():
+        assert (away + near.sum()).device == DEVICE
+        for mixed in (lambda: away + near, lambda: near.add_(away), lambda: torch.stack([away.sum(), near.sum()])):
+            with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+                mixed()
 
 
 def test_a_wait_is_noticed():

@@ -17,6 +17,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 __all__ = ["DEVICE", "Accelerator", "on_device"]
 
 _READS = ("_local_scalar_dense.", "nonzero.", "is_nonzero.", "equal.")
+_MIXES = ("index.Tensor", "index_put_.default")  # which take indices of the CPU
+_STRICT = ("cat.", "stack.", "mm.", "addmm.", "dot.", "_foreach_")  # which take no numbers of the CPU either
 _OURS = Path(__file__).parents[1] / "samopt"
 
 
@@ -83,6 +85,12 @@ class _Away(Tensor):
         away.near = near
         return away
 
+    def untyped_storage(self):
+        return self.near.untyped_storage()
+
+    def data_ptr(self):
+        return self.near.data_ptr()
+
     def __repr__(self):
         return f"away: {self.near!r}"
 
@@ -120,6 +128,8 @@ def _run(func, args, kwargs, waits):
     if name.startswith("copy_."):
         lands_away = isinstance(args[0], _Away)
         crosses = lands_away is not isinstance(args[1], _Away)
+    elif not crosses and name not in _MIXES:
+        _refuse_mixtures(name, given, args)
     may_go_on = lands_away and (kwargs.get("non_blocking") or (name.startswith("copy_.") and args[2:] == (True,)))
     if (is_away and name.startswith(_READS)) or (crosses and not may_go_on):
         waits.append((name, _asked_by()))
@@ -135,6 +145,16 @@ def _run(func, args, kwargs, waits):
         return written[id(out)] if id(out) in written else _Away(out) if lands_away else out
 
     return tree_map_only(Tensor, named, made)
+
+
+def _refuse_mixtures(name, given, args):
+    """Raise as torch does where tensors of two devices meet, but for single numbers of the CPU in pointwise ones."""
+    near = [tensor for tensor in given if not isinstance(tensor, _Away)]
+    if not near or len(near) == len(given):
+        return
+    into_near = name.split(".")[0].endswith("_") and not isinstance(tree_leaves(args)[0], _Away)
+    if into_near or any(tensor.dim() for tensor in near) or name.startswith(_STRICT):
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device")
 
 
 def _asked_by() -> str:
