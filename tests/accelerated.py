@@ -110,6 +110,31 @@ def prepared(make, model):
     return optimizer
 
 
+@pytest.mark.parametrize(
+    "base", [sgd, lambda m: AdamW(m.parameters(), lr=0.01, fused=True)], ids=["sgd", "adamw-fused"]
+)
+def test_a_gradient_scaler_on_the_device_leads_where_the_cpus_does(base):
+    ends = []
+    for place, device in ((on_device, DEVICE.type), (lambda thing: thing, "cpu")):
+        model = place(mlp())
+        with Accelerator() as accelerator:
+            optimizer = samopt.SAM(base(model), rho=0.5, backend="reference")
+            scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+            for seed in range(3):
+                x, y = map(place, batch(seed=seed))
+                optimizer.zero_grad()
+                scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+                with optimizer.perturbed():
+                    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                scaler.step(optimizer)
+                scaler.update()
+        assert {line for _, line in accelerator.waits} <= {"outside samopt"}
+        ends.append([getattr(p, "near", p.detach()) for p in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+
+
 def half(model):
     return {name: value * 0.5 for name, value in model.state_dict().items()}
 
