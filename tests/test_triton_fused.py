@@ -198,11 +198,12 @@ class InterruptOutsideKernels(InterruptAt):
         return None if Path(frame.f_code.co_filename).name in KERNELS else super().trace(frame, event, argument)
 
 
-def test_an_interrupt_anywhere_on_the_host_leaves_the_weights_exact():
+@pytest.mark.parametrize("backend", [FUSED, "triton-swap"])
+def test_an_interrupt_anywhere_on_the_host_leaves_the_weights_exact(backend):
     def attempt(target):
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
-        optimizer = samopt.SAM(SGD(model.parameters(), lr=0.0), rho=0.5, backend=FUSED, warn_on_stall=False)
+        optimizer = samopt.SAM(SGD(model.parameters(), lr=0.0), rho=0.5, backend=backend, warn_on_stall=False)
 
         def closure():
             optimizer.zero_grad()
