@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -80,11 +81,8 @@ def test_no_step_waits_and_all_lead_where_they_lead_on_the_cpu(make, form, backe
             if seed == 2:  # torch's own bases wait where they make their states
                 accelerator.waits.clear()
             form(optimizer, model, pair)
-        accelerator.capture(True)  # which forbids more than waiting does
-        try:
+        with accelerator.capture():  # which forbids more than waiting does
             form(optimizer, model, there[0])
-        finally:
-            accelerator.capture(False)
         assert accelerator.waits == []
         measured = optimizer.last_step.to_dict()
     expected = prepared(make, twin, "reference")
@@ -193,11 +191,8 @@ def test_a_captured_step_is_not_read_for_a_stall(captured, monkeypatch):
         optimizer = samopt.SAM(sgd(model), rho=0.5)
         for _ in range(2):
             closure_form(optimizer, model, data)
-        accelerator.capture(captured)
-        try:
+        with accelerator.capture() if captured else nullcontext():
             closure_form(optimizer, model, data)
-        finally:
-            accelerator.capture(False)
     assert bool(read) is not captured
 
 
@@ -208,13 +203,9 @@ def test_a_captured_step_says_that_dropout_cannot_be_repeated(rate):
     with Accelerator() as accelerator:
         optimizer = samopt.SAM(sgd(model), rho=0.5, model=model)
         closure_form(optimizer, model, data)
-        accelerator.capture(True)
-        try:
-            with warnings.catch_warnings(record=True) as issued:
-                warnings.simplefilter("always")
-                for _ in range(2):
-                    closure_form(optimizer, model, data)
-        finally:
-            accelerator.capture(False)
+        with accelerator.capture(), warnings.catch_warnings(record=True) as issued:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                closure_form(optimizer, model, data)
     said = [str(warning.message) for warning in issued if "masks" in str(warning.message)]
     assert len(said) == (1 if rate else 0)

@@ -6,6 +6,7 @@ It takes torch's place for other devices and cannot be taken back, so it is for 
 from __future__ import annotations
 
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -110,9 +111,14 @@ class Accelerator(TorchDispatchMode):
         super().__init__()
         self.waits: list[tuple[str, str]] = []
 
-    def capture(self, on: bool) -> None:
-        """Say whether a graph is being captured."""
-        _Module.capturing = on
+    @contextmanager
+    def capture(self):
+        """Have a graph captured in this context."""
+        _Module.capturing = True
+        try:
+            yield
+        finally:
+            _Module.capturing = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {}, self.waits)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import sysconfig
-from pathlib import Path
 
 import pytest
 import torch
 
 import samopt
 from samopt.kernels.triton import availability
-
-ROOT = Path(__file__).parents[1]
+from tests.apart import run_apart
 
 
 @pytest.mark.parametrize(
@@ -33,12 +29,7 @@ ROOT = Path(__file__).parents[1]
 )
 def test_in_the_interpreter(arguments):
     pytest.importorskip("triton", minversion="3.5")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and " skipped" not in done.stdout
+    run_apart(*arguments, TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 import samopt
 from samopt.kernels import memory
 from samopt.perturbation import Perturbation
-from tests.cases import batch, bits, closure_of, mlp, same_bits
+from tests.cases import batch, bits, closure_of, last_launches, mlp, same_bits
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/test_triton.py runs these with the interpreter", allow_module_level=True)
@@ -25,7 +25,6 @@ BASES = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda p: AdamW(p, lr=0.01, fused=True),
 }
-FUSED_STEPS = {"sgd": "sgd_chunk", "adamw": "adam_chunk"}
 WRAPPERS = {
     "sam": lambda base, model, **o: samopt.SAM(base, rho=0.5, **o),
     "asam": lambda base, model, **o: samopt.ASAM(base, rho=0.5, **o),
@@ -74,8 +73,8 @@ def test_replays_are_the_steps_that_would_have_been_taken(wrapper, base, backend
         graph.replay()
         live()
         assert same_bits(model, bits(twin))
-    fuses = backend == "triton-fused" and wrapper not in ("tram", "one-pass")
-    last = set() if backend == "triton-swap" else {FUSED_STEPS[base] if fuses else "restore_chunk"}
+    apart = backend == "triton-fused" and wrapper in ("tram", "one-pass")
+    last = last_launches("triton" if apart else backend, base)
     assert set(graph.launches) == {"sum_chunk", "join_sums", "ascend_chunk"} | last
     assert optimizer.last_step.to_dict() == other.last_step.to_dict()
 

@@ -17,7 +17,7 @@ from samopt.geometry import Adaptive, Euclidean, Fisher
 from samopt.perturbation import Perturbation
 from samopt.rounding import RoundingNoise
 from samopt.targets import Region, Targets
-from tests.cases import batch, bits, closure_form, same_bits
+from tests.cases import batch, bits, closure_form, last_launches, same_bits
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/test_triton.py runs these with the interpreter", allow_module_level=True)
@@ -102,13 +102,7 @@ BASES = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adamw": lambda p: AdamW(p, lr=0.01, amsgrad=True, eps=1e-3),  # the default vanishes in fp16
 }
-
-
-LAST = {
-    "triton": lambda base: {"restore_chunk"},
-    "triton-fused": lambda base: {"sgd_chunk" if base == "sgd" else "adam_chunk"},
-    "triton-swap": lambda base: set(),
-}
+BACKENDS = ["triton", "triton-fused", "triton-swap"]
 
 
 def trained(base, backend, kind, steps=2):
@@ -120,19 +114,18 @@ def trained(base, backend, kind, steps=2):
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=str)
-@pytest.mark.parametrize("backend", LAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("base", BASES)
 def test_training_steps_are_clean(base, backend, kind):
     with Sanitizer() as sanitizer:
         model, _ = trained(base, backend, kind)
-    assert {"sum_chunk", "join_sums", "ascend_chunk", *LAST[backend](base)} == set(
-        sanitizer.launches
-    ) and sanitizer.wide
+    launches = {"sum_chunk", "join_sums", "ascend_chunk"} | last_launches(backend, base)
+    assert set(sanitizer.launches) == launches and sanitizer.wide
     assert same_bits(model, bits(trained(base, backend, kind)[0]))
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=str)
-@pytest.mark.parametrize("backend", LAST)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("base", BASES)
 def test_nothing_is_made_of_memory_that_nobody_has_written(base, backend, kind):
     runs = []

@@ -64,14 +64,18 @@ class _Alone:
         self.base.step()
 
 
-class _Textbook:
-    """SAM as most scripts have it: for each tensor clone, multiply, add, clear the gradient, and copy back."""
+class _Loop:
+    """One tensor after the other, with a copy of each weight."""
 
     def __init__(self, parameters: Sequence[Tensor], metric: str) -> None:
         self.base = _base(parameters)
         self._parameters = parameters
         self._adaptive = metric == "asam"
         self._old: list[Tensor] = []
+
+
+class _Textbook(_Loop):
+    """SAM as most scripts have it: for each tensor clone, multiply, add, clear the gradient, and copy back."""
 
     @torch.no_grad()
     def ascend(self) -> None:
@@ -100,17 +104,11 @@ class _Textbook:
         return parameter.abs() + ETA
 
 
-class _Script:
+class _Script(_Loop):
     """The loop that most projects copy, operation by operation: davda54/sam on GitHub, with its products by 1.0.
 
     Its adaptive form has no stabiliser and stretches biases too. A weight's memory is another after each step.
     """
-
-    def __init__(self, parameters: Sequence[Tensor], metric: str) -> None:
-        self.base = _base(parameters)
-        self._parameters = parameters
-        self._adaptive = metric == "asam"
-        self._old: list[Tensor] = []
 
     @torch.no_grad()
     def ascend(self) -> None:

@@ -104,7 +104,7 @@ class Backend(Generic[_S]):
     missing: Callable[[], str | None] | None = None
 
 
-_TRITON = Backend(
+_TRITON: Backend[Any] = Backend(
     "triton",
     triton.supports,
     triton.norm,
@@ -135,17 +135,14 @@ BACKENDS: dict[str, Backend[Any]] = {
     ),
     "triton": _TRITON,
     "triton-fused": replace(_TRITON, name="triton-fused", fusion=Fusion(triton.refuses, triton.restore_and_step)),
-    "triton-swap": Backend(
-        "triton-swap",
-        triton.supports,
-        triton.norm,
-        triton.swap_save,
-        triton.swap_ascend,
-        triton.swap_restore,
-        triton.measure,
-        triton.swap_climb,
+    "triton-swap": replace(
+        _TRITON,
+        name="triton-swap",
+        save=triton.swap_save,
+        ascend=triton.swap_ascend,
+        restore=triton.swap_restore,
+        climb=triton.swap_climb,
         points=True,
-        missing=triton.missing,
     ),
 }
 # For those who ask: the swaps change addresses, and "triton-fused" takes the step in the base's place.

@@ -17,7 +17,7 @@ from samopt.kernels.memory import lie_alike, note_writes
 from samopt.kernels.triton import base_steps
 from samopt.kernels.triton.availability import interprets
 from samopt.kernels.triton.launch import BLOCK, DTYPES, OPTIONS, Way, on, restore
-from samopt.kernels.triton.tables import CHUNK, addresses_of, pointer_table
+from samopt.kernels.triton.tables import CHUNK, addresses_of, count_chunks, pointer_table
 
 __all__ = ["restore_and_step"]
 
@@ -186,7 +186,7 @@ def _marks_of(way: Way) -> Iterator[int]:
     at = way.written.data_ptr()
     for weight in way.weights:
         yield at
-        at += 8 * -(-weight.numel() // CHUNK)
+        at += 8 * count_chunks([weight.numel()])
 
 
 def _alike(keys: Sequence[Any]) -> list[list[int]]:
