@@ -25,7 +25,7 @@ slow: $(VENV)/.installed-dev ## Run the tests that take tens of seconds each
 	$(PYTEST) -m slow $(ARGS)
 
 package: $(VENV)/.installed-dev ## Build the sdist and the wheel, install each, import from elsewhere
-	$(PYTEST) -m slow tests/test_packaging.py $(ARGS)
+	$(PYTEST) -m slow tests/project/test_packaging.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Run ruff and mypy
 	$(BIN)/ruff check .

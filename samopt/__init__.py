@@ -1,12 +1,13 @@
 """Sharpness-aware training for PyTorch: SAM, ASAM, TRAM and their relatives around any torch optimizer."""
 
-from samopt.metrics import StepMetrics
+from samopt._step.second_pass import SecondPass
 from samopt.optimizer import SharpnessAwareOptimizer
-from samopt.presets import GSAM, LESAM, WSAM, FriendlySAM, LookSAM, MomentumSAM
 from samopt.rho_scheduler import RhoScheduler
-from samopt.second_pass import SecondPass
-from samopt.tram import TRAM
-from samopt.variants import ASAM, SAM, FisherSAM
+from samopt.step_metrics import StepMetrics
+from samopt.variants import available, create
+from samopt.variants.lesam import GSAM, LESAM, WSAM, FriendlySAM, LookSAM, MomentumSAM
+from samopt.variants.sam import ASAM, SAM, FisherSAM
+from samopt.variants.tram import TRAM
 
 __version__ = "0.1.0"
 
@@ -25,4 +26,6 @@ __all__ = [
     "SecondPass",
     "SharpnessAwareOptimizer",
     "StepMetrics",
+    "available",
+    "create",
 ]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from samopt import kernels
 
 if TYPE_CHECKING:
-    from samopt.two_pass import TwoPass
+    from samopt._step.two_pass import TwoPass
 
 __all__ = ["fuses", "take_fused_step"]
 

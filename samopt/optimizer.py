@@ -10,25 +10,25 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from samopt.amp import calling_scaler_stage, is_unscaling
-from samopt.ascent_rule import AscentRule, check_options
-from samopt.combination import Combination, check_combination
-from samopt.decoupled import follow_steps
-from samopt.direction import Direction, GradientDirection, named_direction
+from samopt._callers.grad_scaler import calling_scaler_stage, is_unscaling
+from samopt._callers.lightning import is_trainer_closure, refuse_without_callback
+from samopt._numerics.stochastic_rounding import RoundingNoise
+from samopt._replay.forward_calls import PassObserver
+from samopt._step.arguments import build_base, check_model
+from samopt._step.ascent import AscentRule, check_options
+from samopt._step.base_wrapper import with_step_hooks
+from samopt._step.decoupled_update import follow_steps
+from samopt._step.one_pass import OnePass
+from samopt._step.passes import Passes, PassHandle
+from samopt._step.second_pass import SecondPass
+from samopt._step.two_pass import TWO_WAYS, TwoPass
 from samopt.distributed import refuse_unsupported
 from samopt.fused_step import fuses, take_fused_step
-from samopt.geometry import Metric
-from samopt.lightning_trainer import is_trainer_closure, refuse_without_callback
-from samopt.metrics import StepMetrics
-from samopt.one_pass import OnePass
-from samopt.passes import Passes, PassHandle
-from samopt.replay import PassObserver
-from samopt.rounding import RoundingNoise
-from samopt.second_pass import SecondPass
-from samopt.stall import StallDetector
-from samopt.two_pass import TWO_WAYS, TwoPass
-from samopt.validation import build_base, check_model
-from samopt.wrapper import with_step_hooks
+from samopt.parts.combination import Combination, check_combination
+from samopt.parts.direction import Direction, GradientDirection, named_direction
+from samopt.parts.geometry import Metric
+from samopt.stall_warning import StallDetector
+from samopt.step_metrics import StepMetrics
 
 __all__ = ["SharpnessAwareOptimizer"]
 
@@ -54,8 +54,8 @@ class SharpnessAwareOptimizer(AscentRule):
         direction: "gradient": this batch's, which takes a pass of its own. "momentum": known before the batch, so that
             a step is one pass and the training loop stays as it is (``loss.backward(); optimizer.step()``); needs
             ``model``, or the closure form. "momentum-ahead": the other way along it. Or an object from
-            ``samopt.direction``.
-        combination: What the base gets of both gradients, an object from ``samopt.combination``; None is the second.
+            ``samopt.parts.direction``.
+        combination: What the base gets of both gradients, an object from ``samopt.parts``; None is the second.
         model: The module that the passes run. When given, the second pass replays dropout masks, and buffers such as
             normalisation statistics are left as by the first pass. Give the outermost module that your loop calls
             (the ``torch.compile``d or DDP one).

@@ -14,7 +14,7 @@ import samopt
 from benchmarks.choice import Choice
 from benchmarks.frontier.arenas import Arena
 from benchmarks.registry import OPTIMIZERS, OptimizerCase
-from samopt.direction import ReusedGradient
+from samopt.parts.direction import ReusedGradient
 
 __all__ = ["BASE", "METHODS", "Method", "name_of"]
 

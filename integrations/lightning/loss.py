@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from ..inputs import independent_copy
+from .._second_pass.batch_copies import independent_copy
 from .attributes import AttributeKeeper
 from .quiet import REPORTS, quiet
 

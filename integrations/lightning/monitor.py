@@ -17,10 +17,10 @@ import samopt.sharpness
 from samopt import SharpnessAwareOptimizer
 from samopt.distributed import mean_over_ranks
 
-from ..history import draw_history
-from ..measures import Measures, named_measures, per_layer_values
-from ..metrics import free_metrics
-from ..progress import with_bar
+from .._logging.history import draw_history
+from .._logging.measures import Measures, named_measures, per_layer_values
+from .._logging.progress import with_bar
+from .._logging.step_metrics import free_metrics
 from .loss import training_loss
 from .packages import Callback
 from .refusals import refuse_sharded_measurement

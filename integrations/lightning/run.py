@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
+from samopt._perturb.gradients import Taken
+from samopt._replay.forward_calls import RngState, SavedBuffers
 from samopt.distributed import unsynced
-from samopt.gradients import Taken
-from samopt.replay import RngState, SavedBuffers
 
-from ..inputs import independent_copy
-from ..window import MicroBatch, run_again
+from .._second_pass.batch_copies import independent_copy
+from .._second_pass.window import MicroBatch, run_again
 from .attributes import AttributeKeeper
 from .quiet import REPORTS, quiet
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from samopt.sharpness.batches import map_tensors
+from samopt.sharpness._measuring.batches import map_tensors
 
-from ..inputs import independent_copy
+from .._second_pass.batch_copies import independent_copy
 
 __all__ = ["Sample"]
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samopt import StepMetrics
-from samopt.replay import RngState
+from samopt._replay.forward_calls import RngState
 from samopt.sharpness import SharpnessMonitor
-from samopt.sharpness.batches import map_tensors
+from samopt.sharpness._measuring.batches import map_tensors
 
-from ..inputs import independent_copy
-from ..measures import Measures, named_measures, per_layer_values
-from ..metrics import free_metrics
-from ..progress import with_bar
+from .._logging.measures import Measures, named_measures, per_layer_values
+from .._logging.progress import with_bar
+from .._logging.step_metrics import free_metrics
+from .._second_pass.batch_copies import independent_copy
 
 __all__ = ["SharpnessCallback"]
 

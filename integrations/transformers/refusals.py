@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from samopt import SharpnessAwareOptimizer
 
-from ..parallelism import refuse_unsupported_parallelism
+from ..accelerate.refusals import refuse_unsupported_parallelism
 from .arguments import SAMArguments
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from samopt import RhoScheduler, SharpnessAwareOptimizer
 
-from ..accumulation import TwoPasses
-from ..metrics import free_metrics
+from .._logging.step_metrics import free_metrics
+from .._second_pass.accumulation import TwoPasses
 from .arguments import SAMArguments
 from .checkpoint import CheckpointEntry
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from samopt import SharpnessAwareOptimizer
 
-from ..inputs import independent_copy
+from .._second_pass.batch_copies import independent_copy
 from .arguments import SAMArguments
 from .callback import SharpnessCallback
 from .refusals import refuse_unsupported

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from samopt.geometry import Metric
+from samopt.parts.geometry import Metric
 
 __all__ = ["Backup", "Block", "Lengths", "NoiseSource", "Saved", "Stride"]
 

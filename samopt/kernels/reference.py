@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from samopt._numerics.low_precision import is_low_precision, widen
 from samopt.kernels.block import Backup, Block, NoiseSource, Saved
 from samopt.kernels.memory import NEW_MEMORY, Spare
-from samopt.precision import is_low_precision, widen
 
 __all__ = ["ascend", "norm", "restore", "save", "supports", "vector_norm"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from samopt.kernels import cpu
-from samopt.kernels.away import Move, arrive, go_home, prepare, split
 from samopt.kernels.block import Block, NoiseSource, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory
+from samopt.kernels.relocation import Move, arrive, go_home, prepare, split
 
 __all__ = ["ascend", "climb", "restore", "save"]
 

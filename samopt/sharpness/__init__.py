@@ -1,20 +1,20 @@
 """Sharpness measures of torch models; each leaves the model exactly as it was."""
 
+from samopt.sharpness._measuring.logits import normalize_logits
+from samopt.sharpness._measuring.losses import accuracy, cross_entropy, hf_loss
+from samopt.sharpness._measuring.results import Result
 from samopt.sharpness.activations import ActiveUnits, active_units
-from samopt.sharpness.average_case import AverageCase, average_case
-from samopt.sharpness.eigenvalues import Eigenvalues, gauss_newton_eigenvalues, hessian_eigenvalues
-from samopt.sharpness.interpolation import Interpolation, interpolate
+from samopt.sharpness.curvature.eigenvalues import Eigenvalues, gauss_newton_eigenvalues, hessian_eigenvalues
+from samopt.sharpness.curvature.preconditioned import preconditioned_eigenvalues
+from samopt.sharpness.curvature.spectral_density import SpectralDensity, spectral_density
+from samopt.sharpness.curvature.trace import Trace, hessian_trace
 from samopt.sharpness.labels import LabelSharpness, label_sharpness
-from samopt.sharpness.landscape import Landscape, landscape
-from samopt.sharpness.logits import normalize_logits
-from samopt.sharpness.losses import accuracy, cross_entropy, hf_loss
 from samopt.sharpness.monitor import SharpnessMonitor
-from samopt.sharpness.per_layer import PerLayer, per_layer
-from samopt.sharpness.preconditioned import preconditioned_eigenvalues
-from samopt.sharpness.results import Result
-from samopt.sharpness.spectrum import SpectralDensity, spectral_density
-from samopt.sharpness.trace import Trace, hessian_trace
-from samopt.sharpness.worst_case import WorstCase, worst_case
+from samopt.sharpness.nearby.average_case import AverageCase, average_case
+from samopt.sharpness.nearby.per_layer import PerLayer, per_layer
+from samopt.sharpness.nearby.worst_case import WorstCase, worst_case
+from samopt.sharpness.paths.interpolation import Interpolation, interpolate
+from samopt.sharpness.paths.landscape import Landscape, landscape
 
 __all__ = [
     "ActiveUnits",

@@ -2,7 +2,7 @@
 
 import sys
 
-from samopt.sharpness.command import main
+from samopt.sharpness.cli.command import main
 
 __all__: list[str] = []
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from samopt.sharpness.losses import LossFn
-from samopt.sharpness.progress import ProgressOption
-from samopt.sharpness.results import Result, mean_and_error
-from samopt.sharpness.subject import FORWARD, Subject, measuring
-from samopt.sharpness.weights import unwrap
+from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
+from samopt.sharpness._measuring.progress import ProgressOption
+from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.weights import unwrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

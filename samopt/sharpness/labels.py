@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from samopt.sharpness.progress import Progress, ProgressOption
-from samopt.sharpness.results import Result
+from samopt.sharpness._measuring.progress import Progress, ProgressOption
+from samopt.sharpness._measuring.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from samopt.sharpness.batches import read_batches
-from samopt.sharpness.budget import Budget, OverBudget
-from samopt.sharpness.losses import LossFn
-from samopt.sharpness.results import Result, plain, to_json
-from samopt.sharpness.worst_case import worst_case
+from samopt.sharpness._measuring.batches import read_batches
+from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.results import Result, plain, to_json
+from samopt.sharpness._measuring.time_budget import Budget, OverBudget
+from samopt.sharpness.nearby.worst_case import worst_case
 
 __all__ = ["SharpnessMonitor"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from samopt.precision import is_low_precision
-from samopt.rounding import RoundingNoise
+from samopt._numerics.low_precision import is_low_precision
+from samopt._numerics.stochastic_rounding import RoundingNoise
 
 __all__ = ["HeldParameters", "trainable"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt.precision import is_low_precision
-from samopt.rounding import RoundingNoise
+from samopt._numerics.low_precision import is_low_precision
+from samopt._numerics.stochastic_rounding import RoundingNoise
 from samopt.trust_region.adapter import adapter_parameters, without_adapters
 from samopt.trust_region.call import ForwardCall
 from samopt.trust_region.held import HeldParameters, trainable

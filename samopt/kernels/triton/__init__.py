@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from samopt.kernels.away import Move
 from samopt.kernels.block import Block, Lengths, NoiseSource, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, lie_alike
+from samopt.kernels.relocation import Move
 from samopt.kernels.triton.availability import missing, unavailable
 
 if TYPE_CHECKING:

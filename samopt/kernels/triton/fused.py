@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from samopt.capture import is_capturing
+from samopt._callers.cuda_graphs import is_capturing
 from samopt.kernels.memory import lie_alike, note_writes
 from samopt.kernels.triton import base_steps
 from samopt.kernels.triton.availability import interprets

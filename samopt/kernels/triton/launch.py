@@ -14,13 +14,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from samopt._numerics.low_precision import is_low_precision
 from samopt.kernels.block import Block, Lengths, NoiseSource, Saved, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, note_writes, room_for
 from samopt.kernels.triton import stages
 from samopt.kernels.triton.availability import interprets
 from samopt.kernels.triton.tables import CHUNK, PointerTable, addresses_of, boundaries, count_chunks, pointer_table
-from samopt.metrics import Known
-from samopt.precision import is_low_precision
+from samopt.step_metrics import Known
 
 __all__ = [
     "BLOCK",

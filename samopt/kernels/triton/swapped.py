@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from samopt.kernels.away import Move, arrive, go_home, prepare, split
+from samopt._numerics.low_precision import is_low_precision
 from samopt.kernels.block import Block, NoiseSource, Stride
 from samopt.kernels.memory import NEW_MEMORY, Spare, owns_its_memory
+from samopt.kernels.relocation import Move, arrive, go_home, prepare, split
 from samopt.kernels.triton import launch
 from samopt.kernels.triton.launch import Way
-from samopt.precision import is_low_precision
 
 __all__ = ["ascend", "climb", "restore", "save"]
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from samopt.capture import is_capturing
+from samopt._callers.cuda_graphs import is_capturing
 
 __all__ = ["CHUNK", "PointerTable", "addresses_of", "boundaries", "count_chunks", "pointer_table"]
 

@@ -1,0 +1,3 @@
+"""What is logged, and under which names?"""
+
+__all__: list[str] = []

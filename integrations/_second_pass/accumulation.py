@@ -1,0 +1,86 @@
+"""Both passes over one accumulation window, in a loop whose optimizer step belongs to somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from samopt._replay.forward_calls import RngState
+from samopt.distributed import unsynced
+from samopt.optimizer import SharpnessAwareOptimizer
+
+from .._second_pass.window import MicroBatch, run_again
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # type: ignore[import-untyped]  # accelerate ships no types
+
+__all__ = ["TwoPasses"]
+
+
+class TwoPasses:
+    """Runs every micro-batch once as usual and, at the last one of a window, all of them again at ``w + epsilon``.
+
+    The window is everything since the last optimizer step, so that it holds exactly what the accumulated gradients
+    hold: also a window that an epoch ended early. After the last micro-batch the gradients are the second pass's, and
+    whoever owns the loop unscales, clips and steps them.
+
+    Args:
+        accelerator: Says when a window is complete (``sync_gradients``), and suspends gradient exchange.
+        optimizer: Moves and restores the weights; its ``step`` is not called.
+        model: The prepared model.
+        sync_perturbation: With several processes: perturb along the averaged gradients instead of each process's own.
+
+    Attributes:
+        optimizer: The sharpness-aware optimizer.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: SharpnessAwareOptimizer,
+        model: nn.Module,
+        *,
+        sync_perturbation: bool = False,
+    ) -> None:
+        self.optimizer = optimizer
+        self._accelerator = accelerator
+        self._model = model
+        # Shards of a gradient belong together, so that sharded parameters have one perturbation.
+        synced = sync_perturbation or optimizer.sync_perturbation or accelerator.is_fsdp2
+        self._per_rank = accelerator.num_processes > 1 and not synced
+        self._window: list[MicroBatch] = []
+
+    def run(self, once: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor:
+        """Run the first pass of a micro-batch and, if it completes the window, the second pass of all of them.
+
+        Args:
+            once: Forward and backward of the micro-batch; returns the loss as differentiated.
+            again: The same, for the second pass.
+
+        Returns:
+            What ``once`` returned.
+        """
+        if self.optimizer.is_one_pass:  # the weights move and return by themselves, in one pass
+            return once()
+        start = RngState.capture([self._accelerator.device])
+        # Only gradients that a second pass replaces may stay unexchanged.
+        with self._unsynced() if self._per_rank and self.optimizer.may_move() else nullcontext():
+            loss = once()
+        self._window.append(MicroBatch(again, loss.detach(), start))
+        if self._accelerator.sync_gradients:
+            window, self._window = self._window, []
+            run_again(window, self.optimizer, self._model, self._exchange)
+        return loss
+
+    def _exchange(self, is_last: bool) -> AbstractContextManager[None]:
+        syncs_each = bool(self._accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+        return nullcontext() if is_last or syncs_each else self._unsynced()
+
+    def _unsynced(self) -> AbstractContextManager[None]:
+        if not self._accelerator.is_fsdp2:
+            return unsynced(self._model)
+        context: AbstractContextManager[None] = self._accelerator.no_sync(model=self._model)
+        return context

@@ -1,0 +1,3 @@
+"""How do weights move, and return?"""
+
+__all__: list[str] = []

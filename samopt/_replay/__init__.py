@@ -1,0 +1,3 @@
+"""How does the second pass see what the first one saw?"""
+
+__all__: list[str] = []

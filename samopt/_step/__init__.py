@@ -1,0 +1,3 @@
+"""In which order does a step happen?"""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""What do all measures share?"""
+
+__all__: list[str] = []

@@ -1,0 +1,95 @@
+"""What a measure measures on: batches, read once and cut to the size asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samopt._replay.forward_calls import RngState
+
+__all__ = ["map_tensors", "read_batches"]
+
+
+def read_batches(batches: Iterable[Any], m: int | None = None) -> list[Any]:
+    """Return every batch, or every whole piece of ``m`` examples of each batch.
+
+    Args:
+        batches: Batches; read to the end, once.
+        m: Examples a piece; None leaves the batches as they are. What is left of a batch after its last whole piece is
+            not used.
+
+    Raises:
+        TypeError: If ``batches`` is one batch rather than several, or a batch cannot be cut.
+        ValueError: If there are no batches, or ``m`` is out of range.
+    """
+    if isinstance(batches, Tensor | Mapping) or (
+        isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches)
+    ):
+        kind = "tensors" if isinstance(batches, tuple) else type(batches).__name__
+        raise TypeError(
+            f"batches must be an iterable of batches, got a single batch ({kind}); put it into a list: [batch]"
+        )
+    before = RngState.capture()
+    try:
+        read = [map_tensors(batch, _usable_in_a_graph) for batch in batches]
+    finally:
+        before.restore()  # a DataLoader draws its workers' seed, and perhaps its order
+    if m is not None:
+        if m < 1:
+            raise ValueError(f"m must be at least 1, got {m}; leave it out to use the batches as they are")
+        read = [piece for batch in read for piece in _pieces(batch, m)]
+    if not read:
+        raise ValueError(
+            "there are no batches to measure on"
+            + ("" if m is None else f" that hold m={m} examples")
+            + "; an iterator can be read only once, so give a list or a DataLoader"
+        )
+    return read
+
+
+def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return the batch with ``change`` applied to every tensor in its lists, tuples and mappings.
+
+    Args:
+        batch: Anything; what is none of these stays as it is.
+        change: From a tensor to a tensor.
+    """
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(value, change) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(value, change) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(map_tensors(value, change) for value in batch)
+    return batch
+
+
+def _usable_in_a_graph(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _pieces(batch: Any, m: int) -> list[Any]:
+    sizes: set[int] = set()
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.dim() > 0:
+            sizes.add(tensor.shape[0])
+        return tensor
+
+    map_tensors(batch, note)
+    if len(sizes) != 1:
+        raise TypeError(
+            f"m={m} asks for pieces of each batch, but the first dimensions of its tensors are {sorted(sizes)}, not "
+            "one number of examples; give batches of m examples instead"
+        )
+    (size,) = sizes
+
+    def cut(start: int) -> Any:
+        return map_tensors(batch, lambda tensor: tensor[start : start + m] if tensor.dim() > 0 else tensor)
+
+    return [cut(start) for start in range(0, size - m + 1, m)]

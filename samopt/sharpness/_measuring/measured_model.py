@@ -1,0 +1,276 @@
+"""A model under measurement: evaluated as often as a measure likes, then exactly as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samopt._perturb.perturbation import Placement
+from samopt._replay.forward_calls import RngState, SavedBuffers
+from samopt._replay.unobserved import unobserved
+from samopt.sharpness._measuring.batches import read_batches
+from samopt.sharpness._measuring.logits import normalized_logits
+from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.progress import Progress, ProgressOption
+from samopt.sharpness._measuring.weights import Selection, select, unwrap
+
+__all__ = ["FORWARD", "GRADIENT", "MODES", "Subject", "measuring"]
+
+FORWARD = 1 / 3  # the cost of a forward pass alone, in gradients: a backward pass costs about twice a forward pass
+GRADIENT = 1.0
+MODES = ("eval", "train", "keep")
+
+
+class Subject:
+    """A model, its loss and its batches, in a state that every evaluation starts from anew.
+
+    Random numbers (dropout masks) and, in training mode, buffers are the same for every evaluation, so the loss is a
+    function of the weights and the batch.
+
+    Args:
+        model: The module, unwrapped and in the mode to measure in.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        weights: The parameters that the measure is about, by name.
+        batches: The batches.
+        buffers: The buffers' values to start from.
+        start: The random state to start from.
+        progress: Where the cost goes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        weights: dict[str, nn.Parameter],
+        batches: list[Any],
+        buffers: SavedBuffers,
+        start: RngState,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.names = list(weights)
+        self.weights = list(weights.values())
+        self.batches = batches
+        self.progress = progress
+        self._loss_fn = loss_fn
+        self._buffers = buffers
+        self._start = start
+        self._may_update_buffers = any(module.training for module in model.modules())
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the loss of one batch, detached: 0-dim; costs a forward pass.
+
+        Args:
+            batch: The batch.
+        """
+        with torch.no_grad():
+            loss = self.call(batch)
+        self.progress.advance(FORWARD)
+        return loss
+
+    def evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
+        """Return another number that a function computes from the model and one batch; costs a forward pass.
+
+        Args:
+            function: Called as ``function(model, batch)``; returns a scalar.
+            batch: The batch.
+        """
+        with torch.no_grad():
+            self._rewind()
+            number = float(function(self.model, batch))
+        self.progress.advance(FORWARD)
+        return number
+
+    def keep_buffers(self) -> None:
+        """Let evaluations start from the buffers' present values; they are put back in the end all the same."""
+        self._buffers = SavedBuffers(self.model)
+
+    def loss_in_graph(self, batch: Any) -> Tensor:
+        """Return the loss of one batch, detached, from a forward pass that could have been differentiated.
+
+        Some layers compute differently under ``no_grad``; differences of losses must not see that.
+
+        Args:
+            batch: The batch.
+        """
+        with torch.enable_grad():
+            loss = self.call(batch).detach()
+        self.progress.advance(FORWARD)
+        return loss
+
+    def gradient(self, batch: Any) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the loss of one batch, detached, and its gradient, None for weights that it does not depend on.
+
+        Args:
+            batch: The batch.
+        """
+        with torch.enable_grad():
+            loss = self.call(batch)
+        gradient = self.differentiate([loss], self.weights)
+        self.progress.advance(GRADIENT)
+        return loss.detach(), list(gradient)
+
+    def differentiate(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], **options: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Return ``torch.autograd.grad``, outside any autocast; the parameters' ``.grad`` stays as it is.
+
+        Args:
+            outputs: What to differentiate.
+            inputs: With respect to what; None is returned for what the outputs do not depend on.
+            **options: As for ``torch.autograd.grad``.
+        """
+        with ExitStack() as plain:
+            for device_type in {outputs[0].device.type, "cpu"}:
+                plain.enter_context(torch.autocast(device_type, enabled=False))
+            gradient: tuple[Tensor | None, ...] = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
+        return gradient
+
+    @contextmanager
+    def placement(self) -> Generator[Placement]:
+        """Let the weights be moved inside this context; they are put back bit for bit, also after an interrupt.
+
+        Yields:
+            What moves them.
+        """
+        placement = Placement(self.weights)
+        try:
+            try:
+                yield placement
+            finally:
+                placement.undo()
+        finally:
+            placement.undo()  # once more, in case an interrupt hit the first one
+
+    @staticmethod
+    def checked(loss: Tensor, number: int) -> float:
+        """Return a loss at the unmoved weights as a number.
+
+        Args:
+            loss: 0-dim.
+            number: Which batch it is of, from 0.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        value = float(loss)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss of batch {number} is {value} at the weights themselves, so its rise means nothing; measure "
+                "a model that has not diverged, and look at that batch"
+            )
+        return value
+
+    def call(self, batch: Any) -> Tensor:
+        """Return ``loss_fn(model, batch)`` from the common starting state.
+
+        Args:
+            batch: The batch.
+
+        Raises:
+            TypeError: If it is no scalar tensor.
+            ValueError: If a graph is being built and the loss has none.
+        """
+        self._rewind()
+        loss = self._loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                f"loss_fn(model, batch) must return a scalar tensor, got {found}; return the mean over the batch's "
+                "examples, as in torch.nn.functional.cross_entropy(model(x), y)"
+            )
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                "the loss does not depend on the model's trainable parameters: it has no graph; check that loss_fn "
+                "uses the model it is given, and neither detaches nor calls .item()"
+            )
+        return loss.reshape(())
+
+    def _rewind(self) -> None:
+        """Go back to the common starting state."""
+        torch.clear_autocast_cache()  # the weights may have moved
+        self._start.restore()
+        if self._may_update_buffers:
+            self._buffers.restore()
+
+
+@contextmanager
+def measuring(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    name: str,
+    parameters: Selection = None,
+    mode: str = "eval",
+    m: int | None = None,
+    normalize_logits: bool = False,
+    frozen: bool = False,
+    cost_per_batch: float | None = None,
+    progress: ProgressOption = None,
+) -> Generator[Subject]:
+    """Make a model ready to be measured, and afterwards put back everything but weights that were moved.
+
+    Modes, buffers, random streams and hooks come back; weights are put back by who moves them (``Placement``), and
+    ``.grad`` is never touched.
+
+    Args:
+        model: The module, perhaps compiled or data-parallel.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        batches: An iterable of batches.
+        name: What is measured, for the progress bar.
+        parameters: Which weights the measure is about.
+        mode: "eval", "train", or "keep" for the mode that each module is in.
+        m: Examples a piece, or None.
+        normalize_logits: Whether the model's outputs are normalised.
+        frozen: Whether parameters that are not trainable count, too.
+        cost_per_batch: Expected cost in gradients, or None where it cannot be known.
+        progress: See ``ProgressOption``.
+
+    Yields:
+        The subject.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range.
+    """
+    if mode not in MODES:
+        raise ValueError(f'mode must be "eval", "train" or "keep", got {mode!r}')
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function loss_fn(model, batch), got {type(loss_fn).__name__}")
+    model = unwrap(model)
+    weights = select(model, parameters, frozen=frozen)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        start = RngState.capture({parameter.device for parameter in model.parameters()})
+        stack.callback(start.restore)
+        read = read_batches(batches, m)
+        buffers = SavedBuffers(model)
+        stack.callback(buffers.restore)
+        stack.enter_context(_in_mode(model, mode))
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(unobserved())
+        if normalize_logits:
+            stack.enter_context(normalized_logits(model))
+        total = None if cost_per_batch is None else cost_per_batch * len(read)
+        counter = Progress(progress, name, total)
+        stack.callback(counter.close)
+        yield Subject(model, loss_fn, weights, read, buffers, start, counter)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, mode: str) -> Generator[None]:
+    """Set every module's flag, without the side effects that an overridden ``train()`` may have."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, training in before:
+            module.training = training if mode == "keep" else mode == "train"
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

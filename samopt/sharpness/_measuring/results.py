@@ -1,0 +1,122 @@
+"""What a measure returns: a value with its error and its cost, to keep, to log or to plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from samopt.sharpness._measuring.optional_packages import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Result", "mean_and_error", "new_figure", "plain", "to_json"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measurement.
+
+    Attributes:
+        measure: Name of the measure.
+        value: The one number to compare models by.
+        standard_error: Its standard error, or None where it has none or too little was sampled to tell.
+        cost: What it cost, in gradients of one batch (a forward pass alone counts 1/3).
+        settings: The arguments that decide what the value means.
+    """
+
+    measure: str
+    value: float
+    standard_error: float | None
+    cost: float
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, strings, lists and dicts, ready for JSON."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        figure, axes = new_figure()
+        self.draw(axes)
+        return figure
+
+    def draw(self, axes: Axes) -> None:
+        """Draw into given axes.
+
+        Args:
+            axes: Where.
+        """
+        axes.bar([self.measure], [self.value], yerr=self.standard_error)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error; None for fewer than two values.
+
+    Args:
+        values: At least one independent value.
+    """
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes; pyplot's state is left alone.
+
+    Args:
+        width: In inches.
+        height: In inches.
+
+    Raises:
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    figure: Figure = require("matplotlib.figure", "a plot").Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def plain(value: Any) -> Any:
+    """Return a value as numbers, strings, lists and dicts.
+
+    Args:
+        value: A result, a tensor, a number, a string, or a container of them.
+    """
+    if isinstance(value, Result):
+        return value.to_dict()
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value if isinstance(value, str | int | float) or value is None else str(value)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as strict JSON; numbers that are not finite, which JSON lacks, become null.
+
+    Args:
+        value: As for ``plain``.
+        indent: As for ``json.dumps``.
+    """
+    return json.dumps(_without_nan(plain(value)), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return [_without_nan(entry) for entry in value] if isinstance(value, list) else value

@@ -1,0 +1,3 @@
+"""The command line of the measures."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""How much does the loss rise near the weights?"""
+
+__all__: list[str] = []

@@ -1,0 +1,112 @@
+"""Any measure, one layer at a time: which part of a network is sharp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from samopt.sharpness._measuring.batches import read_batches
+from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.progress import ProgressOption
+from samopt.sharpness._measuring.results import Result
+from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
+from samopt.sharpness.nearby.worst_case import worst_case
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["PerLayer", "per_layer"]
+
+
+@dataclass(frozen=True)
+class PerLayer(Result):
+    """What ``per_layer`` returns; ``value`` is the largest among the layers.
+
+    Attributes:
+        layers: The measure's own result for each layer, in the model's order.
+    """
+
+    layers: dict[str, Result]
+
+    def draw(self, axes: Axes) -> None:
+        """Draw one bar a layer.
+
+        Args:
+            axes: Where.
+        """
+        names = list(self.layers)
+        errors = [result.standard_error or 0.0 for result in self.layers.values()]
+        axes.barh(names, [result.value for result in self.layers.values()], xerr=errors, color="#0072B2")
+        axes.invert_yaxis()
+        axes.set_ylabel("layer")
+        axes.set_xlabel(next(iter(self.layers.values())).measure.replace("_", " "))
+
+
+def per_layer(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    measure: Callable[..., Result] = worst_case,
+    layers: Iterable[str] | None = None,
+    progress: ProgressOption = None,
+    **options: Any,
+) -> PerLayer:
+    """Return a measure restricted to one layer's weights at a time, the others staying where they are.
+
+    Cost: that of the measure, times the number of layers.
+
+    Args:
+        model: The model; it comes back bit for bit.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        batches: Batches; read once.
+        measure: Any measure of this package that takes ``parameters``.
+        layers: Module names, parameter names or patterns, one for each "layer"; None for every module that holds
+            trainable parameters itself.
+        progress: See ``ProgressOption``.
+        **options: The measure's own arguments.
+
+    Returns:
+        A result for each layer.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If a layer does not exist, or an option is out of range.
+
+    Example:
+        >>> import torch
+        >>> from samopt import sharpness
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> batch = (torch.randn(16, 4), torch.randint(3, (16,)))
+        >>> list(sharpness.per_layer(model, sharpness.cross_entropy, [batch], rho=0.1, steps=1).layers)
+        ['0', '2']
+    """
+    inner = unwrap(model)
+    names = trainable_layers(inner) if layers is None else list(layers)
+    for name in names:
+        select(inner, name)  # before the first layer is measured at length
+    kept = read_batches(batches)
+    results: dict[str, Result] = {}
+    for name in names:
+        overall = _over_all_layers(progress, sum(result.cost for result in results.values()), len(names))
+        results[name] = measure(model, loss_fn, kept, parameters=name, progress=overall, **options)
+    largest = max(results.values(), key=lambda result: result.value)
+    return PerLayer(
+        measure="per_layer",
+        value=largest.value,
+        standard_error=largest.standard_error,
+        cost=sum(result.cost for result in results.values()),
+        settings={"measure": largest.measure, **largest.settings},
+        layers=results,
+    )
+
+
+def _over_all_layers(progress: ProgressOption, before: float, layers: int) -> ProgressOption:
+    """Let a function see the progress of all layers together; a bar belongs to one layer."""
+    if not callable(progress):
+        return progress
+    report = progress
+    return lambda done, total: report(before + done, None if total is None else total * layers)

@@ -1,0 +1,3 @@
+"""What does the loss look like along lines and planes?"""
+
+__all__: list[str] = []

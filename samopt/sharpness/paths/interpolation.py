@@ -1,0 +1,225 @@
+"""Loss and accuracy along the straight line from one model's weights to another's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from samopt._numerics.low_precision import widen
+from samopt._perturb.perturbation import Placement
+from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
+from samopt.sharpness._measuring.progress import ProgressOption
+from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
+from samopt.sharpness.paths.states import State, state_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Interpolation", "interpolate"]
+
+
+@dataclass(frozen=True)
+class Interpolation(Result):
+    """What ``interpolate`` returns.
+
+    ``value`` is the barrier: the largest height of the loss above the straight line between its ends, within [0, 1].
+
+    Attributes:
+        positions: Places on the line, 0 for its start and 1 for its end.
+        losses: Mean loss at each.
+        errors: Standard error of each mean over batches, or None with one batch.
+        accuracies: Mean accuracy at each, or None where none was asked for.
+        layers: For each layer the losses where it alone moves, the others staying at the start; None where not asked.
+    """
+
+    positions: tuple[float, ...]
+    losses: tuple[float, ...]
+    errors: tuple[float, ...] | None
+    accuracies: tuple[float, ...] | None
+    layers: dict[str, tuple[float, ...]] | None
+
+    def draw(self, axes: Axes) -> None:
+        """Draw the loss along the line, and the accuracy on a second axis.
+
+        Args:
+            axes: Where.
+        """
+        for name, losses in (self.layers or {}).items():
+            axes.plot(self.positions, losses, linewidth=1, alpha=0.7, label=name)
+        axes.errorbar(self.positions, self.losses, yerr=self.errors, color="black", marker="o", label="loss")
+        axes.set_xlabel("position: 0 start, 1 end")
+        axes.set_ylabel("loss")
+        if self.accuracies is not None:
+            beside = axes.twinx()
+            beside.plot(self.positions, self.accuracies, color="#D55E00", linestyle="--")
+            beside.set_ylabel("accuracy (dashed)")
+        if self.layers:
+            axes.legend(frameon=False, fontsize=8)
+
+
+def interpolate(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    end: State,
+    *,
+    start: State | None = None,
+    points: int = 11,
+    extent: tuple[float, float] = (0.0, 1.0),
+    accuracy_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    per_layer: bool | Iterable[str] = False,
+    interpolate_buffers: bool = True,
+    mode: str = "eval",
+    progress: ProgressOption = None,
+) -> Interpolation:
+    """Return the loss at ``(1 - a) start + a end`` for ``a`` from one end of ``extent`` to the other.
+
+    The barrier of linear mode connectivity is Frankle et al. 2020's; between a pretrained and a fine-tuned model the
+    line is that of WiSE-FT (Wortsman et al. 2022). BatchNorm's averages fit neither end's features in the middle; with
+    ``mode="train"`` the batch's own are used.
+
+    Cost: ``points / 3`` gradients a batch, twice that with accuracies, and ``points / 3`` more for each layer. Memory:
+    one copy of the weights besides both ends.
+
+    Args:
+        model: The model that is evaluated; it comes back bit for bit.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        batches: Batches. Each counts the same.
+        end: A model of the same architecture, or its state dict.
+        start: Another; None for the model's present weights.
+        points: Places to evaluate, >= 2, evenly spaced.
+        extent: Where the places begin and end.
+        accuracy_fn: ``accuracy_fn(model, batch) -> scalar``, such as ``sharpness.accuracy``.
+        per_layer: Also move each layer alone: True for every module that holds trainable parameters itself, or names
+            and patterns.
+        interpolate_buffers: Interpolate buffers of floating-point numbers (BatchNorm's averages), too, instead of
+            keeping the model's.
+        mode: "eval", "train", or "keep".
+        progress: See ``ProgressOption``.
+
+    Returns:
+        The losses along the line, and the barrier.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range, or the weights do not fit the model.
+
+    Example:
+        >>> import torch
+        >>> from samopt import sharpness
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> def loss_fn(model, batch):
+        ...     return (1 - model.weight**2).square().sum()  # two minima, at 1 and -1
+        >>> ends = [{"weight": torch.tensor([[value]])} for value in (-1.0, 1.0)]
+        >>> result = sharpness.interpolate(model, loss_fn, [None], ends[1], start=ends[0], points=3)
+        >>> result.losses, result.value
+        ((0.0, 1.0, 0.0), 1.0)
+    """
+    if points < 2:
+        raise ValueError(f"points must be at least 2, got {points}")
+    inner = unwrap(model)
+    layers = trainable_layers(inner) if per_layer is True else list(per_layer or [])
+    chosen = {name: set(select(inner, name)) for name in layers}
+    low, high = extent
+    positions = [low + (high - low) * point / (points - 1) for point in range(points)]
+    evaluations = points * (1 + (accuracy_fn is not None) + len(layers))
+    with measuring(
+        model,
+        loss_fn,
+        batches,
+        name="interpolation",
+        mode=mode,
+        frozen=True,
+        cost_per_batch=evaluations * FORWARD,
+        progress=progress,
+    ) as subject:
+        line = _Line(subject, state_of(inner if start is None else start, inner), state_of(end, inner))
+        with subject.placement() as placement:
+            rows, accuracies = [], []
+            for position in positions:
+                line.place(placement, position, interpolate_buffers)
+                rows.append([float(subject.loss(batch)) for batch in subject.batches])
+                if accuracy_fn is not None:
+                    values = [subject.evaluate(accuracy_fn, batch) for batch in subject.batches]
+                    accuracies.append(math.fsum(values) / len(values))
+            line.place(placement, 0.0, interpolate_buffers)
+            along = {name: line.alone(placement, positions, members) for name, members in chosen.items()}
+        cost = subject.progress.cost
+    statistics = [mean_and_error(row) for row in rows]
+    losses = [mean for mean, _ in statistics]
+    return Interpolation(
+        measure="interpolate",
+        value=_barrier(positions, losses),
+        standard_error=None,
+        cost=cost,
+        settings={"points": points, "extent": list(extent), "interpolate_buffers": interpolate_buffers, "mode": mode},
+        positions=tuple(positions),
+        losses=tuple(losses),
+        errors=None if len(rows[0]) < 2 else tuple(error or 0.0 for _, error in statistics),
+        accuracies=tuple(accuracies) if accuracy_fn is not None else None,
+        layers={name: tuple(values) for name, values in along.items()} or None,
+    )
+
+
+class _Line:
+    """The weights and buffers between two states."""
+
+    def __init__(self, subject: Subject, start: dict[str, Tensor], end: dict[str, Tensor]) -> None:
+        self._subject = subject
+        own = {id(parameter): parameter for parameter in subject.weights}
+        # What is about to move cannot also be where the line starts.
+        self._start = {name: t.clone() if _is_among(t, own.values()) else t for name, t in start.items()}
+        self._end = {name: t.clone() if _is_among(t, own.values()) else t for name, t in end.items()}
+        buffers = dict(subject.model.named_buffers())
+        self._start |= {name: self._start[name].clone() for name in buffers if name in self._start}
+        self._end |= {name: self._end[name].clone() for name in buffers if name in self._end}
+
+    def place(self, placement: Placement, position: float, with_buffers: bool) -> None:
+        """Move all weights, and perhaps the buffers, to a position."""
+        for index, name in enumerate(self._subject.names):
+            placement.put(index, self._between(name, self._subject.weights[index], position))
+        if not with_buffers:
+            return
+        with torch.no_grad():
+            for name, buffer in self._subject.model.named_buffers():
+                if name in self._start and name in self._end and buffer.is_floating_point():
+                    buffer.copy_(self._between(name, buffer, position))
+        self._subject.keep_buffers()
+
+    def alone(self, placement: Placement, positions: Sequence[float], members: set[str]) -> list[float]:
+        """Return the losses where only some weights move, and put these back to the start."""
+        subject = self._subject
+        moving = [(index, name) for index, name in enumerate(subject.names) if name in members]
+        losses: list[float] = []
+        for position in (*positions, 0.0):
+            for index, name in moving:
+                placement.put(index, self._between(name, subject.weights[index], position))
+            if len(losses) < len(positions):
+                losses.append(math.fsum(float(subject.loss(b)) for b in subject.batches) / len(subject.batches))
+        return losses
+
+    def _between(self, name: str, like: Tensor, position: float) -> Tensor:
+        start, end = (widen(state[name].to(like.device)) for state in (self._start, self._end))
+        return torch.lerp(start, end.to(start.dtype), position)  # exact at 0 and at 1
+
+
+def _is_among(tensor: Tensor, parameters: Iterable[Tensor]) -> bool:
+    pointer = tensor.untyped_storage().data_ptr()
+    return any(parameter.untyped_storage().data_ptr() == pointer for parameter in parameters)
+
+
+def _barrier(positions: Sequence[float], losses: Sequence[float]) -> float:
+    """Return the largest height above the chord, over the places between the line's ends."""
+    inside = [(a, loss) for a, loss in zip(positions, losses, strict=True) if 0 <= a <= 1]
+    if not inside:
+        return 0.0
+    (first, low), (last, high) = inside[0], inside[-1]
+    span = (last - first) or 1.0
+    return max(loss - (low + (high - low) * (a - first) / span) for a, loss in inside)

@@ -1,0 +1,45 @@
+"""Weights and buffers of a model at named positions: what paths between models and landscapes are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from samopt.sharpness._measuring.weights import unwrap
+
+__all__ = ["State", "state_of"]
+
+State = nn.Module | Mapping[str, Tensor]
+"""A model, or its state dict."""
+
+
+def state_of(source: State, like: nn.Module) -> dict[str, Tensor]:
+    """Return a state's tensors by name, those of every parameter of ``like`` among them.
+
+    Args:
+        source: A model, perhaps compiled or data-parallel, or a state dict.
+        like: The model whose parameters it must have.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If a parameter is missing, or has another shape.
+    """
+    if isinstance(source, nn.Module):
+        source = unwrap(source).state_dict()
+    if not isinstance(source, Mapping):
+        raise TypeError(f"weights must be a model or a state dict, got {type(source).__name__}")
+    wanted = dict(like.named_parameters())
+    missing = [name for name in wanted if name not in source]
+    if missing:
+        raise ValueError(
+            f"the weights lack {missing[0]!r} and {len(missing) - 1} more of the {len(wanted)} parameters of "
+            f"{type(like).__name__}; they have {', '.join(list(source)[:5])}, ...; give a state dict of this model"
+        )
+    for name, parameter in wanted.items():
+        if source[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name!r} has shape {list(source[name].shape)} in the weights and {list(parameter.shape)} in the "
+                "model; give a state dict of this model"
+            )
+    return {name: tensor.detach() for name, tensor in source.items() if isinstance(tensor, Tensor)}

@@ -1,0 +1,73 @@
+"""Which published optimizer? One file each; the registry below holds them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from samopt.optimizer import SharpnessAwareOptimizer
+from samopt.variants.lesam import GSAM, LESAM, WSAM, FriendlySAM, LookSAM, MomentumSAM
+from samopt.variants.sam import ASAM, SAM, FisherSAM
+from samopt.variants.tram import TRAM
+
+__all__ = ["available", "create"]
+
+_REGISTRY: dict[str, Callable[..., SharpnessAwareOptimizer]] = {
+    "sam": SAM,
+    "asam": ASAM,
+    "fisher-sam": FisherSAM,
+    "momentum-sam": MomentumSAM,
+    "friendly-sam": FriendlySAM,
+    "looksam": LookSAM,
+    "gsam": GSAM,
+    "wsam": WSAM,
+    "le-sam": LESAM,
+    "tram": TRAM,
+}
+
+
+def available() -> list[str]:
+    """Return the names that ``create`` knows, in a fixed order.
+
+    Example:
+        >>> import samopt
+        >>> samopt.available()[:2]
+        ['sam', 'asam']
+    """
+    return list(_REGISTRY)
+
+
+def create(
+    name: str,
+    params: ParamsT | Optimizer,
+    base_optimizer: Callable[..., Optimizer] | None = None,
+    **options: Any,
+) -> SharpnessAwareOptimizer:
+    """Make a sharpness-aware optimizer by name.
+
+    Args:
+        name: One of ``available()``, in any case; "_" counts as "-".
+        params: An optimizer instance to wrap; or parameters, for ``base_optimizer``.
+        base_optimizer: With parameters: an optimizer class.
+        **options: Options of the optimizer's class, such as ``rho`` and ``model``.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> import torch, samopt
+        >>> model = torch.nn.Linear(4, 2)
+        >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> type(samopt.create("asam", base, model=model, rho=0.5)).__name__
+        'ASAM'
+    """
+    kind = _REGISTRY.get(str(name).lower().replace("_", "-"))
+    if kind is None:
+        raise ValueError(f"unknown optimizer {name!r}; samopt.available() lists {', '.join(_REGISTRY)}")
+    return kind(params, base_optimizer, **options)

@@ -1,0 +1,80 @@
+"""Kinds of parallelism that are refused, with the reason, before anything is changed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+import samopt
+from tests.helpers.cases import mlp
+from tests.helpers.ranks import run_on_ranks
+
+
+def refusals_of_fsdp1(use_orig_params):
+    """The messages for a model in FSDP1, with ``model=`` and without."""
+    messages = []
+    model = FullyShardedDataParallel(mlp(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    for given in (model, None):
+        with pytest.raises(ValueError) as refused:
+            samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=given)
+        messages.append(str(refused.value))
+    return messages
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_is_refused(use_orig_params):
+    for messages in run_on_ranks(refusals_of_fsdp1, use_orig_params):
+        for message in messages:
+            assert "FSDP1" in message
+            assert "fully_shard" in message
+
+
+class DeepSpeedEngine(nn.Module):
+    """A module like DeepSpeed's engine: of a class of that package, around the model."""
+
+    __module__ = "deepspeed.runtime.engine"
+
+    def __init__(self, inner):
+        super().__init__()
+        self.module = inner
+
+
+def test_deepspeeds_engine_is_refused():
+    model = mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"DeepSpeed's engine, which owns the gradients.*use DistributedDataParallel"):
+        samopt.SAM(base, model=DeepSpeedEngine(model))
+    assert "rho" not in base.param_groups[0]
+
+
+def test_parameters_that_deepspeed_partitioned_are_refused():
+    model = mlp()
+    model[0].weight.ds_id = 0
+    with pytest.raises(ValueError, match="DeepSpeed's engine"):
+        samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def refusal_of_momentum_in_shards():
+    base = ZeroRedundancyOptimizer(mlp().parameters(), torch.optim.AdamW, lr=0.01)
+    with pytest.raises(ValueError) as refused:
+        samopt.SAM(base, direction="momentum")
+    return str(refused.value)
+
+
+def test_the_momentum_of_a_base_that_shards_its_state_is_refused():
+    for message in run_on_ranks(refusal_of_momentum_in_shards):
+        assert 'direction="momentum" reads the base optimizer\'s state' in message
+        assert 'use direction="gradient"' in message
+
+
+def refusal_of_updates_inside_backward():
+    base = ZeroRedundancyOptimizer(mlp().parameters(), torch.optim.AdamW, lr=0.01, overlap_with_ddp=True)
+    with pytest.raises(ValueError) as refused:
+        samopt.SAM(base)
+    return str(refused.value)
+
+
+def test_updates_inside_backward_are_refused():
+    for message in run_on_ranks(refusal_of_updates_inside_backward):
+        assert "overlap_with_ddp=False" in message

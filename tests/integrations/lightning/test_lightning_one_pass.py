@@ -1,0 +1,113 @@
+"""One pass in Lightning, whose module returns the optimizer and which has no callback, is the loop by hand."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins import MixedPrecision
+from torch import nn
+
+import samopt
+from tests.helpers import lit
+from tests.helpers.cases import asam_epsilon, bits, sam_epsilon
+
+pytestmark = pytest.mark.lightning
+
+VARIANTS = {"sam": (samopt.SAM, sam_epsilon, 0.2), "asam": (samopt.ASAM, asam_epsilon, 0.5)}
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+OVERFLOW = 3
+CLIPPED_NORM = 0.3
+
+
+def slow_sgd(parameters):
+    """So slow that the rounding of a perturbation, fp64 by hand and fp32 in the engine, stays rounding."""
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+class OnePass(lit.Module):
+    """Its fourth step overflows in fp16."""
+
+    def __init__(self, variant, precision):
+        super().__init__(slow_sgd)
+        self.variant, self.precision = variant, precision
+
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        return {"loss": output["loss"] * overflow(self.precision, self.trainer.global_step)}
+
+    def configure_optimizers(self):
+        sam, _, rho = VARIANTS[self.variant]
+        return sam(self.base(self.parameters()), rho=rho, direction="momentum", model=self)
+
+
+def overflow(precision, step):
+    return float("inf") if precision == "16-mixed" and step == OVERFLOW else 1.0
+
+
+def make_scaler(precision):
+    return torch.amp.GradScaler("cpu", init_scale=1024.0) if precision == "16-mixed" else None
+
+
+def train_by_hand(module, variant, accumulate, clip, precision):
+    """Plain torch: move along the momentum, one backward a batch, move back, unscale, clip, step."""
+    _, epsilon, rho = VARIANTS.get(variant, (None, sam_epsilon, 0.0))
+    parameters = list(module.net.parameters())
+    base, scaler, autocast = slow_sgd(parameters), make_scaler(precision), PRECISIONS[precision]
+    batches = list(lit.loader())
+    skipped, step = [], 0
+    module.net.train()
+    for epoch in range(2):
+        for first in range(0, len(batches), accumulate):
+            base.zero_grad()
+            start = bits(module.net)
+            moves = epsilon(start, [base.state[p].get("momentum_buffer") for p in parameters], [rho] * len(parameters))
+            for p, w, move in zip(parameters, start, moves, strict=True):
+                p.data.copy_((w.double() + move).float())
+            for index in range(first, min(first + accumulate, len(batches))):
+                module.noise = lit.draw_noise(index, epoch)
+                with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+                    loss = module.loss(batches[index]) * overflow(precision, step) / accumulate
+                (loss if scaler is None else scaler.scale(loss)).backward()
+            for p, w in zip(parameters, start, strict=True):
+                p.data.copy_(w)
+            if scaler is not None:
+                scaler.unscale_(base)
+            if clip:
+                nn.utils.clip_grad_norm_(parameters, CLIPPED_NORM)
+            if scaler is None:
+                base.step()
+            else:
+                scaler.step(base)
+                scaler.update()
+            skipped.append(all(torch.equal(p, w) for p, w in zip(parameters, start, strict=True)))
+            step += 1
+    return skipped
+
+
+@pytest.mark.parametrize(("variant", "clip"), [("sam", False), ("asam", True)], ids=["sam", "asam, clipped"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_pass_is_the_hand_written_loop(precision, accumulate, clip, variant, tmp_path):
+    module, expected = OnePass(variant, precision), lit.Module()
+    scaler = make_scaler(precision)
+    mixed = {} if precision == "32-true" else {"plugins": [MixedPrecision(precision, "cpu", scaler)]}
+    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": CLIPPED_NORM if clip else None}
+    lit.fit(tmp_path, module, Callback(), **options, **mixed)
+    skipped = train_by_hand(expected, variant, accumulate, clip, precision)
+    assert [step for step, was in enumerate(skipped) if was] == ([OVERFLOW] if precision == "16-mixed" else [])
+    for (name, ours), theirs in zip(module.net.state_dict().items(), expected.net.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    if scaler is not None:
+        assert scaler.get_scale() == 512.0
+
+
+def test_the_comparison_tells_one_pass_from_the_base():
+    nets = []
+    for variant in ("sam", "base"):
+        module = lit.Module()
+        train_by_hand(module, variant, 1, False, "32-true")
+        nets.append(bits(module.net))
+    assert max(float((ours - theirs).abs().max()) for ours, theirs in zip(*nets, strict=True)) > 1e-3

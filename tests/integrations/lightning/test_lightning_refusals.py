@@ -1,0 +1,81 @@
+"""What the callback cannot do, it refuses before training, and says what to write instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from samopt.integrations.lightning import SharpnessAwareTraining, is_second_pass
+from tests.helpers import lit
+
+pytestmark = pytest.mark.lightning
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("sharp",), {}, ValueError, "variant must be one of sam, asam, fisher, tram, got 'sharp'"),
+        (("sam",), {"rho": -0.1}, ValueError, "rho must be >= 0"),
+        (("asam",), {"eta": float("nan")}, ValueError, "eta must be"),
+        (("sam",), {"norm": "l1"}, ValueError, 'norm must be "l2" or "linf"'),
+        (("tram",), {"rho": 0.1}, TypeError, "takes no rho.*use scale="),
+        (("tram",), {"trust_region": "nearest"}, ValueError, "nearest"),
+        (("sam",), {"radius": 0.1}, TypeError, "radius"),
+    ],
+)
+def test_options_are_checked_where_they_are_given(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        SharpnessAwareTraining(*arguments, **options)
+
+
+def refused(folder, module, message, error=(TypeError, ValueError), callback=None, **options):
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(error, match=message):
+        lit.fit(folder, module, callback, **options)
+    assert module.calls == 0
+    assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
+
+
+def test_dataloader_iter(tmp_path):
+    class Iterating(lit.Module):
+        def training_step(self, dataloader_iter):
+            raise AssertionError
+
+    refused(tmp_path, Iterating(), r"training_step\(dataloader_iter\) takes batches from the iterator itself; write")
+
+
+def test_lbfgs(tmp_path):
+    refused(tmp_path, lit.Module(torch.optim.LBFGS), "cannot drive LBFGS.*choose another optimizer")
+
+
+def test_a_submodule_that_is_not_there(tmp_path):
+    callback = SharpnessAwareTraining("tram", watch="head")
+    refused(tmp_path, lit.Module(), "head", AttributeError, callback)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(DeepSpeedStrategy, "its engine owns the gradients"), (FSDPStrategy, "its flat parameters hide each weight")],
+)
+def test_strategies(kind, reason, tmp_path):
+    trainer = lit.trainer(tmp_path, [SharpnessAwareTraining()])
+    trainer.strategy.__class__ = type(kind.__name__, (type(trainer.strategy), kind), {"__init__": None})
+    assert isinstance(trainer.strategy, kind)
+    module = lit.Module()
+    with pytest.raises(ValueError, match=f'under {kind.__name__}: {reason}.*use Trainer\\(strategy="ddp"\\)'):
+        SharpnessAwareTraining().setup(trainer, module, "fit")
+
+
+def test_nothing_is_refused_outside_a_fit(tmp_path):
+    """Validation, testing and prediction never see the callback."""
+
+    class Manual(lit.Module):
+        automatic_optimization = False
+
+    callback = SharpnessAwareTraining()
+    trainer = lit.trainer(tmp_path, [callback])
+    trainer.validate(Manual(), lit.loader(), verbose=False)
+    assert not is_second_pass(trainer)
+    assert callback.optimizer is None
+    assert callback.state_dict() == {}

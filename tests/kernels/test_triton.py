@@ -1,0 +1,75 @@
+"""Runs the interpreted tests of the Triton backend, and says what it refuses without the interpreter."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sysconfig
+
+import pytest
+import torch
+
+import samopt
+from samopt.kernels.triton import availability
+from tests.helpers.apart import run_apart
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tests/kernels/test_triton_interpreted.py"],
+        ["tests/kernels/test_triton_fused.py"],
+        ["tests/kernels/test_triton_memory.py"],
+        ["tests/kernels/test_triton_graphs.py"],
+        ["tests/kernels/test_kernels.py", "-k", "triton and agree_with_fp64"],
+        ["tests/kernels/test_kernels.py", "-k", "triton and not agree_with_fp64"],
+    ],
+    ids=["steps", "fused", "memory", "graphs", "layouts", "edges"],
+)
+def test_in_the_interpreter(arguments):
+    pytest.importorskip("triton", minversion="3.5")
+    run_apart(*arguments, TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter runs on the CPU")
+def test_a_named_triton_backend_says_why_it_cannot_run_on_the_cpu():
+    weight = torch.nn.Parameter(torch.ones(3))
+    refused = pytest.raises(
+        RuntimeError, match=r'backend="triton" cannot run here: .*(not installed|no CUDA|is on cpu)'
+    )
+    if not torch.cuda.is_available():
+        with refused:
+            samopt.SAM([weight], torch.optim.SGD, lr=0.1, backend="triton")
+        return
+    optimizer = samopt.SAM([weight], torch.optim.SGD, lr=0.1, backend="triton")
+    (weight**2).sum().backward()
+    with refused:
+        optimizer.ascend()
+    assert torch.equal(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "answer", "lack"),
+    [
+        (shutil, "which", lambda program: None, r"triton finds no C compiler, .*\(install gcc, or name one in CC\)"),
+        (sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"}, "triton finds no Python.h in /nowhere"),
+    ],
+    ids=["compiler", "headers"],
+)
+def test_a_gpu_whose_launches_cannot_be_built_is_left_to_other_backends(owner, name, answer, lack, monkeypatch):
+    pytest.importorskip("triton", minversion="3.5")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(owner, name, answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for cached in (availability._unbuildable, availability._is_recent):
+        cached.cache_clear()
+    try:
+        assert re.match(lack, availability.missing()) and availability.unavailable(torch.device("cuda", 7)) is not None
+        with pytest.raises(RuntimeError, match=f'backend="triton" cannot run here: {lack}.*use backend="auto"'):
+            samopt.SAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, backend="triton")
+    finally:
+        for cached in (availability._unbuildable, availability._is_recent):
+            cached.cache_clear()

@@ -1,0 +1,98 @@
+"""The names of ``samopt.sharpness`` are the ones listed here, explain themselves, and are explained in the docs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from samopt import sharpness
+from samopt.sharpness.cli.command import main
+from tests.helpers.pages import REPOSITORY, Block, Heading, read
+
+MEASURES = [
+    "active_units",
+    "average_case",
+    "gauss_newton_eigenvalues",
+    "hessian_eigenvalues",
+    "hessian_trace",
+    "interpolate",
+    "label_sharpness",
+    "landscape",
+    "per_layer",
+    "preconditioned_eigenvalues",
+    "spectral_density",
+    "worst_case",
+]
+RESULTS = [
+    "ActiveUnits",
+    "AverageCase",
+    "Eigenvalues",
+    "Interpolation",
+    "LabelSharpness",
+    "Landscape",
+    "PerLayer",
+    "Result",
+    "SpectralDensity",
+    "Trace",
+    "WorstCase",
+]
+OTHERS = ["SharpnessMonitor", "accuracy", "cross_entropy", "hf_loss", "normalize_logits"]
+
+
+def test_the_public_names_are_the_listed_ones():
+    assert sorted(sharpness.__all__) == sorted(MEASURES + RESULTS + OTHERS)
+
+
+@pytest.mark.parametrize("name", MEASURES + RESULTS + OTHERS)
+def test_every_name_is_in_the_reference(name):
+    assert re.search(rf"`{name}[`(]", (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_measure_has_a_section_with_its_equation_an_example_and_its_limits(name):
+    page = REPOSITORY / "docs" / "sharpness.md"
+    parts = read(page)
+    start = next(i for i, part in enumerate(parts) if isinstance(part, Heading) and part.title == name)
+    end = next(i for i, part in enumerate(parts) if i > start and isinstance(part, Heading))
+    examples = [part for part in parts[start:end] if isinstance(part, Block) and part.language == "python"]
+    assert any(name in example.source for example in examples)
+    assert any(part.language == "text" for part in parts[start:end] if isinstance(part, Block)), "no equation"
+    lines = page.read_text(encoding="utf-8").splitlines()[parts[start].line : parts[end].line - 1]
+    assert any(line.startswith("Misleads: ") for line in lines)
+
+
+def test_the_page_gives_the_cost_of_every_measure():
+    lines = (REPOSITORY / "docs" / "sharpness.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| [`")]
+    costs = {name: row.split("|")[3].strip() for row in rows for name in re.findall(r"\[`(\w+)`\]", row)}
+    assert sorted(costs) == MEASURES
+    assert all(costs.values())
+
+
+@pytest.mark.parametrize("name", [*MEASURES, "SharpnessMonitor"])
+def test_a_docstring_describes_every_argument_and_the_cost(name):
+    public = getattr(sharpness, name)
+    docstring = inspect.getdoc(public) or ""
+    described = set(re.findall(r"^ {4}\*{0,2}(\w+)(?: \(.+\))?:", docstring, flags=re.MULTILINE))
+    assert set(inspect.signature(public).parameters) <= described
+    assert ">>> " in docstring
+    if name in MEASURES:
+        assert re.search(r"^Cost(?: and memory)?: ", docstring, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name in MEASURES if name != "label_sharpness"])
+def test_measures_of_models_share_their_first_arguments(name):
+    parameters = list(inspect.signature(getattr(sharpness, name)).parameters.values())
+    assert [parameter.name for parameter in parameters[:3]] == ["model", "loss_fn", "batches"]
+
+
+def test_the_page_uses_only_options_that_the_command_has(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    blocks = [part.source for part in read(REPOSITORY / "docs" / "sharpness.md") if isinstance(part, Block)]
+    commands = [block for block in blocks if "-m samopt.sharpness" in block]
+    assert commands
+    assert set(re.findall(r"--[\w-]+", " ".join(commands))) <= known
