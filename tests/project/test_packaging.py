@@ -84,4 +84,4 @@ def test_an_install_imports_from_outside_the_repository(form, built, checkout, t
 
     root = checkout if form == "editable" else site_packages
     assert engine == root / "samopt" / "__init__.py"
-    assert adapters == root / ("integrations" if form == "editable" else "samopt/integrations") / "__init__.py"
+    assert adapters == root / "samopt" / "integrations" / "__init__.py"
