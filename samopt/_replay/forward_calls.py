@@ -1,283 +1,201 @@
-"""A second pass that sees what the first one saw: random numbers replayed, buffers put back."""
+"""Random numbers of the first pass, repeated in the second."""
 
 from __future__ import annotations
 
-import random
-import sys
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from samopt._callers.cuda_graphs import device_module, is_capturing
-from samopt._callers.user_warnings import warn_user
+from samopt._replay.call_watch import CallWatcher
+from samopt._replay.random_state import RngState
 from samopt._replay.unobserved import is_observed
 
-__all__ = ["PassObserver", "Replay", "RngState", "SavedBuffers"]
+__all__ = ["ForwardCalls", "tensors_in"]
+
+_LIMIT = 4096  # records of one pass; beyond it random numbers are not repeated, so that memory stays bounded
 
 
-@dataclass(frozen=True)
-class RngState:
-    """Every global random stream a training step may draw from: torch CPU, accelerators, ``random``, NumPy."""
+class _Record:
+    """The random state before one call, and what tells that call from others."""
 
-    cpu: Tensor
-    accelerators: tuple[tuple[torch.device, Tensor], ...]
-    python: tuple[Any, ...]
-    numpy: tuple[Any, ...] | dict[str, Any] | None
+    def __init__(self, module: nn.Module, inputs: tuple[weakref.ref[Tensor], ...], state: RngState) -> None:
+        self.module = id(module)
+        self.kind = (module.training, torch.is_grad_enabled())
+        self.inputs = inputs
+        self.state = state
+        self.was_differentiated = False
+        self._graph: weakref.ref[_Mark] | None = None
 
-    @classmethod
-    def capture(cls, devices: Iterable[torch.device] = ()) -> RngState:
-        """Return the present state of the global streams.
+    def follow(self, output: Any) -> None:
+        """Note when the output is differentiated: only then does a call with a graph belong to a pass for sure."""
+        found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        if not found:
+            self.was_differentiated = True  # nothing can tell, so it counts
+            return
+        mark = _Mark(self)
+        self._graph = weakref.ref(mark)
+        for tensor in found:
+            tensor.register_hook(mark)  # type: ignore[no-untyped-call]  # torch has no types here
 
-        Args:
-            devices: Accelerator devices whose streams to include; others are ignored, and those on which a graph is
-                being captured, since their state can be neither read nor set then.
-        """
-        accelerators = tuple(
-            (device, device_module(device).get_rng_state(*_named(device)))
-            for device in devices
-            if device.type != "cpu" and not is_capturing(device)
-        )
-        numpy_random = sys.modules.get("numpy.random")
-        return cls(
-            torch.get_rng_state(),
-            accelerators,
-            random.getstate(),
-            numpy_random.get_state() if numpy_random is not None else None,
-        )
-
-    def has_moved(self) -> bool:
-        """Return whether torch's streams have been drawn from since."""
-        return not torch.equal(torch.get_rng_state(), self.cpu) or any(
-            not torch.equal(device_module(device).get_rng_state(*_named(device)), state)
-            for device, state in self.accelerators
-        )
-
-    def restore(self, present: RngState | None = None) -> None:
-        """Put the global streams back to this state.
-
-        Args:
-            present: The state they are in, where that is known: NumPy's, which is slow to set, is left alone if equal.
-        """
-        torch.set_rng_state(self.cpu)
-        for device, state in self.accelerators:
-            device_module(device).set_rng_state(state, *_named(device))
-        random.setstate(self.python)
-        if self.numpy is not None and (present is None or not _are_equal(self.numpy, present.numpy)):
-            sys.modules["numpy.random"].set_state(self.numpy)
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the call built a graph that is gone and was never differentiated."""
+        return self._graph is not None and self._graph() is None and not self.was_differentiated
 
 
-class PassObserver(Protocol):
-    """Something that gathers facts about the first pass and drops them with it."""
+class _Mark:
+    """A gradient hook that lives as long as the graph it is in."""
 
-    replaying: bool
-    """Whether the second pass is running, so that its forward calls do not count."""
+    def __init__(self, record: _Record) -> None:
+        self._record = record
 
-    def gradients_cleared(self) -> None:
-        """Note that gradients were cleared: a forward call from now on starts a new first pass."""
-
-    def clear(self) -> None:
-        """Drop what was gathered, and set ``replaying`` to False."""
+    def __call__(self, gradient: Tensor) -> None:
+        self._record.was_differentiated = True
 
 
-class Replay:
-    """Watches a model's forward calls in the first pass and repeats their surroundings in the second.
+class ForwardCalls(CallWatcher):
+    """Records the random state before each call of the first pass; in the second, sets it before the same call.
 
-    In the first pass the random state before each call that builds a graph is recorded; in the second, the k-th call
-    starts from the k-th record, so dropout draws the same masks. Buffers (normalisation statistics and all others) and
-    the random streams end where the first pass left them.
+    So dropout draws the same masks in both passes. A call of the second pass is matched with one of the first that has
+    the same module, mode and grad mode: the one with the same input tensor if there is one, else the next in order.
+    Calls whose graph was never differentiated (logging between two steps) come last. Calls made with gradients off (a
+    teacher) count too.
 
     Args:
-        model: The module whose calls to watch, or None to look after the random streams only.
+        on_first_call: Called before the first call of each first pass.
+
+    Attributes:
         devices: Accelerators whose random streams the model may use.
-        observers: Told when passes begin and end.
+        replaying: Whether the second pass is running.
     """
 
-    def __init__(
-        self, model: nn.Module | None, devices: Iterable[torch.device], observers: Iterable[PassObserver] = ()
-    ) -> None:
-        self.model = model
-        self._calls = _CallRecorder(())
-        self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
-        self.use_devices(devices)
-        self._buffers = _NO_BUFFERS
-        self._end: RngState | None = None
-        self._is_blind = False
-        self._has_warned = False
-        if model is not None:
-            handle = model.register_forward_pre_hook(self._calls)
-            weakref.finalize(self, handle.remove)
-
-    def use_devices(self, devices: Iterable[torch.device]) -> None:
-        """Set the devices whose random streams the model may use.
-
-        Args:
-            devices: Accelerators; the CPU's stream is always included.
-        """
-        self._calls.devices = tuple(devices)
-
-    def capture(self) -> RngState:
-        """Return the present random state of the streams this model may use."""
-        return RngState.capture(self._calls.devices or ())
-
-    def begin(self, start: RngState | None = None) -> None:
-        """Enter the second pass.
-
-        Args:
-            start: Random state at the start of the first pass, where known.
-        """
-        self._buffers = _NO_BUFFERS if self.model is None else SavedBuffers(self.model)
-        self._end = self.capture()
-        self._is_blind = self.model is not None and start is None and self._calls.is_empty
-        if not self._has_warned and any(map(is_capturing, self._calls.devices or ())) and _has_dropout(self.model):
-            self._has_warned = True
-            warn_user(
-                "random states cannot be set while a graph is captured, so in its replays the dropout of "
-                f"model={type(self.model).__name__} draws other masks in the second pass than in the first. Set its "
-                "rate to 0, or take these steps without a graph"
-            )
-        for observer in self._observers:
-            observer.replaying = True
-        if start is not None:
-            start.restore(present=self._end)
-
-    def end(self) -> None:
-        """Leave the second pass: buffers and random streams as the first pass left them; may be called again."""
-        self._buffers.restore()
-        unseen = self._end is not None and self._is_blind and self._end.has_moved()
-        if self._end is not None:
-            self._end.restore()
-        self.forget()
-        if unseen and not self._has_warned:
-            self._has_warned = True
-            self._warn()
-
-    def _warn(self) -> None:
-        warn_user(
-            f"the second pass drew random numbers, but no forward call of model={type(self.model).__name__} was seen "
-            "in the first, so dropout masks differed between the passes. Give model= the module that your loop calls, "
-            "such as the one that torch.compile(model) returned (calls inside a compiled module, and those of one "
-            "compiled in place by model.compile(), cannot be seen); or use optimizer.step(closure), which replays them"
-        )
-
-    def gradients_cleared(self) -> None:
-        """Note that gradients were cleared: a forward call from now on starts a new first pass.
-
-        Calls recorded before are dropped then, so that an abandoned first pass (an exception in its backward, say)
-        is not replayed; a loop that clears the gradients between forward and backward keeps its record.
-        """
-        for observer in self._observers:
-            observer.gradients_cleared()
-
-    def forget(self) -> None:
-        """Drop what was recorded, ready for the next first pass."""
-        for observer in self._observers:
-            observer.clear()
-        self._buffers = _NO_BUFFERS
-        self._end = None
-
-
-class _CallRecorder:
-    """The forward pre-hook; holds no reference to the optimizer, and copies of a hooked model get an inert one."""
-
-    _LIMIT = 4096  # calls in one pass; beyond it masks are not replayed, so that memory stays bounded
-
-    def __init__(self, devices: tuple[torch.device, ...] | None) -> None:
-        self.devices = devices
+    def __init__(self, on_first_call: Callable[[], None]) -> None:
+        self.devices: tuple[torch.device, ...] = ()
         self.replaying = False
+        self._on_first_call = on_first_call
         self.clear()
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or self.devices is None or not torch.is_grad_enabled() or not is_observed():
-            return
-        if not self.replaying:
-            if self._superseded:
-                self.clear()
-            if len(self._states) < self._LIMIT:
-                self._states.append((module.training, RngState.capture(self.devices)))
-            return
-        for training, state in self._states[self._position :]:
-            self._position += 1
-            if training == module.training:  # steps over an evaluation whose author forgot torch.no_grad
-                state.restore()
-                return
 
     @property
     def is_empty(self) -> bool:
-        return not self._states
+        """Whether no call was recorded."""
+        return not self._records
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the random state, or set the recorded one.
+
+        Args:
+            module: What is called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        self._open = None
+        if not is_observed():
+            return
+        inputs = tuple(weakref.ref(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        if self.replaying:
+            record = self._match(module, inputs)
+            if record is not None:
+                record.state.restore()
+            return
+        if self._superseded:
+            self.clear()
+        while self._records and self._records[-1].is_abandoned:
+            self._records.pop()
+        if not self._records:
+            self._on_first_call()
+        if len(self._records) < _LIMIT:
+            last = self._records[-1].state if self._records else None
+            self._open = _Record(module, inputs, RngState.capture(self.devices, like=last))
+            self._records.append(self._open)
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Follow the graph of the output.
+
+        Args:
+            module: What was called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: What it returned; None where it raised.
+        """
+        record, self._open = self._open, None
+        if record is not None and record.kind[1] and output is not None:
+            record.follow(output)
 
     def gradients_cleared(self) -> None:
+        """Note that gradients were cleared: a call from now on starts a new first pass.
+
+        Records made before are dropped at that call, not now: a loop may clear gradients between forward and backward.
+        """
         self._superseded = not self.replaying
 
     def clear(self) -> None:
-        self._superseded = False
-        self._states: list[tuple[bool, RngState]] = []
-        self._position = 0
+        """Drop all records, ready for the next first pass."""
         self.replaying = False
+        self._superseded = False
+        self._records: list[_Record] = []
+        self._position = 0
+        self._open: _Record | None = None
 
-    def __reduce__(self) -> tuple[type[_CallRecorder], tuple[None]]:
-        return _CallRecorder, (None,)
+    def _match(self, module: nn.Module, inputs: tuple[weakref.ref[Tensor], ...]) -> _Record | None:
+        """Return the record of the call that this one repeats, or None."""
+        kind = (module.training, torch.is_grad_enabled())
+        alike = [(index, record) for index, record in enumerate(self._records) if record.kind == kind]
+        alike = [(i, record) for i, record in alike if record.module == id(module)] or alike
+        alike = [(i, record) for i, record in alike if record.was_differentiated] or alike
+        ahead = [(i, record) for i, record in alike if i >= self._position]
+        same = _with_inputs(ahead, inputs) or _with_inputs(alike, inputs) or ahead
+        if not same:
+            return None
+        index, record = same[0]
+        self._position = index + 1
+        return record
 
 
-class SavedBuffers:
-    """The tensor of every buffer of a model, and its values, to be put back where it was registered.
+def _with_inputs(
+    records: list[tuple[int, _Record]], inputs: tuple[weakref.ref[Tensor], ...]
+) -> list[tuple[int, _Record]]:
+    """Return the records of calls that were given the very same tensors."""
+    if not inputs:
+        return []
+    given = [reference() for reference in inputs]
+    return [
+        (index, record)
+        for index, record in records
+        if len(record.inputs) == len(given)
+        and all(reference() is tensor for reference, tensor in zip(record.inputs, given, strict=True))
+    ]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a model returned: in containers, and in attributes of objects, slots included.
 
     Args:
-        model: The module; None has no buffers.
+        output: What the model returned.
     """
-
-    def __init__(self, model: nn.Module | None) -> None:
-        modules = () if model is None else model.modules()
-        self._places = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
-        self._written = [buffer for _, _, buffer in self._places if buffer is not None and not _is_read_only(buffer)]
-        with torch.no_grad():
-            self._values = [buffer.clone() for buffer in self._written]
-
-    def restore(self) -> None:
-        """Register the same tensors again, where others took their place, and write their values back."""
-        for owner, name, buffer in self._places:
-            if owner._buffers.get(name) is not buffer:
-                owner._buffers[name] = buffer
-        if not self._written:
-            return
-        with torch.no_grad():
-            if all([type(buffer) is Tensor for buffer in self._written]):
-                torch._foreach_copy_(self._written, self._values)
-                return
-            for buffer, value in zip(self._written, self._values, strict=True):
-                buffer.copy_(value)
+    pending, seen = [output], set[int]()
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Tensor):
+            yield value
+        elif id(value) in seen or value is None or isinstance(value, str | bytes | int | float | nn.Module):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            pending.extend(value)
+        elif not isinstance(value, type) and not callable(value):
+            pending.extend(_attributes_of(value))
 
 
-_NO_BUFFERS = SavedBuffers(None)
-
-
-def _are_equal(numpy: Any, other: Any) -> bool:
-    """Return whether two states of NumPy's stream are seen to be equal, which those of its usual generator are."""
-    if not (isinstance(numpy, tuple) and isinstance(other, tuple)):
-        return False
-    return numpy[0] == other[0] and numpy[2:] == other[2:] and bool(numpy[1].tobytes() == other[1].tobytes())
-
-
-def _is_read_only(buffer: Tensor) -> bool:
-    """Whether torch refuses to write into the buffer, so that no pass can have changed its values."""
-    if buffer.is_inference():
-        return True
-    return buffer.layout is torch.strided and any(
-        stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
-    )
-
-
-def _named(device: torch.device) -> tuple[torch.device, ...]:
-    """Return the argument that picks a device's random stream; that of ``torch.mps`` is one, and had none before."""
-    return () if device.type == "mps" else (device,)
-
-
-def _has_dropout(model: nn.Module | None) -> bool:
-    """Return whether a module of torch's own draws masks, as far as its attributes tell."""
-    modules = () if model is None else model.modules()
-    rates = [getattr(m, "p" if isinstance(m, _DropoutNd) else "dropout", None) for m in modules if m.training]
-    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+def _attributes_of(value: object) -> Iterable[Any]:
+    """Yield the attributes of an object, those in slots included."""
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield getattr(value, name)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-__all__ = ["build_base", "check_model", "check_nonnegative"]
+from samopt import kernels
+from samopt.parts.checks import check_nonnegative
+from samopt.parts.combination import Combination
+from samopt.parts.direction import Direction, KnownDirection
+
+__all__ = ["build_base", "check_combination", "check_models", "check_option", "check_options", "refuse_fixed"]
 
 
 def build_base(
@@ -37,17 +41,13 @@ def build_base(
         f"{name}(model.parameters(), torch.optim.SGD, rho=..., lr=0.1)"
     )
     if isinstance(params, Optimizer):
-        if hasattr(params, "base_optimizer"):
-            raise TypeError(
-                f"{name} cannot wrap {type(params).__name__}, which already wraps "
-                f"{type(params.base_optimizer).__name__}; wrap that optimizer instead: {usage}"
-            )
+        _refuse_wrapper(params, name, usage)
         if base_optimizer is not None or kwargs:
             extra = [repr(base_optimizer)] if base_optimizer is not None else []
             extra += [f"{key}=" for key in kwargs]
             raise TypeError(
-                f"{name} was given an optimizer instance together with {', '.join(extra)}; arguments of the base go "
-                f"to its own constructor: {usage}"
+                f"{name} was given an optimizer instance together with {', '.join(extra)}, which {name} does not know "
+                f"(help(samopt.{name}) lists its options); arguments of the base go to its own constructor: {usage}"
             )
         return params
     if isinstance(params, nn.Module):
@@ -68,50 +68,142 @@ def build_base(
                 f"{name} got an empty parameter list; a generator such as model.parameters() can be read only once, so "
                 "call model.parameters() again for each optimizer"
             )
-    return base_optimizer(params, **kwargs)
+    return _build(base_optimizer, params, kwargs, name, usage)
 
 
-def check_nonnegative(name: str, value: Any, where: str = "") -> None:
-    """Raise unless ``value`` is a finite number >= 0; a tensor is taken as it is, since reading it may wait.
+def check_option(key: str, value: Any, where: str = "") -> None:
+    """Raise if an option of a parameter group, or of a constructor, is out of range.
 
     Args:
-        name: Its name, for the message.
-        value: The value.
+        key: Its name; "perturb" is a flag, every other option a number >= 0.
+        value: Its value.
         where: Where it stands, for the message.
+    """
+    if not key.endswith("perturb"):
+        check_nonnegative(key, value, where)
+
+
+def check_options(*, norm: str, backend: str) -> None:
+    """Raise if an option of a constructor is unknown.
+
+    Args:
+        norm: Kind of ball.
+        backend: Kernel backend.
 
     Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is negative, infinite or nan.
+        ValueError: If a name is unknown.
+        RuntimeError: If the backend cannot run on this machine.
     """
-    if isinstance(value, Tensor) or (type(value) is float and 0 <= value < math.inf):
-        return
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}{where}")
-    if not 0 <= float(value) < math.inf:
-        fix = "; use rho=0 to disable the ascent" if "rho" in name else ""
-        raise ValueError(f"{name} must be >= 0 and finite, got {value}{where}{fix}")
+    if norm not in ("l2", "linf"):
+        raise ValueError(f'norm must be "l2" or "linf", got {norm!r}')
+    kernels.check(backend)
 
 
-def check_model(model: nn.Module | None, base: Optimizer, name: str) -> None:
-    """Raise unless ``model`` is None or a module with some of the base optimizer's parameters.
+def check_combination(combination: Combination | None, direction: Direction) -> None:
+    """Raise unless ``combination`` is None, or can be used with a direction.
 
     Args:
-        model: The module.
+        combination: What a user gave.
+        direction: The direction.
+
+    Raises:
+        TypeError: If it is not a combination.
+        ValueError: If there is no first gradient for it.
+    """
+    if combination is None:
+        return
+    if not isinstance(combination, Combination):
+        raise TypeError(
+            f"combination must be None or an object from samopt.parts, such as SurrogateGap(); got {combination!r}"
+        )
+    if isinstance(direction, KnownDirection):
+        raise ValueError(
+            f"{type(combination).__name__} combines the gradients of two passes, and this direction takes one; use "
+            'direction="gradient"'
+        )
+
+
+def check_models(model: nn.Module | Iterable[nn.Module] | None, base: Optimizer, name: str) -> list[nn.Module]:
+    """Return the modules that ``model=`` names.
+
+    Args:
+        model: A module, several, or None.
         base: The base optimizer.
         name: The wrapper's name, for the message.
 
     Raises:
-        TypeError: If it is not a module.
-        ValueError: If it has none of the parameters.
+        TypeError: If it is something else.
+        ValueError: If they have none of the base's parameters.
     """
     if model is None:
-        return
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        return []
+    if isinstance(model, nn.Module):
+        models = [model]
+    else:
+        models = list(model) if isinstance(model, Iterable) and not isinstance(model, str | Tensor) else []
+        if not models or not all(isinstance(each, nn.Module) for each in models):
+            found = [type(each).__name__ for each in models] or type(model).__name__
+            raise TypeError(f"model must be a torch.nn.Module or a list of modules, got {found}")
     optimized = {id(p) for group in base.param_groups for p in group["params"]}
-    if not any(id(parameter) in optimized for parameter in model.parameters()):
+    if not any(id(parameter) in optimized for each in models for parameter in each.parameters()):
         raise ValueError(
-            f"{name} was given model={type(model).__name__}, but none of its parameters is among the "
-            f"{len(optimized)} that the base optimizer updates; build the base optimizer from this model's parameters, "
-            "after any step that replaces them"
+            f"{name} was given model={', '.join(type(each).__name__ for each in models)}, but none of its parameters "
+            f"is among the {len(optimized)} that the base optimizer updates; build the base optimizer from this "
+            "model's parameters, after any step that replaces them"
+        )
+    return models
+
+
+def refuse_fixed(optimizer: object, options: dict[str, Any], **instead: str) -> None:
+    """Raise if an option was given that a class sets itself.
+
+    Args:
+        optimizer: An instance of the class.
+        options: What was given.
+        **instead: The options that it sets, with what to use instead.
+
+    Raises:
+        TypeError: If one was given.
+    """
+    for name, advice in instead.items():
+        if name in options:
+            kind = type(optimizer).__name__
+            raise TypeError(f"{kind} sets {name}= itself, but got {name}={options[name]!r}; {advice}")
+
+
+def _build(factory: Callable[..., Optimizer], params: Any, kwargs: dict[str, Any], name: str, usage: str) -> Optimizer:
+    """Return the base that a class or factory makes.
+
+    Raises:
+        TypeError: If it does not take an argument, or makes something else than an optimizer.
+    """
+    base_name = getattr(factory, "__name__", type(factory).__name__)
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # of a callable without one
+        signature = None
+    if signature is not None and not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        unknown = [key for key in kwargs if key not in signature.parameters]
+        if unknown:
+            raise TypeError(
+                f"{name} does not know {', '.join(f'{key}=' for key in unknown)}, and neither does {base_name}; "
+                f"help(samopt.{name}) lists the options, and {base_name} takes {', '.join(signature.parameters)}"
+            )
+    try:
+        base = factory(params, **kwargs)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+        raise type(error)(f"{name} could not make its base, {base_name}({given}): {error}") from error
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"{name} needs an optimizer, but {base_name} returned {type(base).__name__}; {usage}")
+    _refuse_wrapper(base, name, usage)
+    return base
+
+
+def _refuse_wrapper(base: Optimizer, name: str, usage: str) -> None:
+    """Raise if an optimizer makes two passes already: this package's, or a script's with the same methods."""
+    if isinstance(getattr(base, "base_optimizer", None), Optimizer) and hasattr(base, "first_step"):
+        raise TypeError(
+            f"{name} cannot wrap {type(base).__name__}, which already wraps {type(base.base_optimizer).__name__}; wrap "
+            f"that optimizer instead: {usage}"
         )

@@ -3,20 +3,106 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["OptimizerWrapper", "with_step_hooks"]
+__all__ = ["GroupOptions", "OptimizerWrapper", "with_step_hooks"]
 
 _CARRIED = "samopt_"  # begins the names of counters in saved groups
+_NOTHING = object()
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _W = TypeVar("_W", bound="OptimizerWrapper")
+
+
+_filled: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], dict[str, Any]]]] = weakref.WeakKeyDictionary()
+"""For each base, the groups that a wrapper has written options into, and what it wrote."""
+
+
+class GroupOptions:
+    """A wrapper's own options in the parameter groups of its base.
+
+    A base that already uses a name (``torch.optim.Adadelta`` has a ``rho``) keeps it; the option is then called
+    ``sam_<name>`` in the groups.
+
+    Args:
+        base: The base optimizer.
+        defaults: The options, with the values that the constructor was given.
+        check: Called with a name, a value and a text that says where; raises where the value is out of range.
+    """
+
+    def __init__(self, base: Optimizer, defaults: dict[str, Any], check: Callable[[str, Any, str], None]) -> None:
+        self.base = base
+        self.defaults = defaults
+        self.keys = {name: f"sam_{name}" if name in base.defaults else name for name in defaults}
+        self._check = check
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "defaults": self.defaults, "keys": self.keys, "_check": self._check}
+
+    def get(self, group: dict[str, Any], name: str) -> Any:
+        """Return an option of a group, its default where the group has none.
+
+        Args:
+            group: A parameter group.
+            name: The option.
+        """
+        return group.get(self.keys[name], self.defaults[name])
+
+    def check(self, groups: Iterable[dict[str, Any]], first: int = 0) -> None:
+        """Raise if an option of a group is out of range.
+
+        Args:
+            groups: Parameter groups.
+            first: Index of the first one, for the message.
+        """
+        for index, group in enumerate(groups, first):
+            for name, key in self.keys.items():
+                self._check(key, group.get(key, self.defaults[name]), f" in param group {index}")
+
+    def take_over(self) -> None:
+        """Check every group, then write the constructor's values where the user wrote none into a group.
+
+        What another wrapper or a checkpoint left in a group is not the user's.
+        """
+        left = {id(group): values for group, values in _filled.get(self.base, ())}
+        own = []
+        for group in self.base.param_groups:
+            from_checkpoint = any(key.startswith(_CARRIED) for key in group)
+            known = left.get(id(group), {})
+            own.append(
+                {
+                    key: group[key]
+                    for key in self.keys.values()
+                    if key in group and not from_checkpoint and group[key] is not known.get(key, _NOTHING)
+                }
+            )
+        self.check(own)
+        for group, values in zip(self.base.param_groups, own, strict=True):
+            for key in [key for key in group if key.startswith(_CARRIED)]:
+                del group[key]
+            for name, key in self.keys.items():
+                group[key] = values.get(key, self.defaults[name])
+        self._remember(own)
+
+    def fill(self) -> None:
+        """Write the defaults into groups that have none."""
+        for group in self.base.param_groups:
+            for name, key in self.keys.items():
+                group.setdefault(key, self.defaults[name])
+
+    def _remember(self, own: list[dict[str, Any]]) -> None:
+        """Note what was written, so that another wrapper does not take it for the user's."""
+        _filled[self.base] = [
+            (group, {key: group[key] for key in self.keys.values() if key not in values})
+            for group, values in zip(self.base.param_groups, own, strict=True)
+        ]
 
 
 class OptimizerWrapper(Optimizer):
@@ -26,21 +112,15 @@ class OptimizerWrapper(Optimizer):
     are looked up on the base. Nothing of the wrapper is written into ``state``.
 
     Args:
-        base_optimizer: The optimizer to wrap.
-        options: The wrapper's own per-group options with their defaults. A base that already uses a name
-            (``torch.optim.Adadelta`` has a ``rho``) keeps it; the option is then called ``sam_<name>`` in the groups.
+        options: The base, and the wrapper's own options in its groups.
     """
 
     base_optimizer: Optimizer
 
-    def __init__(self, base_optimizer: Optimizer, options: dict[str, Any]) -> None:
+    def __init__(self, options: GroupOptions) -> None:
         super().__init__([torch.empty(0)], {})
-        self.base_optimizer = base_optimizer
+        self.base_optimizer = options.base
         self._options = options
-        self._option_keys = {name: f"sam_{name}" if name in base_optimizer.defaults else name for name in options}
-        for index, group in enumerate(base_optimizer.param_groups):
-            self._check_group(group, index)
-        self._fill_options()
 
     # Optimizer.__init__ assigns these three; before there is a base, the assignments have nowhere to go.
     @property
@@ -87,7 +167,6 @@ class OptimizerWrapper(Optimizer):
         return {
             "base_optimizer": self.base_optimizer,
             "_options": self._options,
-            "_option_keys": self._option_keys,
         }
 
     def option_key(self, name: str) -> str:
@@ -96,7 +175,7 @@ class OptimizerWrapper(Optimizer):
         Args:
             name: The option.
         """
-        return self._option_keys[name]
+        return self._options.keys[name]
 
     def option(self, group: dict[str, Any], name: str) -> Any:
         """Return the value of an option for a parameter group, its default where the group has none.
@@ -105,10 +184,10 @@ class OptimizerWrapper(Optimizer):
             group: One of ``param_groups``.
             name: The option.
         """
-        return group.get(self._option_keys[name], self._options[name])
+        return self._options.get(group, name)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer, its own ``rho``, ``eta`` or ``perturb`` included.
+        """Add a group to the base optimizer; it may have its own ``rho``, ``eta`` or ``perturb``.
 
         Args:
             param_group: As for ``torch.optim.Optimizer.add_param_group``.
@@ -117,9 +196,9 @@ class OptimizerWrapper(Optimizer):
             ValueError: If one of its options is out of range; nothing is added then.
         """
         if "base_optimizer" in self.__dict__:
-            self._check_group(param_group, len(self.param_groups))
+            self._options.check([param_group], len(self.base_optimizer.param_groups))
             self.base_optimizer.add_param_group(param_group)
-            self._fill_options()
+            self._options.fill()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients through the base optimizer.
@@ -138,9 +217,11 @@ class OptimizerWrapper(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.base_optimizer.state_dict()
-        own = state_dict["samopt"] = self._own_state()
-        counters = {_CARRIED + name: value for name, value in own.items() if isinstance(value, int)}
-        state_dict["param_groups"] = [group | counters for group in state_dict["param_groups"]]
+        own = self._own_state()
+        if _has_groups(state_dict):
+            counters = {_CARRIED + name: value for name, value in own.items() if isinstance(value, int)}
+            state_dict["param_groups"] = [group | counters for group in state_dict["param_groups"]]
+        state_dict["samopt"] = own
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replacement = post_hook(self, state_dict)
             if replacement is not None:
@@ -150,7 +231,7 @@ class OptimizerWrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this wrapper, or of a plain base optimizer.
 
-        Options that the saved groups do not have keep their present values.
+        Options that the saved groups do not have keep their present values. A load that fails changes nothing.
 
         Args:
             state_dict: What ``state_dict`` returned.
@@ -160,35 +241,58 @@ class OptimizerWrapper(Optimizer):
             replacement = pre_hook(self, state_dict)
             if replacement is not None:
                 state_dict = replacement
-        carried, state_dict["param_groups"] = _split(state_dict["param_groups"])
+        carried: dict[str, Any] = {}
+        if _has_groups(state_dict):
+            carried, state_dict["param_groups"] = _split(state_dict["param_groups"])
         own = state_dict.pop("samopt", None) or carried or None
-        present = [
-            {key: self.option(group, name) for name, key in self._option_keys.items()} for group in self.param_groups
-        ]
-        self.base_optimizer.load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, present, strict=True):
-            for key, value in options.items():
-                group.setdefault(key, value)
-        self._load_own_state(own)
+        base = self.base_optimizer
+        present = [{key: self.option(group, name) for name, key in self._options.keys.items()} for group in base.param_groups]
+        undo = self._remember_state()
+        try:
+            base.load_state_dict(state_dict)
+            for group, options in zip(base.param_groups, present, strict=True):
+                for key, value in options.items():
+                    group.setdefault(key, value)
+            self._options.check(base.param_groups)
+            self._load_own_state(own)
+        except BaseException:
+            undo()
+            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _before_groups_are_read(self) -> None:
-        """Note who reads the parameter groups."""
+    def _remember_state(self) -> Callable[[], None]:
+        """Return a function that puts back the base's groups and state as they are now."""
+        base = self.base_optimizer
+        attributes = dict(vars(base))  # torch's load_state_dict assigns new ones; those of wrapping bases are inside
+        groups = [(group, dict(group)) for group in base.param_groups]
+        states = [(state, dict(state)) for state in base.state.values() if isinstance(state, dict)]
 
-    def _check_group(self, group: dict[str, Any], index: int) -> None:
-        """Raise if a parameter group's own options are out of range; called before the group is changed or added."""
+        def undo() -> None:
+            for name in vars(base).keys() - attributes.keys():
+                del vars(base)[name]
+            vars(base).update(attributes)
+            for mapping, content in (*groups, *states):
+                mapping.clear()
+                mapping.update(content)
+
+        return undo
+
+    def _before_groups_are_read(self) -> None:
+        """Note that the parameter groups are about to be read."""
 
     def _own_state(self) -> dict[str, Any]:
+        """Return the wrapper's own state."""
         return {}
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        """Take over what ``_own_state`` returned; None where the state dict came from a plain base optimizer."""
+        """Load what ``_own_state`` returned; None where the state dict came from a plain base optimizer."""
 
-    def _fill_options(self) -> None:
-        for group in self.param_groups:
-            for name, key in self._option_keys.items():
-                group.setdefault(key, self._options[name])
+
+def _has_groups(state_dict: dict[str, Any]) -> bool:
+    """Return whether a state dict has torch's layout; bases that wrap others may have one of their own."""
+    groups = state_dict.get("param_groups")
+    return isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
 
 
 def _split(groups: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,213 +1,186 @@
-"""The passes of a direction that needs no first one: ascent at a training forward, exact weights after its backward."""
+"""The order of a step with one pass: the direction is known, so its gradient is taken at ``w + epsilon`` at once."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
-from samopt._perturb.gradients import Taken, any_nonzero
+from samopt._perturb.gradients import StashedGradients, any_nonzero
 from samopt._perturb.perturbation import Perturbation, gradient_norm
-from samopt._replay.forward_calls import RngState, SavedBuffers
-from samopt._replay.unobserved import is_observed
+from samopt._perturb.scratch_pool import ScratchPool
+from samopt._perturb.weight_backup import WeightBackup
+from samopt._replay.call_watch import watch
+from samopt._replay.module_state import ModuleState
+from samopt._replay.random_state import RngState
+from samopt._step.ascent import Ascent
+from samopt._step.clearing_check import ClearingCheck
 from samopt._step.decoupled_update import DecoupledUpdate
-from samopt.distributed import reshard, unsynced
-from samopt.kernels.memory import NEW_MEMORY, Spare
-from samopt.parts.direction import Direction, TakenDirection
-from samopt.step_metrics import ZERO, StepMetrics, as_scalar
-
-if TYPE_CHECKING:
-    from samopt.optimizer import SharpnessAwareOptimizer
+from samopt._step.exact_exit import ExactExit
+from samopt._step.moved_shards import MovedShards
+from samopt._step.pass_handle import PassHandle
+from samopt._step.retirement import enlist
+from samopt._step.shifted_parameters import ShiftedParameters
+from samopt._step.two_pass import differentiate
+from samopt.distributed import is_fully_sharded, reshard, unsynced
+from samopt.parts.direction import CachedDirection, KnownDirection
+from samopt.step_metrics import StepMetrics, as_scalar
 
 __all__ = ["OnePass"]
 
-_STILL = StepMetrics(asked=ZERO, applied=ZERO)
-_Reference: TypeAlias = Callable[[], Callable[[], None] | None]
-
 
 class OnePass:
-    """Moves the weights to ``w + epsilon`` for exactly as long as a gradient is being taken.
+    """Where an optimizer is between two steps whose direction is known before the gradient.
 
-    With a model, hooks do it: a forward that trains (``model.training`` and gradients enabled) moves the weights, the
-    end of its backward pass moves them back. Between two steps the direction does not change, so moving them again (for
-    the next micro-batch, or for a second backward through the same graph) reproduces every bit. Any other forward, and
-    reading or loading a state dict, finds the exact weights. Without a model, the closure form or the user says when.
+    With a model, its parameters are replaced by tensors at ``w + epsilon`` while it runs in training (see
+    ``ShiftedParameters``): no weight moves. Modules that ``fully_shard`` has sharded gather copies of their own, so
+    there the shards are moved (see ``MovedShards``). Without a model, ``perturbed()`` and the closure form move them.
 
     Args:
-        optimizer: The optimizer whose groups, metric and radius are used.
-        model: The module whose forward calls to follow, or None.
-        direction: Where uphill is.
+        ascent: What moves, along what, how far.
+        models: The modules whose calls to follow.
+        sync_perturbation: Whether ranks share the gradient of a cached direction.
+        measure_grad_norms: Whether to measure the gradient norm.
+
+    Attributes:
+        metrics: What the latest step measured.
     """
 
-    def __init__(self, optimizer: SharpnessAwareOptimizer, model: nn.Module | None, direction: Direction) -> None:
-        self._optimizer: SharpnessAwareOptimizer = weakref.proxy(optimizer)
-        self._direction = direction
-        self._taken = direction if isinstance(direction, TakenDirection) else None
-        self._perturbation: Perturbation | None = None
+    def __init__(
+        self, ascent: Ascent, models: Sequence[nn.Module], *, sync_perturbation: bool, measure_grad_norms: bool
+    ) -> None:
+        self._ascent = ascent
+        self._direction = cast(KnownDirection, ascent.direction)
+        self._models = models
+        self._sync_perturbation = sync_perturbation
+        self._measure_grad_norms = measure_grad_norms
+        self._memory = ScratchPool()
+        self._backup: WeightBackup | None = None  # of weights that are at w + epsilon now
+        self._context: ExactExit[PassHandle] | None = None
         self._has_ascended = False
         self._is_aside = False  # whether a first pass is running, at w
-        self._has_stale_copies = False  # gathered from shards that have been put back since
-        self._spare = NEW_MEMORY
+        self._loss: Any = None
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
-        self.model = model
-        self.loss: Any = None
-        if model is not None:
-            follower = _Follower(
-                *(weakref.WeakMethod(m) for m in (self.enter_forward, self.enter, self.leave, self.be_exact))
-            )
-            for handle in follower.attach(model):
-                weakref.finalize(self, handle.remove)
+        self._shards = MovedShards(models, self._enter_forward, self._leave) if is_fully_sharded(models) else None
+        self._shifted = ShiftedParameters(self._displaced) if models and self._shards is None else None
+        self._stop_watching: Callable[[], None] | None = None
+        self._is_retired = False
+        if models:
+            enlist(self, ascent.parameters())
+            self._watch()
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are at ``w + epsilon`` now."""
-        return self._perturbation is not None
+        """Whether the weights themselves are at ``w + epsilon`` now."""
+        return self._backup is not None
 
     @property
     def needs_first_pass(self) -> bool:
-        """Whether the direction has to be taken anew, in a pass of its own, before this step's ascent."""
-        return self._taken is not None and self._taken.is_due() and self._optimizer.may_move()
+        """Whether a cached direction must be taken, in a pass of its own, before this step's ascent."""
+        return self._ascent.needs_capture()
 
-    def enter(self) -> None:
-        """Move the weights to ``w + epsilon``; does nothing where they are, or while there is no direction yet.
+    def detach(self) -> None:
+        """Follow the models' calls no longer."""
+        self._leave()
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
+        if self._shards is not None:
+            self._shards.detach()
+        if self._shifted is not None:
+            self._shifted.forget()
 
-        Raises:
-            RuntimeError: If the direction has to be taken first.
-        """
-        if self._perturbation is not None or self._is_aside:
+    @contextmanager
+    def hold_exact(self) -> Generator[None]:
+        """Have every forward in this context run at the exact weights."""
+        self._be_exact()
+        watcher = self._shifted or self._shards
+        if watcher is None:
+            yield
             return
-        optimizer = self._optimizer
-        if self.needs_first_pass:
-            raise RuntimeError(
-                f"this step's direction, {type(self._direction).__name__}, has not been taken; where "
-                "optimizer.needs_first_pass is True, write 'with optimizer.first_pass(): criterion(model(x), "
-                "y).backward()' before the step's own forward, or use optimizer.step(closure)"
-            )
-        spare, self._spare = self._spare, NEW_MEMORY
-        targets = optimizer.targets_along(self._direction)
-        self._has_ascended = True
-        if not targets:
-            self._moved = _STILL
-            return
-        perturbation = Perturbation(
-            targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
-        )
-        if perturbation.is_empty or perturbation.usable is False:
-            self._moved = StepMetrics(asked=perturbation.radius(), applied=ZERO)
-            return
-        self._perturbation = perturbation
-        self._has_stale_copies = perturbation.is_sharded
+        watcher.exact_depth += 1
         try:
-            applied = perturbation.apply(optimizer.rounding_noise(), spare=spare)
-        except BaseException:
-            self.leave()
-            raise
-        if perturbation.is_sharded:
-            reshard(self.model)
-        self._moved = StepMetrics(asked=perturbation.radius(), applied=applied)
-        perturbation.release_directions()
-        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
-
-    def enter_forward(self) -> None:
-        """Do ``enter`` where a training forward begins.
-
-        Raises:
-            RuntimeError: If it belongs to a backward pass that began at the exact weights.
-        """
-        if self._perturbation is None and _in_backward() and self._can_move():
-            raise RuntimeError(
-                f"a training forward of {type(self.model).__name__} began inside a backward pass, at whose own forward "
-                "the weights were exact, so loss and gradient would be of different weights. "
-                "torch.utils.checkpoint(..., use_reentrant=True) around the whole module does this; use "
-                "use_reentrant=False, or checkpoint parts of the module"
-            )
-        self.enter()
-
-    def leave(self) -> None:
-        """Put every weight back, bit for bit; does nothing where they are exact."""
-        if self._perturbation is None:
-            return
-        try:
-            self._perturbation.undo()
+            yield
         finally:
-            self._perturbation.undo()  # does nothing unless an interrupt hit the first one
-        self._perturbation = None
-        torch.clear_autocast_cache()
+            watcher.exact_depth -= 1
 
-    def be_exact(self) -> None:
-        """Put every weight back, and have a forward that is about to begin gather exact shards."""
-        self.leave()
-        self._spare = NEW_MEMORY
-        if self._has_stale_copies:
-            reshard(self.model)
-            self._has_stale_copies = False
-
-    def ascend(self, first_loss: Any = None) -> None:
-        """Move the weights to ``w + epsilon`` and keep the gradients: they may hold earlier micro-batches.
-
-        Args:
-            first_loss: Ignored: there is no first pass.
-
-        Raises:
-            RuntimeError: If the weights are perturbed already.
-        """
-        if self._perturbation is not None:
+    def ascend(self) -> None:
+        """Move the weights to ``w + epsilon``; ``restore`` ends it."""
+        if self.is_perturbed:
             raise RuntimeError("ascend() was called while the weights are perturbed; call restore() or step() first")
-        self.enter()
+        context = self.perturbed(None)
+        context.__enter__()
+        self._context = context
 
     def restore(self) -> None:
         """Put the weights back; without a direction yet, they never moved."""
-        self.leave()
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(None, None, None)
+        self._leave()
 
-    @contextmanager
-    def at_perturbed(self, first_loss: Any = None) -> Generator[OnePass]:
-        """Be at ``w + epsilon`` inside this context.
+    def perturbed(self, first_loss: Any) -> ExactExit[PassHandle]:
+        """Return the context in which the weights themselves are at ``w + epsilon``.
 
         Args:
             first_loss: Ignored: there is no first pass.
-
-        Yields:
-            A handle whose ``loss`` may be set, for ``last_step``.
         """
-        try:
-            try:
-                self.enter()
-                yield self
-            finally:
-                self.leave()
-        finally:
-            self.leave()  # does nothing unless an interrupt hit the first one
+        return ExactExit(self._steps())
 
     @contextmanager
     def first_pass(self) -> Generator[None]:
-        """Take the direction in this context, if it is one to be taken; nothing else is left of the pass.
+        """Take a cached direction in this context; nothing else is left of the pass.
 
         Raises:
             RuntimeError: If the pass computed no gradients.
         """
-        if self._taken is None or self._is_aside:
+        if not isinstance(self._direction, CachedDirection) or self._is_aside:
             yield
             return
-        self.be_exact()
-        optimizer = self._optimizer
-        parameters = optimizer.parameters()
-        aside = _Aside(parameters, self.model, optimizer.accelerators())
+        ascent = self._ascent
+        parameters = ascent.parameters()
+        gradients = StashedGradients(parameters, [parameter.grad for parameter in parameters])
+        state = ModuleState(self._models, parameters)
+        random = RngState.capture(ascent.accelerators())
+        state.save()
         self._is_aside = True
         try:
-            aside.begin()
-            with nullcontext() if optimizer.sync_perturbation else unsynced(self.model):
+            gradients.clear()
+            with self.hold_exact(), nullcontext() if self._sync_perturbation else unsynced(self._models):
                 yield
-            self._taken.take(parameters)
+            self._direction.capture(parameters)
         finally:
             self._is_aside = False
-            aside.end()
+            gradients.put_back()
+            state.restore()
+            random.restore()
+            torch.clear_autocast_cache()
+
+    def backward(self, compute_loss: Callable[[], Any], *, last: bool) -> Any:
+        """Run forward and backward at ``w + epsilon``.
+
+        Args:
+            compute_loss: Returns the loss of a micro-batch.
+            last: Whether it is the last of the window.
+
+        Returns:
+            What ``compute_loss`` returned.
+        """
+        with torch.enable_grad():
+            if self.needs_first_pass:
+                with self.first_pass():
+                    differentiate(compute_loss())
+            with self._moved_without_model(), nullcontext() if last else unsynced(self._models):
+                result = compute_loss()
+                differentiate(result)
+        self._loss = result
+        return result
 
     def run(
         self, closure: Callable[[], Any], results: list[Any], ascent_closure: Callable[[], Any] | None = None
@@ -226,21 +199,23 @@ class OnePass:
             if self.needs_first_pass:
                 with self.first_pass():
                     (ascent_closure or closure)()
-            with self.at_perturbed():
+            check = ClearingCheck(self._ascent.parameters())
+            with self._moved_without_model():
                 results.append(closure())
-        self.loss = results[-1]
+            check.verify()
+        self._loss = results[-1]
         self._measure()
         return results[-1]
 
-    def settle(self, what: str) -> None:
+    def check_restored(self, what: str) -> None:
         """Have the weights exact.
 
         Args:
             what: What for.
         """
-        self.leave()
+        self._leave()
 
-    def require_gradient(self, stage: OptState | None) -> None:
+    def check_gradient(self, stage: OptState | None) -> None:
         """Raise if there are gradients, but none was taken at ``w + epsilon``.
 
         Args:
@@ -249,9 +224,14 @@ class OnePass:
         Raises:
             RuntimeError: If the gradients are those of another point.
         """
-        optimizer = self._optimizer
-        if not self._has_ascended and self._can_move() and any_nonzero(optimizer.param_groups):
-            seen = "model=None" if self.model is None else f"no training forward of {type(self.model).__name__}"
+        if not self._has_ascended and self._was_retired():
+            return
+        if not self._has_ascended and self._can_move() and any_nonzero(self._ascent.base.param_groups):
+            if self._models:
+                names = ", ".join(type(model).__name__ for model in self._models)
+                seen = f"no training forward of {names}"
+            else:
+                seen = "model=None"
             raise RuntimeError(
                 f"step() found gradients that were not taken at the perturbed weights ({seen} since the last step). "
                 "Pass the module that your loop calls (the torch.compile'd or DDP one) as model=, in train() mode; or "
@@ -260,148 +240,158 @@ class OnePass:
         self._measure()
 
     def gradients_cleared(self) -> None:
-        """Do nothing: weights move with the forward passes, whatever becomes of the gradients."""
+        """Follow the models' calls again, if another optimizer over the same weights ended that: this one is in use."""
+        self._was_retired()
 
     def note_unscaling(self) -> None:
         """Do nothing: gradients are scaled and unscaled once."""
 
-    def take_beside(self) -> DecoupledUpdate | None:
+    def take_decoupled_update(self) -> DecoupledUpdate | None:
         """Return None: there is no first gradient to decouple from the second."""
         return None
 
     def reset(self) -> None:
-        """Be ready for the next step's ascent, whose direction the update changes."""
-        self.leave()
+        """Be ready for the next step's ascent: the update changes weights and direction."""
+        self._leave()
         if self._has_ascended:
-            self._optimizer.advance_rounding()
-            if self._optimizer.may_move():  # when the next forward begins, mostly nobody else holds the gradients
-                gradients = [parameter.grad for parameter in self._optimizer.parameters()]
-                self._spare = Spare([gradient for gradient in gradients if gradient is not None])
+            self._ascent.advance_rounding()
         self._has_ascended = False
-        self.loss = None
+        if self._shifted is not None:
+            self._shifted.forget()
+        self._loss = None
 
-    def _can_move(self) -> bool:
-        return any(some.weights for some in self._optimizer.targets_along(self._direction))
+    def retire(self) -> None:
+        """Stop following the models' calls, because another optimizer was made over the same weights."""
+        if self._stop_watching is not None:
+            self._stop_watching()
+            self._stop_watching = None
+            self._is_retired = True
 
-    def _measure(self) -> None:
-        optimizer = self._optimizer
-        gradients = (
-            [p for group in optimizer.param_groups if optimizer.option(group, "perturb") for p in group["params"]]
-            if optimizer.measure_grad_norms
-            else []
-        )
-        self.metrics = self._moved
-        if self.loss is not None or gradients:
-            self.metrics = replace(
-                self._moved,
-                perturbed_loss=as_scalar(self.loss),
-                perturbed_grad_norm=gradient_norm(gradients) if gradients else None,
+    def _was_retired(self) -> bool:
+        """Follow the models' calls again if ``retire`` ended that, and return whether it did."""
+        was_retired, self._is_retired = self._is_retired, False
+        if was_retired:
+            self._watch()
+        return was_retired
+
+    def _watch(self) -> None:
+        watcher = self._shifted or self._shards
+        assert watcher is not None
+        self._stop_watching = watch(self._models, watcher)
+
+    def _steps(self) -> Generator[Any, Any, None]:
+        """Move the weights, wait for the block, put them back: the generator behind ``perturbed``."""
+        handle = PassHandle(True)
+        watcher = self._shifted
+        try:
+            if watcher is not None:
+                watcher.exact_depth += 1  # the weights themselves are moved, so no module replaces them
+            try:
+                self._enter()
+                yield handle
+            finally:
+                try:
+                    self._leave()
+                finally:
+                    self._leave()  # does nothing unless an interrupt hit the first one
+        finally:
+            if watcher is not None:
+                watcher.exact_depth -= 1
+        if handle.loss is not None:
+            self._loss = handle.loss
+        for _ in range(4):
+            yield 0
+
+    def _moved_without_model(self) -> AbstractContextManager[Any]:
+        """Return the context that moves the weights where no model's calls are followed."""
+        follows = self._stop_watching is not None
+        return nullcontext() if follows else cast(Any, self.perturbed(None))
+
+    def _displaced(self) -> dict[Tensor, Tensor]:
+        """Return the values at ``w + epsilon`` by parameter; empty where nothing moves."""
+        perturbation = self._perturbation()
+        if perturbation is None:
+            return {}
+        values, applied = perturbation.displaced(self._memory, self._ascent.rounding_noise())
+        self._moved = StepMetrics(radius=perturbation.radius(), applied_radius=applied)
+        return values
+
+    def _enter(self) -> None:
+        """Move the weights to ``w + epsilon``; does nothing where they are, or while there is no direction yet."""
+        if self.is_perturbed or self._is_aside:
+            return
+        perturbation = self._perturbation()
+        if perturbation is None:
+            return
+        self._backup = perturbation.backup(self._memory)
+        try:
+            applied = perturbation.move(self._ascent.rounding_noise(), self._backup)
+        except BaseException:
+            self._leave()
+            raise
+        if perturbation.is_sharded:
+            for model in self._models:
+                reshard(model)
+            if self._shards is not None:
+                self._shards.has_stale_copies = True
+        self._moved = StepMetrics(radius=perturbation.radius(), applied_radius=applied)
+        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
+
+    def _enter_forward(self) -> None:
+        """Do ``_enter`` where a training forward of sharded modules begins."""
+        if not self.is_perturbed and torch._C._current_graph_task_id() != -1 and self._can_move():
+            raise RuntimeError(
+                "a training forward began inside a backward pass whose own forward ran at the exact weights, so loss "
+                "and gradient would be of different weights. torch.utils.checkpoint(..., use_reentrant=True) around the "
+                "whole module does this; use use_reentrant=False, or checkpoint parts of the module"
             )
+        self._enter()
 
-
-class _Aside:
-    """What a pass at ``w`` changes besides the weights, kept to be put back: gradients, buffers, random streams."""
-
-    def __init__(self, parameters: list[Tensor], model: nn.Module | None, devices: list[torch.device]) -> None:
-        self._taken = Taken.of(parameters)
-        self._buffers = SavedBuffers(model)
-        self._random = RngState.capture(devices)
-
-    def begin(self) -> None:
-        self._taken.clear()
-
-    def end(self) -> None:
-        self._taken.put_back()
-        self._buffers.restore()
-        self._random.restore()
+    def _leave(self) -> None:
+        """Put every weight back, bit for bit; does nothing where they are exact."""
+        if self._backup is None:
+            return
+        try:
+            self._backup.restore()
+        finally:
+            self._backup.restore()  # does nothing unless an interrupt hit the first one
+        self._backup = None
         torch.clear_autocast_cache()
 
+    def _be_exact(self) -> None:
+        """Put every weight back, and have a forward that is about to begin gather exact shards."""
+        self._leave()
+        if self._shards is not None and self._shards.has_stale_copies:
+            self._shards.has_stale_copies = False
+            for model in self._models:
+                reshard(model)
 
-class _Follower:
-    """The hooks; copies of a hooked model get inert ones."""
+    def _perturbation(self) -> Perturbation | None:
+        """Return this step's perturbation; None where nothing moves.
 
-    def __init__(
-        self,
-        enter_forward: _Reference | None = None,
-        enter: _Reference | None = None,
-        leave: _Reference | None = None,
-        be_exact: _Reference | None = None,
-    ) -> None:
-        self._enter_forward = enter_forward
-        self._enter = enter
-        self._leave = leave
-        self._be_exact = be_exact
+        Raises:
+            RuntimeError: If a cached direction has to be taken first.
+        """
+        if self.needs_first_pass:
+            raise RuntimeError(
+                f"this step's direction, {type(self._direction).__name__}, has not been taken; where "
+                "optimizer.needs_first_pass is True, write 'with optimizer.first_pass(): criterion(model(x), "
+                "y).backward()' before the step's own forward, or use optimizer.step(closure)"
+            )
+        targets = self._ascent.targets_along(self._direction)
+        self._has_ascended = True
+        self._moved = StepMetrics(radius=torch.zeros(()), applied_radius=torch.zeros(()))
+        if not any([some.weights for some in targets]):
+            return None
+        perturbation = self._ascent.perturbation(targets)
+        return None if perturbation.is_empty or perturbation.usable is False else perturbation
 
-    def attach(self, model: nn.Module) -> list[Any]:
-        """Register every hook and return the handles."""
-        # torch 2.4 has the last of these under a private name only.
-        before_loading: Any = getattr(model, "register_load_state_dict_pre_hook", None)
-        before_loading = before_loading or model._register_load_state_dict_pre_hook
-        return [
-            # Before FSDP's own, which gather the weights.
-            model.register_forward_pre_hook(self.before_forward, prepend=True),
-            model.register_forward_hook(self.after_forward, prepend=True, always_call=True),
-            model.register_state_dict_pre_hook(self.exact),  # type: ignore[no-untyped-call]  # torch has no types here
-            before_loading(self.exact),
-        ]
+    def _can_move(self) -> bool:
+        return any(some.weights for some in self._ascent.targets_along(self._direction))
 
-    def before_forward(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if self._trains(module):
-            self._call(self._enter_forward)
-        else:
-            self._call(self._be_exact)
-
-    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._trains(module):
-            return
-        tensors = [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
-        for tensor in tensors:
-            tensor.register_hook(self.before_backward)  # type: ignore[no-untyped-call]  # torch has no types here
-        if not tensors and not _in_backward():  # where a checkpoint stops the forward once it has what it needs
-            self._call(self._leave)  # the forward raised, or nothing can be differentiated
-
-    def before_backward(self, gradient: Tensor) -> None:
-        self._call(self._enter)
-        if torch.is_grad_enabled():
-            return  # create_graph=True: a backward through this one will read the weights again, so they stay
-        # The engine has no public way to say "when this backward is over"; DDP and FSDP use the same call.
-        torch.autograd.Variable._execution_engine.queue_callback(self.after_backward)
-
-    def after_backward(self) -> None:
-        self._call(self._leave)
-
-    def exact(self, *args: Any) -> None:
-        self._call(self._be_exact)
-
-    def __reduce__(self) -> tuple[type[_Follower], tuple[()]]:
-        return _Follower, ()
-
-    @staticmethod
-    def _trains(module: nn.Module) -> bool:
-        return module.training and torch.is_grad_enabled() and is_observed()
-
-    @staticmethod
-    def _call(reference: _Reference | None) -> None:
-        method = reference() if reference is not None else None
-        if method is not None:
-            method()
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _tensors_in(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors_in(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors_in(value)
-    elif hasattr(output, "__dict__"):
-        for value in vars(output).values():
-            yield from _tensors_in(value)
+    def _measure(self) -> None:
+        """Note what the step measured."""
+        options, groups = self._ascent.options, self._ascent.base.param_groups
+        weights = [p for group in groups if options.get(group, "perturb") for p in group["params"]]
+        norm = gradient_norm(weights) if self._measure_grad_norms and any(p.grad is not None for p in weights) else None
+        self.metrics = replace(self._moved, perturbed_loss=as_scalar(self._loss), perturbed_grad_norm=norm)

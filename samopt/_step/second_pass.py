@@ -1,132 +1,132 @@
-"""One second pass: what it changes on entry, what it puts back on exit, what it measured."""
+"""One second pass: what it changes when it begins, what it puts back when it ends, what it measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samopt._numerics.stochastic_rounding import Noise
-from samopt._perturb.gradients import Taken, dense_gradients
+from samopt._perturb.gradients import StashedGradients, dense_gradients
 from samopt._perturb.perturbation import Perturbation, gradient_norm
+from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.targets import Targets
-from samopt._replay.forward_calls import Replay, RngState
+from samopt._perturb.weight_backup import WeightBackup
+from samopt._replay.random_state import RngState
+from samopt._replay.replay import Replay
+from samopt._step.ascent import Ascent
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.parts.combination import Combination
-from samopt.parts.geometry import Metric
-from samopt.step_metrics import ZERO, StepMetrics, as_scalar
+from samopt.step_metrics import StepMetrics, as_scalar
 
 __all__ = ["SecondPass"]
 
 
 class SecondPass:
-    """The time between ascent and restore; ``SharpnessAwareOptimizer.perturbed`` yields it.
+    """The time between ascent and restore; ``optimizer.perturbed()`` yields its ``PassHandle``.
 
-    Making one measures and changes nothing. ``enter`` takes the gradients and moves the weights; ``leave`` undoes it.
+    Making one measures and changes nothing. ``begin`` takes the gradients and moves the weights; ``restore_weights``
+    and ``end`` undo it.
 
     Args:
-        taken: Every trainable parameter with its gradient of the first pass; emptied on entry where the gradients are
-            used up, so that their memory can hold the weights.
+        ascent: What moves, along what, how far.
+        stashed: Every trainable parameter with its gradient of the first pass.
         targets: What moves.
-        metric: The metric ``T``.
-        linf: True for the l-infinity ball.
-        backend: Name of a kernel backend, or "auto".
+        others: Parameters of other optimizers, with their gradients of the first pass.
         first_loss: What the first pass returned.
         measure_grad_norms: Whether to measure both gradient norms.
-        may_move: Whether some rank may have targets; all of them know, and agree.
-        keep_gradients: Whether the first gradients are needed after the pass; their memory is left alone then.
 
     Attributes:
-        loss: Set it to the second pass's loss to have it in ``last_step``.
-        perturbation: The ascent, and the way back.
-        is_spoiled: Whether an interrupt left the gradients half combined.
+        loss: The second pass's loss, for the metrics.
+        is_needed: False where the host knows that nothing moves: the first gradients are all zero, or not all finite.
+            True on several ranks unless no rank moves: a rank that left out its second pass would leave the others
+            waiting. Its weights stay where they are then, so the pass repeats the first one's gradients.
+        is_combining: Whether an interrupt left the gradients half combined.
     """
 
     def __init__(
         self,
-        taken: Taken,
-        targets: Sequence[Targets],
-        metric: Metric,
+        ascent: Ascent,
+        stashed: StashedGradients,
+        targets: list[Targets],
+        others: StashedGradients,
         *,
-        linf: bool,
-        backend: str,
         first_loss: Any,
         measure_grad_norms: bool,
-        may_move: bool = True,
-        keep_gradients: bool = False,
     ) -> None:
         self.loss: Any = None
-        self.is_spoiled = False
-        self.perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
-        norm = self.perturbation.gradient_norm() if measure_grad_norms else None
+        self.is_combining = False
+        self._ascent = ascent
+        self._stashed = stashed
+        self._others = others
+        self._per_sample = [p for p in stashed.parameters if getattr(p, "grad_sample", None) is not None]
+        self._perturbation = ascent.perturbation(targets)
+        self._measures_norms = measure_grad_norms and not self._perturbation.is_empty
+        self._moving = [weight for some in targets for weight in some.weights] if self._measures_norms else []
         self._is_alone = not runs_on_several_ranks()
-        self.is_needed = self.perturbation.usable is not False or (may_move and not self._is_alone)
-        """False where the host knows that nothing moves: the first gradients are all zero, or not all finite.
+        self.is_needed = self._perturbation.usable is not False or (ascent.may_move() and not self._is_alone)
+        self._backup: WeightBackup | None = None
+        self._loss = as_scalar(first_loss)
+        self._norm = self._perturbation.gradient_norm() if self._measures_norms else None
+        self._radius = self._perturbation.radius()
+        self._applied: Tensor | None = None
 
-        True among several ranks, unless none of them moves: one that left out its second pass would leave the others
-        waiting for it. Its weights stay where they are then, so that the pass repeats the first one's gradients for
-        everybody.
-        """
-        self._taken = taken
-        self._keep_gradients = keep_gradients
-        self._moving = [weight for some in targets for weight in some.weights] if measure_grad_norms else []
-        self._backend = backend
-        self._measure_grad_norms = measure_grad_norms
-        self._metrics = StepMetrics(
-            loss=as_scalar(first_loss),
-            grad_norm=norm,
-            asked=self.perturbation.radius(),
-            applied=ZERO,
-        )
-
-    def enter(self, replay: Replay, start: RngState | None, noise: Noise | None) -> None:
+    def begin(self, replay: Replay, start: RngState | None, memory: ScratchPool) -> None:
         """Take the gradients and move the weights to ``w + epsilon``.
 
         Args:
             replay: Repeats the first pass's surroundings.
             start: Random state at the start of the first pass, where known.
-            noise: Numbers for stochastic rounding, or None.
+            memory: Where the weights are saved.
         """
-        self._taken.clear()
-        replay.begin(start)
+        perturbation = self._perturbation
         if self.is_needed:
-            if not self._keep_gradients:
-                self._taken.forget()  # now their memory is the perturbation's alone, unless the user holds them
-            applied = self.perturbation.apply(noise, consume=not self._keep_gradients)
-            self._metrics = replace(self._metrics, applied=applied)
-        if self.perturbation.is_sharded:
-            reshard(replay.model)
-        self.perturbation.release_directions()
+            self._backup = perturbation.backup(memory)
+        self._stashed.clear()
+        self._others.clear()
+        for parameter in self._per_sample:  # filled by backward hooks, which would add the second pass's to the first's
+            parameter.grad_sample = None  # type: ignore[attr-defined]  # an attribute of Opacus and its relatives
+        replay.begin_second(start)
+        if self._backup is not None:
+            if self._ascent.combination is None:
+                self._stashed.release()  # the gradients' memory is free for the second pass's
+            self._applied = perturbation.move(self._ascent.rounding_noise(), self._backup)
+        if perturbation.is_sharded:
+            for model in replay.models:
+                reshard(model)
+        perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
-    def leave(self, replay: Replay, failed: bool = False, *, restore: bool = True) -> None:
-        """Put weights, buffers and random streams back; may be called again if it was interrupted.
+    def restore_weights(self) -> None:
+        """Put every weight back, bit for bit; may be called again after an interrupt."""
+        if self._backup is not None:
+            self._backup.restore()
 
-        Gradients of the first pass that were not used, because they were zero or not finite, are put back too, in place
-        of the second pass's.
+    def end(self, replay: Replay, *, failed: bool) -> None:
+        """Put back state, random streams and the gradients of other optimizers; may be called again.
+
+        Gradients of the first pass that were not used, because they were zero or not finite, are put back too.
 
         Args:
-            replay: As for ``enter``.
-            failed: Whether an exception cut the pass short.
-            restore: Whether to put the weights back; if not, ``perturbation`` can do it later.
+            replay: As for ``begin``.
+            failed: Whether an exception cut the pass short; its gradients are dropped then.
         """
-        if restore:
-            self.perturbation.undo()
-        if self.perturbation.is_sharded:
-            if failed:
-                abandon_pass(replay.model)
-            reshard(replay.model)
-        replay.end()
+        if self._perturbation.is_sharded:
+            for model in replay.models:
+                if failed:
+                    abandon_pass(model)
+                reshard(model)
+        if failed:
+            self._ascent.base.zero_grad()
+        replay.end_second()
         torch.clear_autocast_cache()
-        if not self.is_needed:
-            self._taken.put_back()
+        self._others.put_back()
+        if not self.is_needed and not failed:
+            self._stashed.put_back()
 
     def combine(self, combination: Combination) -> DecoupledUpdate | None:
-        """Make the base's gradients of both passes'; call it after ``leave``.
+        """Make the base's gradients of both passes'; call it after ``end``.
 
         Args:
             combination: The rule.
@@ -134,27 +134,34 @@ class SecondPass:
         Returns:
             What the update does besides the base's step; None for nothing.
         """
-        beside = None
-        both = [(p, g) for p, g in zip(*self._taken, strict=True) if g is not None and p.grad is not None]
+        update = None
+        both = [(p, g) for p, g in zip(*self._stashed, strict=True) if g is not None and p.grad is not None]
         parameters = [parameter for parameter, _ in both]
         if self.is_needed and both:
-            self.is_spoiled = True
+            self.is_combining = True
             with torch.no_grad():
                 first, second = [local_part(g, p) for p, g in both], dense_gradients(parameters)
-                directions = combination.beside(first, second)
+                directions = combination.decoupled_update(first, second)
                 combination.combine(parameters, first, second)
                 if directions is not None:
-                    beside = DecoupledUpdate(parameters, directions, second)
-            self.is_spoiled = False
-        self._taken = Taken([], [])
-        return beside
+                    update = DecoupledUpdate(parameters, directions, second)
+            self.is_combining = False
+        return update
 
     def measure(self) -> StepMetrics:
-        """Return what both passes measured; call it after ``leave``, with the second gradients in place."""
-        measured = self._measure_grad_norms and self.is_needed
-        norm = gradient_norm(self._moving, self._backend) if measured else None
-        return replace(self._metrics, perturbed_loss=as_scalar(self.loss), perturbed_grad_norm=norm)
+        """Return what both passes measured; call it after ``end``, with the second gradients in place."""
+        norm = gradient_norm(self._moving, self._ascent.backend) if self._measures_norms and self.is_needed else None
+        applied = self._radius.new_zeros(()) if self._applied is None else self._applied
+        return StepMetrics(
+            loss=self._loss,
+            perturbed_loss=as_scalar(self.loss),
+            grad_norm=self._norm,
+            perturbed_grad_norm=norm,
+            radius=self._radius,
+            applied_radius=applied,
+            distance=self._ascent.metrics().get("distance"),
+        )
 
-    def zero_or_nan(self) -> Tensor | None:
-        """Return 0, or nan if the first gradients were not finite, on their device; None where that is seen to."""
-        return self.perturbation.zero if self._is_alone and self.perturbation.usable is None else None
+    def nonfinite_flag(self) -> Tensor | None:
+        """Return 0, or nan if the first gradients were not finite, on their device; None where the host knows."""
+        return self._perturbation.nonfinite_flag if self._is_alone and self._perturbation.usable is None else None

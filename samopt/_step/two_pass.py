@@ -1,35 +1,49 @@
-"""The passes of a step whose direction is the batch's gradient, and what may be done between them."""
+"""The order of a step with two passes: gradient, ascent, second gradient, restore, base step."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
-from torch.optim import Optimizer
 
-from samopt._perturb.gradients import any_nonzero, dense_gradients, poison
-from samopt._perturb.perturbation import Perturbation
-from samopt._replay.forward_calls import PassObserver, Replay, RngState
+from samopt._callers.user_warnings import warn_user
+from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
+from samopt._perturb.scratch_pool import ScratchPool
+from samopt._replay.module_state import every_module
+from samopt._replay.random_state import RngState
+from samopt._replay.replay import PassObserver, Replay
+from samopt._step.ascent import Ascent
+from samopt._step.clearing_check import ClearingCheck
 from samopt._step.decoupled_update import DecoupledUpdate
+from samopt._step.exact_exit import ExactExit
+from samopt._step.frozen_call import frozen
+from samopt._step.pass_handle import PassHandle
 from samopt._step.second_pass import SecondPass
-from samopt.distributed import unsynced
-from samopt.step_metrics import ZERO, StepMetrics, as_scalar
+from samopt.distributed import runs_on_several_ranks, unsynced
+from samopt.step_metrics import StepMetrics, as_scalar, loss_in
 
-if TYPE_CHECKING:
-    from samopt.optimizer import SharpnessAwareOptimizer
+__all__ = ["THREE_WAYS", "TwoPass", "differentiate"]
 
-__all__ = ["TWO_WAYS", "TwoPass"]
-
-TWO_WAYS = (
-    "Write either 'loss.backward()', 'with optimizer.perturbed(): criterion(model(x), y).backward()', "
-    "'optimizer.step()'; or 'optimizer.step(closure)' with a closure that clears the gradients, computes the loss, "
-    "calls backward and returns the loss"
+THREE_WAYS = (
+    "Write 'loss = optimizer.backward(lambda: criterion(model(x), y))' and 'optimizer.step()'; or 'loss.backward()', "
+    "'with optimizer.perturbed(): criterion(model(x), y).backward()' and 'optimizer.step()'; or "
+    "'optimizer.step(closure)' with a closure that clears the gradients, computes the loss, calls backward and returns "
+    "the loss"
 )
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """One forward and backward of the first pass."""
+
+    compute_loss: Callable[[], Any]
+    loss: Tensor
+    start: RngState
 
 
 class TwoPass:
@@ -38,28 +52,40 @@ class TwoPass:
     It is one object, shared by anything that copies the optimizer's attributes (as Lightning's wrapper does).
 
     Args:
-        optimizer: Whose weights, radius and metric the passes use.
-        model: The module that the passes run, or None.
+        ascent: What moves, along what, how far.
+        models: The modules that the passes run.
+        sync_perturbation: Whether ranks perturb along the averaged gradient.
+        measure_grad_norms: Whether to measure both gradient norms.
         observers: Told when passes begin and end.
+
+    Attributes:
+        metrics: What the latest step measured.
     """
 
     def __init__(
-        self, optimizer: SharpnessAwareOptimizer, model: nn.Module | None, observers: Iterable[PassObserver]
+        self,
+        ascent: Ascent,
+        models: Sequence[nn.Module],
+        *,
+        sync_perturbation: bool,
+        measure_grad_norms: bool,
+        observers: Iterable[PassObserver],
     ) -> None:
-        self._optimizer: SharpnessAwareOptimizer = weakref.proxy(optimizer)
-        self._replay = Replay(model, optimizer.accelerators(), observers)
+        self._ascent = ascent
+        self._models = models
+        self._sync_perturbation = sync_perturbation
+        self._measure_grad_norms = measure_grad_norms
+        self._replay = Replay(models, ascent.parameters(), observers)
+        self._memory = ScratchPool()
         self._current: SecondPass | None = None
+        self._context: ExactExit[PassHandle] | None = None
+        self._window: list[_MicroBatch] = []
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
-        self._leaves_perturbed = False  # whether the base's step is to restore the weights
-        self._left: Perturbation | None = None  # what it has to restore
-        self._beside: DecoupledUpdate | None = None  # what the update does besides the base's step
+        self._waiting: Tensor | None = None  # one of the second pass's gradients, by which they are known again
+        self._decoupled: DecoupledUpdate | None = None
+        self._has_looked_for_others = False
         self.metrics = StepMetrics()
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The module that the passes run."""
-        return self._replay.model
 
     @property
     def is_perturbed(self) -> bool:
@@ -71,17 +97,24 @@ class TwoPass:
         """True: the direction is made from this step's gradient."""
         return True
 
+    def detach(self) -> None:
+        """Follow the models' calls no longer."""
+        self._replay.detach()
+
     def note_unscaling(self) -> None:
         """Note that a ``GradScaler`` divides the present gradients."""
         self._is_unscaled = True
 
     def gradients_cleared(self) -> None:
-        """Note that the gradients are gone, a second pass's that waited for the update included."""
+        """Note that the gradients are gone; a second pass's that waited for the update too."""
         self._replay.gradients_cleared()
+        if self._current is None:
+            self._window = []
         self._is_ready = False
-        self._beside = None
+        self._waiting = None
+        self._decoupled = None
 
-    def require_gradient(self, stage: OptState | None) -> None:
+    def check_gradient(self, stage: OptState | None) -> None:
         """Raise unless the gradients are a second pass's, or there is nothing that an ascent would change.
 
         Args:
@@ -90,7 +123,6 @@ class TwoPass:
         Raises:
             RuntimeError: If the gradients must not be applied.
         """
-        optimizer = self._optimizer
         if self._is_ready:
             if stage is OptState.UNSCALED and not self._is_unscaled:
                 raise RuntimeError(
@@ -98,31 +130,76 @@ class TwoPass:
                     "scaler.unscale_(optimizer) was called before the second pass; call it after the 'with "
                     "optimizer.perturbed():' block (the ascent needs no unscaling), or leave it to scaler.step"
                 )
-        elif optimizer.may_move():
-            if any_nonzero(optimizer.param_groups):
-                raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {TWO_WAYS}")
+        elif self._window:
+            raise RuntimeError(
+                f"step() was called after {len(self._window)} call(s) of backward(..., last=False); give the last "
+                "micro-batch of a window last=True, so that the second pass runs before the step"
+            )
+        elif self._ascent.may_move():
+            if any_nonzero(self._ascent.base.param_groups):
+                raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {THREE_WAYS}")
         else:
             self._complete()
 
     def reset(self) -> None:
         """Forget gradients and records, ready for the next first pass."""
         self._is_ready = False
+        self._waiting = None
+        self._window = []
         self._replay.forget()
 
-    def take_beside(self) -> DecoupledUpdate | None:
+    def take_decoupled_update(self) -> DecoupledUpdate | None:
         """Return what the update does besides the base's step, once: a base's ``step`` may call its parent's."""
-        beside, self._beside = self._beside, None
-        return beside
+        update, self._decoupled = self._decoupled, None
+        return update
 
     def first_pass(self) -> AbstractContextManager[None]:
         """Keep the gradients on their rank in the context, if they decide no more than this rank's perturbation."""
-        optimizer = self._optimizer
-        return nullcontext() if optimizer.sync_perturbation or not optimizer.may_move() else unsynced(self.model)
+        return self._exchange(is_needed=not self._keeps_on_rank())
+
+    def backward(self, compute_loss: Callable[[], Any], *, last: bool) -> Any:
+        """Run forward and backward at ``w``, and after the last micro-batch of a window the second pass of all.
+
+        Args:
+            compute_loss: Returns the loss of a micro-batch.
+            last: Whether it is the last of the window.
+
+        Returns:
+            What ``compute_loss`` returned at ``w``.
+        """
+        self.check_restored("backward()")
+        if not self._window:
+            self._refuse_waiting("backward()")
+            start = self._replay.begin_first()
+        else:
+            start = self._replay.capture()
+        again = compute_loss if last and not self._window else frozen(compute_loss)
+        with torch.enable_grad(), self._exchange(is_needed=last and not self._keeps_on_rank()):
+            result = compute_loss()
+            loss = differentiate(result)
+        self._window.append(_MicroBatch(again, loss.detach(), start))
+        if not last:
+            return result
+        window, self._window = self._window, []
+        total = torch.stack([micro_batch.loss for micro_batch in window]).sum() if len(window) > 1 else window[0].loss
+        if not self._ascent.may_move():
+            self._replay.forget()
+            self.metrics = StepMetrics(loss=total, radius=torch.zeros(()))
+            return result
+        with cast(Any, self.perturbed(total, window[0].start)) as handle:
+            if handle.is_needed:
+                losses = []
+                for micro_batch in window:
+                    micro_batch.start.restore()
+                    with torch.enable_grad(), self._exchange(is_needed=micro_batch is window[-1]):
+                        losses.append(differentiate(micro_batch.compute_loss()).detach())
+                handle.loss = torch.stack(losses).sum()
+        return result
 
     def run(
         self, closure: Callable[[], Any], results: list[Any], ascent_closure: Callable[[], Any] | None = None
     ) -> Any:
-        """Run both passes.
+        """Run both passes by calling a closure.
 
         Args:
             closure: Computes a gradient and returns its loss.
@@ -138,121 +215,58 @@ class TwoPass:
         if ascent_closure is not None:
             raise TypeError(
                 "step() was given an ascent_closure, but the direction is the gradient that closure computes; use "
-                "direction=samopt.parts.direction.ReusedGradient() to take it from another"
+                "direction=samopt.parts.ReusedGradient() to take it from another"
             )
-        self._replay.forget()
-        start = self._replay.capture()
+        start = self._replay.begin_first()
+        check = ClearingCheck(self._ascent.parameters())
         with torch.enable_grad(), self.first_pass():
             results.append(closure())
-        if not self._optimizer.may_move():
+        check.verify()
+        if not self._ascent.may_move():
             self._replay.forget()
-            self.metrics = StepMetrics(loss=as_scalar(results[-1]), asked=ZERO)
+            self.metrics = StepMetrics(loss=as_scalar(results[-1]), radius=torch.zeros(()))
             self._complete()
             return results[-1]
-        with self.at_perturbed(results[-1], start) as second:
-            if not second.is_needed:
+        with cast(Any, self.perturbed(results[-1], start, may_lack_gradients=True)) as handle:
+            if not handle.is_needed:
                 return results[-1]
             with torch.enable_grad():
-                second.loss = closure()
-        return second.loss
+                handle.loss = closure()
+        return handle.loss
 
-    @contextmanager
-    def at_perturbed(self, first_loss: Any, start: RngState | None = None) -> Generator[SecondPass]:
-        """Be at ``w + epsilon`` inside this context.
-
-        Args:
-            first_loss: What the first pass returned, for the metrics.
-            start: Random state at the start of the first pass, where known.
-
-        Yields:
-            The pass.
-        """
-        self.settle("perturbed()")
-        failed = True
-        try:
-            try:
-                yield self.ascend(first_loss, start)
-                failed = False
-            finally:
-                self._put_back(failed)
-        finally:
-            self._put_back(failed)  # does nothing unless an interrupt hit the first one
-
-    def ascend(self, first_loss: Any = None, start: RngState | None = None) -> SecondPass:
-        """Take the gradients and move the weights; whatever was done when this is interrupted, leaving undoes.
+    def perturbed(
+        self, first_loss: Any, start: RngState | None = None, *, may_lack_gradients: bool = False
+    ) -> ExactExit[PassHandle]:
+        """Return the context in which the weights are at ``w + epsilon``.
 
         Args:
             first_loss: What the first pass returned, for the metrics.
             start: Random state at the start of the first pass, where known.
-
-        Returns:
-            The pass.
+            may_lack_gradients: Whether a first pass without any gradient is a plain step instead of an error.
         """
-        self.settle("ascend()")
-        optimizer = self._optimizer
-        taken, targets = optimizer.take_stock()
-        second = SecondPass(
-            taken,
-            targets,
-            optimizer.metric,
-            linf=optimizer.norm == "linf",
-            backend=optimizer.backend,
-            first_loss=first_loss,
-            measure_grad_norms=optimizer.measure_grad_norms,
-            may_move=optimizer.may_move(),
-            keep_gradients=optimizer.combination is not None,
-        )
-        self._replay.use_devices(optimizer.accelerators())
-        self._is_ready = False
-        self._is_unscaled = False
-        self._beside = None
-        self._current = second
-        optimizer.advance_rounding()
-        second.enter(self._replay, start, optimizer.rounding_noise())
-        return second
+        return ExactExit(self._steps(first_loss, start, may_lack_gradients))
 
-    @contextmanager
-    def left_perturbed(self) -> Generator[None]:
-        """Leave the weights perturbed after a second pass, until the end of this context at the latest."""
-        try:
-            try:
-                self._leaves_perturbed = True
-                yield
-            finally:
-                self._settle_left()
-        finally:
-            self._settle_left()  # does nothing unless an interrupt hit the first one
-
-    def restore_and_step(self, base: Optimizer) -> bool:
-        """Put back the weights that were left perturbed, and take the base's step, in one where that can be.
-
-        Args:
-            base: The base optimizer.
-
-        Returns:
-            Whether the step was taken; if not, the weights are back nevertheless.
-        """
-        done = self._left is not None and self._left.restore_and_step(base)
-        self._settle_left()
-        return done
+    def ascend(self) -> None:
+        """Take the gradients and move the weights; ``restore`` ends it."""
+        context = self.perturbed(None)
+        context.__enter__()
+        self._context = context
 
     def restore(self) -> None:
         """Put the weights back and keep the second pass's gradients.
 
         Raises:
-            RuntimeError: If the weights are not perturbed.
+            RuntimeError: If ``ascend`` was not called.
         """
-        if self._current is None:
+        context, self._context = self._context, None
+        if context is None:
             raise RuntimeError(
                 "restore() was called, but the weights are not perturbed; call ascend() first, or use "
                 "'with optimizer.perturbed():', which does both"
             )
-        try:
-            self._put_back(failed=False)
-        finally:
-            self._put_back(failed=False)  # does nothing unless an interrupt hit the first one
+        context.__exit__(None, None, None)
 
-    def settle(self, what: str) -> None:
+    def check_restored(self, what: str) -> None:
         """Raise if the second pass is running.
 
         Args:
@@ -267,44 +281,190 @@ class TwoPass:
                 "call restore() after ascend()"
             )
 
-    def _settle_left(self) -> None:
-        """Put back what was left perturbed, and is still; may be called again if it was interrupted."""
-        if self._left is not None:
-            self._left.undo()
-        self._left = None
-        self._leaves_perturbed = False
+    def _steps(self, first_loss: Any, start: RngState | None, may_lack_gradients: bool) -> Generator[Any, Any, None]:
+        """Move the weights, wait for the block, restore: the generator behind ``perturbed``."""
+        self.check_restored("perturbed()")
+        self._refuse_waiting("perturbed()")
+        second = self._second_pass(first_loss, may_lack_gradients)
+        handle = PassHandle(second.is_needed)
+        try:
+            self._current = second
+            try:
+                second.begin(self._replay, start, self._memory)
+                yield handle
+            finally:
+                try:
+                    second.restore_weights()
+                finally:
+                    second.restore_weights()  # does nothing unless an interrupt hit the first one
+            error = yield 0  # the type of the exception that ended the block, or None
+            yield 0  # the exception
+            yield 0  # its traceback
+            second.loss = handle.loss
+            self._finish(second, failed=error is not None)
+        finally:
+            if self._current is second:
+                self._finish(second, failed=True)
+        yield 0
 
-    def _put_back(self, failed: bool) -> None:
-        """Undo ``ascend`` and set up what an update needs; a no-op with nothing to undo, so that it can be retried."""
-        second = self._current
-        if second is None:
-            return
-        optimizer = self._optimizer
-        failed = failed or second.is_spoiled
-        if failed:
-            optimizer.base_optimizer.zero_grad()
-        leaves_perturbed = self._leaves_perturbed and not failed
-        if leaves_perturbed:
-            self._left = second.perturbation
-        second.leave(self._replay, failed, restore=not leaves_perturbed)
-        if not failed:
-            if optimizer.may_move() and optimizer.combination is not None:
-                self._beside = second.combine(optimizer.combination)
-            else:
-                self._complete()
-            zero_or_nan = second.zero_or_nan()
-            if zero_or_nan is not None:
-                poison(zero_or_nan, optimizer.param_groups)
-            self.metrics = optimizer.measured(second)
-            self._is_ready = True
-        self._current = None
+    def _second_pass(self, first_loss: Any, may_lack_gradients: bool) -> SecondPass:
+        """Return a second pass along the present gradients, with nothing changed yet."""
+        ascent = self._ascent
+        stashed, targets = ascent.targets_from_gradients()
+        if not (may_lack_gradients or any([g is not None for g in stashed.gradients]) or runs_on_several_ranks()):
+            if ascent.may_move():
+                raise RuntimeError(
+                    "perturbed() found no gradients at w, so there is no direction to perturb along. Either the first "
+                    "backward is missing: call criterion(model(x), y).backward() before 'with optimizer.perturbed():'. "
+                    'Or the one-pass loop was meant: make the optimizer with direction="momentum"'
+                )
+        second = SecondPass(
+            ascent,
+            stashed,
+            targets,
+            self._gradients_of_others(),
+            first_loss=first_loss,
+            measure_grad_norms=self._measure_grad_norms,
+        )
+        self._warn_of_unknown_parameters(first_loss)
+        self._replay.use_devices(ascent.accelerators())
+        ascent.advance_rounding()
+        self._is_ready = False
+        self._is_unscaled = False
+        self._decoupled = None
+        return second
+
+    def _finish(self, second: SecondPass, *, failed: bool) -> None:
+        """Put back what is left, combine the gradients and measure; whatever happens, the next step can begin."""
+        failed = failed or second.is_combining
+        try:
+            try:
+                second.end(self._replay, failed=failed)
+            finally:
+                second.end(self._replay, failed=failed)  # does nothing unless an interrupt hit the first one
+            if not failed:
+                self._deliver(second)
+        except BaseException:
+            self._ascent.base.zero_grad()
+            raise
+        finally:
+            self._current = None
+
+    def _deliver(self, second: SecondPass) -> None:
+        """Leave the base's gradients in place."""
+        ascent = self._ascent
+        if ascent.combination is not None and ascent.may_move():
+            self._decoupled = second.combine(ascent.combination)
+        else:
+            self._complete()
+        flag = second.nonfinite_flag()
+        if flag is not None:
+            propagate_nonfinite(flag, ascent.base.param_groups)
+        self.metrics = second.measure()
+        self._waiting = next((p.grad for p in ascent.parameters() if p.grad is not None), None)
+        self._is_ready = True
 
     def _complete(self) -> None:
         """Make the base's gradients of those at ``w``, where the combination chose to leave out the second pass."""
-        optimizer = self._optimizer
-        if optimizer.combination is None or not optimizer.is_on():
+        ascent = self._ascent
+        if ascent.combination is None or not ascent.is_on():
             return
-        parameters = [parameter for parameter in optimizer.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in ascent.parameters() if parameter.grad is not None]
         if parameters:
             with torch.no_grad():
-                optimizer.combination.complete(parameters, dense_gradients(parameters))
+                ascent.combination.complete(parameters, dense_gradients(parameters))
+
+    def _refuse_waiting(self, what: str) -> None:
+        """Raise if a second gradient waits for the step: a new first pass would add to it."""
+        waiting = self._waiting
+        if not self._is_ready or waiting is None:
+            return
+        if any(parameter.grad is waiting for parameter in self._ascent.parameters()):
+            raise RuntimeError(
+                f"{what} was called while the gradients of a second pass wait for step(); its gradients would be added "
+                "to them. Call optimizer.step() or optimizer.zero_grad() first. To accumulate over micro-batches, call "
+                "optimizer.backward(compute_loss, last=...) for each; or take all first backward passes, then all "
+                "second ones inside one 'with optimizer.perturbed():'"
+            )
+
+    def _gradients_of_others(self) -> StashedGradients:
+        """Return the parameters of the models that another optimizer trains, with their gradients."""
+        owned = set(self._ascent.parameters())
+        others = [
+            parameter
+            for module in every_module(self._models)
+            for parameter in module._parameters.values()
+            if parameter is not None and parameter.grad is not None and parameter not in owned
+        ]
+        others = list(dict.fromkeys(others))
+        return StashedGradients(others, [parameter.grad for parameter in others])
+
+    def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
+        """Warn once where the loss has other trainable parameters, and no model tells which."""
+        if self._models or self._has_looked_for_others or not isinstance(first_loss, Tensor):
+            return
+        self._has_looked_for_others = True
+        owned = set(self._ascent.parameters())
+        others = [p for p in _leaves_of(first_loss) if p.grad is not None and p not in owned]
+        if others:
+            warn_user(
+                f"the loss depends on {len(others)} parameters with gradients that this optimizer does not have, of "
+                f"shape {tuple(others[0].shape)} for one. Their gradients become the sum of both passes. Pass model=, "
+                "so that those of the first pass are kept"
+            )
+
+    def _keeps_on_rank(self) -> bool:
+        """Return whether the first pass's gradients serve this rank's perturbation alone."""
+        return not self._sync_perturbation and self._ascent.may_move() and not self._has_other_trainable()
+
+    def _has_other_trainable(self) -> bool:
+        """Return whether another optimizer needs the first pass's gradients, averaged over ranks."""
+        if not runs_on_several_ranks():
+            return False
+        owned = set(self._ascent.parameters())
+        return any(p.requires_grad and p not in owned for model in self._models for p in model.parameters())
+
+    def _exchange(self, *, is_needed: bool) -> AbstractContextManager[None]:
+        """Return the context in which ranks do or do not exchange gradients."""
+        return nullcontext() if is_needed else unsynced(self._models)
+
+
+def differentiate(result: Any) -> Tensor:
+    """Call backward on the loss in what a user's function returned, and return it.
+
+    Args:
+        result: A loss, or a mapping, tuple or object that holds one.
+
+    Raises:
+        TypeError: If there is no loss that can be differentiated.
+    """
+    loss = loss_in(result)
+    if loss is None:
+        raise TypeError(
+            f"backward() needs a function that returns the loss, or a dict, tuple or output object that holds it; got "
+            f"{type(result).__name__}. Do not call backward inside: as in "
+            "optimizer.backward(lambda: criterion(model(x), y))"
+        )
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "the loss given to backward() has no graph: it was detached, or computed without gradients; return the "
+            "loss as criterion(model(x), y) gives it"
+        )
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+    return loss
+
+
+def _leaves_of(loss: Tensor) -> list[Tensor]:
+    """Return the leaf tensors that a loss depends on."""
+    found: list[Tensor] = []
+    pending, seen = [loss.grad_fn], set[Any]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        pending.extend(after for after, _ in node.next_functions)
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -11,19 +13,18 @@ _FLAT = "_fsdp_flattened", "_is_flat_param"  # marks that FullyShardedDataParall
 _USE = "use DistributedDataParallel, or torch.distributed.fsdp.fully_shard for sharded parameters"
 
 
-def refuse_unsupported(model: nn.Module | None, base: Optimizer, *, one_pass: bool) -> None:
+def refuse_unsupported(models: Sequence[nn.Module], base: Optimizer, *, one_pass: bool) -> None:
     """Raise if a sharpness-aware step cannot be right with this model and base optimizer.
 
     Args:
-        model: The module that the passes run, or None.
+        models: The modules that the passes run.
         base: The optimizer to be wrapped.
         one_pass: Whether the direction is read from the base's state.
 
     Raises:
         ValueError: If it cannot.
     """
-    modules = () if model is None else model.modules()
-    kinds = {kind for module in modules for kind in type(module).__mro__}
+    kinds = {kind for model in models for module in model.modules() for kind in type(module).__mro__}
     parameters = [parameter for group in base.param_groups for parameter in group["params"]]
     if any(_defined_in(kind, "deepspeed.runtime") for kind in kinds | set(type(base).__mro__)) or any(
         hasattr(parameter, "ds_id") for parameter in parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -23,28 +23,29 @@ def is_first_rank() -> bool:
     return not runs_on_several_ranks() or torch.distributed.get_rank() == 0
 
 
-def data_parallel_modules(model: nn.Module | None) -> list[DistributedDataParallel]:
-    """Return the DDP modules in ``model``: itself, inside ``torch.compile``'s or another wrapper, or several parts.
+def data_parallel_modules(models: nn.Module | Sequence[nn.Module]) -> list[DistributedDataParallel]:
+    """Return the DDP modules in ``models``: themselves, inside ``torch.compile``'s or another wrapper, or parts.
 
     Args:
-        model: Any module; None has none.
+        models: A module or several.
     """
-    modules = () if model is None else model.modules()
-    return [module for module in modules if isinstance(module, DistributedDataParallel)]
+    models = [models] if isinstance(models, nn.Module) else models
+    found = [module for model in models for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    return list(dict.fromkeys(found))
 
 
 @contextmanager
-def unsynced(model: nn.Module | None) -> Generator[None]:
+def unsynced(models: nn.Module | Sequence[nn.Module]) -> Generator[None]:
     """Keep the gradients of every forward and backward in this context on their rank.
 
     A DDP module with ``static_graph=True`` learns its graph in the first backward, which torch can only do with an
     exchange (pytorch/pytorch#143580): that one, on every rank, keeps it.
 
     Args:
-        model: A module with DDP modules in it; for any other, nothing changes.
+        models: A module or several. Where none has a DDP module in it, nothing changes.
     """
     with ExitStack() as stack:
-        for module in data_parallel_modules(model):
+        for module in data_parallel_modules(models):
             if not module.static_graph or getattr(module, "_static_graph_delay_allreduce_enqueued", True):
                 stack.enter_context(module.no_sync())
         yield

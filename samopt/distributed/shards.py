@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from samopt.kernels.reference import vector_norm
 
-__all__ = ["Shards", "abandon_pass", "local_part", "reshard"]
+__all__ = ["Shards", "abandon_pass", "is_fully_sharded", "local_part", "reshard"]
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,12 @@ def _fully_sharded(model: nn.Module | None) -> list[Any]:
     return [
         module for module in modules if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard")
     ]
+
+
+def is_fully_sharded(models: Sequence[nn.Module]) -> bool:
+    """Return whether ``fully_shard`` was called on a module in some models.
+
+    Args:
+        models: The models.
+    """
+    return any(_fully_sharded(model) for model in models)

@@ -1,3 +1,37 @@
-"""What can be chosen? Direction, geometry, radius and combination."""
+"""What can be chosen? Direction, geometry, radius and combination: the four parts of every optimizer."""
 
-__all__: list[str] = []
+from samopt.parts.combination import Combination, ReusedComponent, SurrogateGap, WeightedSharpness
+from samopt.parts.direction import (
+    CachedDirection,
+    Direction,
+    Friendly,
+    Gradient,
+    KnownDirection,
+    Momentum,
+    ReusedGradient,
+)
+from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry
+from samopt.parts.part import Part
+from samopt.parts.radius import ConstantRadius, LossBudget, Radius
+
+__all__ = [
+    "Adaptive",
+    "CachedDirection",
+    "Combination",
+    "ConstantRadius",
+    "Direction",
+    "Euclidean",
+    "Fisher",
+    "Friendly",
+    "Geometry",
+    "Gradient",
+    "KnownDirection",
+    "LossBudget",
+    "Momentum",
+    "Part",
+    "Radius",
+    "ReusedComponent",
+    "ReusedGradient",
+    "SurrogateGap",
+    "WeightedSharpness",
+]

@@ -9,37 +9,30 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from samopt._step.arguments import check_nonnegative
 from samopt.distributed import Shards
 from samopt.parts.checkpoint import by_parameter, in_order
+from samopt.parts.checks import check_nonnegative
+from samopt.parts.part import Part
 
 __all__ = [
     "Combination",
     "ReusedComponent",
     "SurrogateGap",
     "WeightedSharpness",
-    "check_combination",
     "inner_product",
 ]
 
 
-class Combination:
-    """A rule for the gradient that the base optimizer gets; a subclass for each published one.
+class Combination(Part):
+    """Which gradient the base optimizer gets, of the one at ``w`` and the one at ``w + epsilon``.
 
-    It is asked with the gradients of every parameter that has both (this rank's part of them, where they are sharded),
-    and writes its answer into the second ones. Every rank must come to the same answer, so the first gradients are
-    averaged over ranks as the second ones are.
+    ``combine`` is called with the gradients of every parameter that has both (this rank's part of them, where they are
+    sharded), and writes its answer into the second ones. Every rank must compute the same answer, so the first
+    gradients are averaged over ranks as the second ones are.
     """
 
-    def check(self, base: Optimizer) -> None:
-        """Raise if a base optimizer cannot be used with it.
-
-        Args:
-            base: The base optimizer.
-        """
-
     def is_due(self) -> bool:
-        """Return whether this step takes a second pass; it must not change before ``advance``."""
+        """Return whether this step has a second pass; the answer must not change before ``advance``."""
         return True
 
     def combine(self, parameters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
@@ -52,8 +45,8 @@ class Combination:
         """
         raise NotImplementedError
 
-    def beside(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return what is subtracted from the weights after the base's step; asked before ``combine``.
+    def decoupled_update(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return what is subtracted from the weights after the base's step; called before ``combine``.
 
         Args:
             first: The gradients at ``w``.
@@ -70,25 +63,6 @@ class Combination:
         Args:
             parameters: The parameters.
             first: Their gradients at ``w``.
-        """
-
-    def advance(self) -> None:
-        """Go on to the next step: the base is about to be stepped."""
-
-    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """Return what a checkpoint must hold.
-
-        Args:
-            parameters: Every parameter, in the order of the groups.
-        """
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Continue from what ``state_dict`` returned; from the start where that is empty.
-
-        Args:
-            state: The state.
-            parameters: As for ``state_dict``.
         """
 
 
@@ -160,7 +134,7 @@ class WeightedSharpness(Combination):
                 "decouple=False"
             )
 
-    def beside(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor] | None:
+    def decoupled_update(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor] | None:
         """Return ``gamma / (1 - gamma) (g_p - g)`` where that is decoupled."""
         if not self.decouple:
             return None
@@ -227,43 +201,31 @@ class ReusedComponent(Combination):
         for _, gradient, component in known:
             gradient.add_(component * scale.to(component))
 
-    def advance(self) -> None:
-        """Count the step."""
+    def advance(self, parameters: Sequence[Tensor]) -> None:
+        """Count the step.
+
+        Args:
+            parameters: Every parameter.
+        """
         self._steps += 1
 
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """Return the count and the component of each parameter."""
+        """Return the count and the component of each parameter.
+
+        Args:
+            parameters: Every parameter, in the order of the groups.
+        """
         return {"steps": self._steps, "component": in_order(self._component, parameters)}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Take the count and the component over."""
+        """Load the count and the component.
+
+        Args:
+            state: What ``state_dict`` returned.
+            parameters: Every parameter, in the order of the groups.
+        """
         self._steps = state.get("steps", 0)
         self._component = by_parameter(state.get("component", []), parameters)
-
-
-def check_combination(combination: Combination | None, *, one_pass: bool) -> None:
-    """Raise unless ``combination`` is None, or can be used.
-
-    Args:
-        combination: What a user gave.
-        one_pass: Whether the direction leaves out the first pass.
-
-    Raises:
-        TypeError: If it is not a combination.
-        ValueError: If there is no first gradient for it.
-    """
-    if combination is None:
-        return
-    if not isinstance(combination, Combination):
-        raise TypeError(
-            f"combination must be None or an object from samopt.parts.combination, such as SurrogateGap(); got "
-            f"{combination!r}"
-        )
-    if one_pass:
-        raise ValueError(
-            f"{type(combination).__name__} combines the gradients of two passes, and this direction takes one; use "
-            'direction="gradient"'
-        )
 
 
 def inner_product(parameters: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

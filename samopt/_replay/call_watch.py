@@ -1,0 +1,148 @@
+"""Calls of the modules of a model, followed without hooks in the modules' own registries.
+
+torch has a slot for "what runs instead of this module's call": ``module.compile()`` fills ``_compiled_call_impl``. torch
+leaves it out when a module is pickled, copied or saved, so a watched model stays the user's: copies and files hold
+nothing of samopt. A ``finally`` around the call also runs at a ``KeyboardInterrupt``, which forward hooks miss.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["CallWatcher", "watch"]
+
+_SLOT = "_compiled_call_impl"
+
+
+class CallWatcher:
+    """Told when the outermost call of a module in a watched tree begins and ends.
+
+    Attributes:
+        running: The module whose outermost call is running; None between calls.
+    """
+
+    running: nn.Module | None = None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a call begins.
+
+        Args:
+            module: What is called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note that a call is over; may be called twice where an interrupt hit the first time.
+
+        Args:
+            module: What was called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: What it returned; None where it raised.
+        """
+
+
+class _WatchedCall:
+    """Runs a module's call and tells its watchers; stands in the module's slot."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)  # the module holds this object: a strong reference would be a cycle
+        self.inner: Callable[..., Any] | None = vars(module).get(_SLOT)  # of module.compile()
+        self.watchers: tuple[CallWatcher, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module()
+        assert module is not None
+        call = self.inner or module._call_impl
+        if torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        outermost = [watcher for watcher in self.watchers if watcher.running is None]
+        if not outermost:
+            return call(*args, **kwargs)
+        output = None
+        try:
+            try:
+                for watcher in outermost:
+                    watcher.running = module
+                    watcher.begin(module, args, kwargs)
+                output = call(*args, **kwargs)
+                return output
+            finally:
+                _end(outermost, module, args, kwargs, output)
+        finally:
+            _end(outermost, module, args, kwargs, output)  # does nothing unless an interrupt hit the first one
+
+
+def _end(
+    watchers: list[CallWatcher], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    """Tell every watcher that the call is over, innermost first."""
+    while watchers:
+        watcher = watchers[-1]
+        try:
+            watcher.end(module, args, kwargs, output)
+        except Exception:
+            watchers.pop()
+            watcher.running = None
+            _end(watchers, module, args, kwargs, output)
+            raise
+        watchers.pop()
+        watcher.running = None
+
+
+def watch(models: Iterable[nn.Module], watcher: CallWatcher) -> Callable[[], None]:
+    """Have a watcher told of the calls of every module in some models.
+
+    Modules inside ``torch.compile``'s wrapper and inside ``nn.DataParallel`` are not followed: they run as compiled
+    code, or as copies. The wrapper itself is.
+
+    Args:
+        models: The models.
+        watcher: What is told. It is held by the modules, so it must not hold what keeps an optimizer alive.
+
+    Returns:
+        A function that ends this; it may be called more than once.
+    """
+    calls: list[_WatchedCall] = []
+    for module in _followed(models):
+        call = vars(module).get(_SLOT)
+        if not isinstance(call, _WatchedCall):
+            call = _WatchedCall(module)
+            vars(module)[_SLOT] = call  # not by setattr: OptimizedModule would pass it on to the module inside
+        if watcher not in call.watchers:
+            call.watchers = (*call.watchers, watcher)
+            calls.append(call)
+
+    def stop() -> None:
+        for call in calls:
+            call.watchers = tuple(each for each in call.watchers if each is not watcher)
+            module = call.module()
+            if module is None or call.watchers or vars(module).get(_SLOT) is not call:
+                continue
+            if call.inner is None:
+                del vars(module)[_SLOT]
+            else:
+                vars(module)[_SLOT] = call.inner
+        calls.clear()
+
+    return stop
+
+
+def _followed(models: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the modules to follow, each once."""
+    found: dict[nn.Module, None] = {}
+    pending = list(models)
+    while pending:
+        module = pending.pop()
+        if module in found or isinstance(module, torch.jit.ScriptModule):
+            continue
+        found[module] = None
+        if not isinstance(module, nn.DataParallel) and "_orig_mod" not in module._modules:
+            pending.extend(child for child in module._modules.values() if child is not None)
+    return list(found)

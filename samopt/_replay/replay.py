@@ -1,0 +1,131 @@
+"""The second pass sees what the first one saw, and leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from samopt._callers.cuda_graphs import is_capturing
+from samopt._callers.user_warnings import warn_user
+from samopt._replay.call_watch import watch
+from samopt._replay.forward_calls import ForwardCalls
+from samopt._replay.module_state import ModuleState, every_module
+from samopt._replay.random_state import RngState
+
+__all__ = ["PassObserver", "Replay"]
+
+
+class PassObserver(Protocol):
+    """Gathers facts about the first pass and drops them with it."""
+
+    replaying: bool
+    """Whether the second pass is running, so that its forward calls do not count."""
+
+    def gradients_cleared(self) -> None:
+        """Note that gradients were cleared: a forward call from now on starts a new first pass."""
+
+    def clear(self) -> None:
+        """Drop what was gathered, and set ``replaying`` to False."""
+
+
+class Replay:
+    """Repeats the random numbers of the first pass in the second, and puts back the state of the model after it.
+
+    Args:
+        models: The modules that the passes run; empty to look after the random streams only.
+        owned: The parameters of the optimizer.
+        observers: Told when passes begin and end.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], owned: Iterable[Tensor], observers: Iterable[PassObserver] = ()
+    ) -> None:
+        self.models = models
+        self.state = ModuleState(models, owned)
+        self._calls = ForwardCalls(self.state.begin)
+        self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
+        self._end: RngState | None = None
+        self._is_blind = False
+        self._has_warned = False
+        self.detach = watch(models, self._calls)
+
+    def use_devices(self, devices: Iterable[torch.device]) -> None:
+        """Set the devices whose random streams the model may use.
+
+        Args:
+            devices: Accelerators; the CPU's stream is always included.
+        """
+        self._calls.devices = tuple(devices)
+
+    def begin_first(self) -> RngState:
+        """Start a first pass whose beginning is known, and return the random state there."""
+        self.forget()
+        self.state.begin()
+        return self.capture()
+
+    def capture(self) -> RngState:
+        """Return the present random state of the streams this model may use."""
+        return RngState.capture(self._calls.devices)
+
+    def begin_second(self, start: RngState | None = None) -> None:
+        """Enter the second pass.
+
+        Args:
+            start: Random state at the start of the first pass, where known.
+        """
+        self._end = RngState.capture(self._calls.devices, like=start)
+        self.state.save()
+        self._is_blind = bool(self.models) and start is None and self._calls.is_empty
+        if not self._has_warned and any(map(is_capturing, self._calls.devices)) and _has_dropout(self.models):
+            self._has_warned = True
+            warn_user(
+                "random states cannot be set while a graph is captured, so in its replays the dropout of "
+                f"{self._names()} draws other masks in the second pass than in the first. Set its rate to 0, or take "
+                "these steps without a graph"
+            )
+        for observer in self._observers:
+            observer.replaying = True
+        if start is not None:
+            start.restore(present=self._end)
+
+    def end_second(self) -> None:
+        """Leave the second pass: state and random streams as the first pass left them; may be called again."""
+        self.state.restore()
+        unseen = self._end is not None and self._is_blind and self._end.has_moved()
+        if self._end is not None:
+            self._end.restore()
+        self.forget()
+        if unseen and not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                f"the second pass drew random numbers, but no forward call of {self._names()} was seen in the first, "
+                "so dropout masks differed between the passes. Give model= the module that your loop calls, such as "
+                "the one that torch.compile(model) returned (calls inside a compiled module, and those of one compiled "
+                "in place by model.compile(), cannot be seen); or use optimizer.backward(compute_loss), which repeats "
+                "all of them"
+            )
+
+    def gradients_cleared(self) -> None:
+        """Note that gradients were cleared: a forward call from now on starts a new first pass."""
+        for observer in self._observers:
+            observer.gradients_cleared()
+
+    def forget(self) -> None:
+        """Drop what was recorded, ready for the next first pass."""
+        for observer in self._observers:
+            observer.clear()
+        self._end = None
+
+    def _names(self) -> str:
+        return "model=" + ", ".join(type(model).__name__ for model in self.models)
+
+
+def _has_dropout(models: Sequence[nn.Module]) -> bool:
+    """Return whether a module of torch's own draws masks, as far as its attributes tell."""
+    modules = [module for module in every_module(models) if module.training]
+    rates = [getattr(m, "p" if isinstance(m, _DropoutNd) else "dropout", None) for m in modules]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)

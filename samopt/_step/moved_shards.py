@@ -1,0 +1,95 @@
+"""Shards that are moved for one pass: modules that ``fully_shard`` has sharded gather copies of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from samopt._replay.call_watch import CallWatcher
+from samopt._replay.forward_calls import tensors_in
+from samopt._replay.unobserved import is_observed
+
+__all__ = ["MovedShards"]
+
+
+class MovedShards(CallWatcher):
+    """Moves weights from the beginning of a training forward to the end of its backward pass.
+
+    Between two steps the direction does not change, so moving them again (for the next micro-batch, or for a second
+    backward through the same graph) reproduces every bit. Any other forward, and reading or loading a state dict, finds
+    the exact weights.
+
+    Args:
+        models: The modules.
+        enter: Moves the weights.
+        leave: Puts them back.
+
+    Attributes:
+        exact_depth: How many contexts hold the weights exact.
+        has_stale_copies: Whether copies were gathered from shards that have been put back since.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], enter: Callable[[], None], leave: Callable[[], None]) -> None:
+        self._enter = enter
+        self._leave = leave
+        self.exact_depth = 0
+        self.has_stale_copies = False
+        self._handles: list[Any] = []
+        for model in models:
+            # torch 2.4 has the second of these under a private name only.
+            before_loading: Any = getattr(model, "register_load_state_dict_pre_hook", None)
+            before_loading = before_loading or model._register_load_state_dict_pre_hook
+            self._handles.append(model.register_state_dict_pre_hook(self._be_exact))  # type: ignore[no-untyped-call]
+            self._handles.append(before_loading(self._be_exact))
+
+    def detach(self) -> None:
+        """Remove the hooks for state dicts."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Move the weights for a training forward; put them back for any other.
+
+        Args:
+            module: What is called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        if self._trains(module):
+            self._enter()
+        else:
+            self._leave()
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Follow the backward pass of a training forward.
+
+        Args:
+            module: What was called.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            output: What it returned; None where it raised.
+        """
+        if not self._trains(module):
+            return
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        for tensor in tensors:
+            tensor.register_hook(self._before_backward)  # type: ignore[no-untyped-call]  # torch has no types here
+        if not tensors and torch._C._current_graph_task_id() == -1:  # a checkpoint may stop the forward early
+            self._leave()  # the forward raised, or nothing can be differentiated
+
+    def _before_backward(self, gradient: Tensor) -> None:
+        self._enter()
+        if torch.is_grad_enabled():
+            return  # create_graph=True: a backward through this one will read the weights again, so they stay
+        # The engine has no public way to say "when this backward is over"; DDP and FSDP use the same call.
+        torch.autograd.Variable._execution_engine.queue_callback(self._leave)
+
+    def _be_exact(self, *args: Any) -> None:
+        self._leave()
+
+    def _trains(self, module: nn.Module) -> bool:
+        return module.training and torch.is_grad_enabled() and is_observed() and not self.exact_depth

@@ -1,0 +1,54 @@
+"""The lifecycle that every part of an optimizer shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Part"]
+
+
+class Part:
+    """One choice in ``epsilon = r T^2 d / ||T d||``: a direction, a geometry, a radius or a combination.
+
+    An optimizer is four parts. A new method is a new part, or a new combination of parts. The optimizer calls every
+    part in the same order: ``check`` once, when it is made; ``advance`` just before each step of the base optimizer;
+    ``state_dict`` and ``load_state_dict`` for checkpoints; ``metrics`` after each step. The defaults do nothing.
+    """
+
+    def check(self, base: Optimizer) -> None:
+        """Raise ``ValueError`` if the part cannot work with a base optimizer.
+
+        Args:
+            base: The base optimizer, before anything about it is changed.
+        """
+
+    def advance(self, parameters: Sequence[Tensor]) -> None:
+        """Note that the base optimizer is about to step with the gradients that the parameters hold now.
+
+        Args:
+            parameters: Every parameter, in the order of the groups.
+        """
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return what the part measured in the latest step, as 0-dim tensors by name."""
+        return {}
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Return what a checkpoint must hold; an empty dict for a part without state.
+
+        Args:
+            parameters: Every parameter, in the order of the groups. Tensors are saved by this order.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+        """Continue from what ``state_dict`` returned; start from the beginning where that is empty.
+
+        Args:
+            state: The saved state.
+            parameters: As for ``state_dict``.
+        """
