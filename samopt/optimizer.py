@@ -23,10 +23,9 @@ from samopt._step.passes import Passes, PassHandle
 from samopt._step.second_pass import SecondPass
 from samopt._step.two_pass import TWO_WAYS, TwoPass
 from samopt.distributed import refuse_unsupported
-from samopt.fused_step import fuses, take_fused_step
 from samopt.parts.combination import Combination, check_combination
 from samopt.parts.direction import Direction, GradientDirection, named_direction
-from samopt.parts.geometry import Metric
+from samopt.parts.geometry import Geometry
 from samopt.stall_warning import StallDetector
 from samopt.step_metrics import StepMetrics
 
@@ -83,7 +82,7 @@ class SharpnessAwareOptimizer(AscentRule):
         params: ParamsT | Optimizer,
         base_optimizer: Callable[..., Optimizer] | None,
         *,
-        metric: Metric,
+        metric: Geometry,
         rho: float,
         eta: float,
         norm: str = "l2",
@@ -338,12 +337,7 @@ class SharpnessAwareOptimizer(AscentRule):
             return loss
 
         base, passes = self.base_optimizer, self._passes
-        # What acts on the weights or on both gradients before the update has to find the weights exact.
-        acts = self.combination is not None or type(self)._before_update is not SharpnessAwareOptimizer._before_update
-        if isinstance(passes, TwoPass) and not acts and fuses(self.backend, base):
-            take_fused_step(base, passes, oracle)
-        else:
-            base.step(oracle)
+        base.step(oracle)
         passes.reset()
         self._watch_for_stall()
         return first_losses[0] if first_losses else None

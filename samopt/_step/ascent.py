@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 
 from samopt import kernels
 from samopt._numerics.stochastic_rounding import Noise, RoundingNoise
-from samopt._perturb.gradients import Taken
+from samopt._perturb.gradients import StashedGradients
 from samopt._perturb.targets import Radius, Region, Targets
 from samopt._step.arguments import check_nonnegative
 from samopt._step.base_wrapper import OptimizerWrapper
-from samopt.kernels.memory import IS_CPU, under_own_names
+from samopt.kernels.memory import IS_CPU
 from samopt.parts.combination import Combination
 from samopt.parts.direction import Direction, GradientDirection, Momentum, StatefulDirection
-from samopt.parts.geometry import Metric
+from samopt.parts.geometry import Geometry
 
 __all__ = ["AscentRule", "check_options"]
 
@@ -51,7 +51,7 @@ class AscentRule(OptimizerWrapper):
         self,
         base_optimizer: Optimizer,
         *,
-        metric: Metric,
+        metric: Geometry,
         rho: float,
         eta: float,
         norm: str,
@@ -87,14 +87,14 @@ class AscentRule(OptimizerWrapper):
         super().__setstate__(state)
         self._sort_parts()
 
-    def take_stock(self) -> tuple[Taken, list[Targets]]:
+    def take_stock(self) -> tuple[StashedGradients, list[Targets]]:
         """Return every trainable parameter with its gradient, and those that move; nothing where no gradient is.
 
         Raises:
             ValueError: If a group's option is out of range.
         """
         self.validate_groups()
-        taken = Taken([], [])
+        taken = StashedGradients([], [])
         targets = []
         moving = self.may_move()
         for group in self.param_groups:
@@ -106,12 +106,12 @@ class AscentRule(OptimizerWrapper):
                 sign = -1 if group.get("maximize", False) else 1
                 region = Region(self.radius(group), self.option(group, "eta"), sign)
                 weights, present = _having(weights, gradients)
-                targets.append(Targets(region, weights, under_own_names(present)))
+                targets.append(Targets(region, weights, present))
         if self._turning is not None:
             with torch.no_grad():
                 targets = self._turned(targets, self._turning)
         if all([gradient is None for gradient in taken.gradients]):
-            return Taken([], []), targets
+            return StashedGradients([], []), targets
         return taken, targets
 
     def radius(self, group: dict[str, Any]) -> Radius:

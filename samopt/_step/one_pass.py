@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
-from samopt._perturb.gradients import Taken, any_nonzero
+from samopt._perturb.gradients import StashedGradients, any_nonzero
 from samopt._perturb.perturbation import Perturbation, gradient_norm
+from samopt._perturb.scratch_pool import ScratchPool
+from samopt._perturb.weight_backup import WeightBackup
 from samopt._replay.forward_calls import RngState, SavedBuffers
 from samopt._replay.unobserved import is_observed
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt.distributed import reshard, unsynced
-from samopt.kernels.memory import NEW_MEMORY, Spare
 from samopt.parts.direction import Direction, TakenDirection
-from samopt.step_metrics import ZERO, StepMetrics, as_scalar
+from samopt.step_metrics import ZERO, Known, StepMetrics, as_scalar
 
 if TYPE_CHECKING:
     from samopt.optimizer import SharpnessAwareOptimizer
@@ -53,7 +54,8 @@ class OnePass:
         self._has_ascended = False
         self._is_aside = False  # whether a first pass is running, at w
         self._has_stale_copies = False  # gathered from shards that have been put back since
-        self._spare = NEW_MEMORY
+        self._memory = ScratchPool()
+        self._backup: WeightBackup | None = None
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
         self.model = model
@@ -90,28 +92,26 @@ class OnePass:
                 "optimizer.needs_first_pass is True, write 'with optimizer.first_pass(): criterion(model(x), "
                 "y).backward()' before the step's own forward, or use optimizer.step(closure)"
             )
-        spare, self._spare = self._spare, NEW_MEMORY
         targets = optimizer.targets_along(self._direction)
         self._has_ascended = True
         if not targets:
             self._moved = _STILL
             return
-        perturbation = Perturbation(
-            targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend, quiet=True
-        )
+        perturbation = Perturbation(targets, optimizer.metric, linf=optimizer.norm == "linf", backend=optimizer.backend)
         if perturbation.is_empty or perturbation.usable is False:
-            self._moved = StepMetrics(asked=perturbation.radius(), applied=ZERO)
+            self._moved = StepMetrics(asked=Known(perturbation.radius()), applied=ZERO)
             return
         self._perturbation = perturbation
         self._has_stale_copies = perturbation.is_sharded
         try:
-            applied = perturbation.apply(optimizer.rounding_noise(), spare=spare)
+            self._backup = perturbation.backup(self._memory)
+            applied = perturbation.move(optimizer.rounding_noise(), self._backup)
         except BaseException:
             self.leave()
             raise
         if perturbation.is_sharded:
             reshard(self.model)
-        self._moved = StepMetrics(asked=perturbation.radius(), applied=applied)
+        self._moved = StepMetrics(asked=Known(perturbation.radius()), applied=Known(applied))
         perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
@@ -135,16 +135,17 @@ class OnePass:
         if self._perturbation is None:
             return
         try:
-            self._perturbation.undo()
+            if self._backup is not None:
+                self._backup.restore()
         finally:
-            self._perturbation.undo()  # does nothing unless an interrupt hit the first one
+            if self._backup is not None:
+                self._backup.restore()  # does nothing unless an interrupt hit the first one
         self._perturbation = None
         torch.clear_autocast_cache()
 
     def be_exact(self) -> None:
         """Put every weight back, and have a forward that is about to begin gather exact shards."""
         self.leave()
-        self._spare = NEW_MEMORY
         if self._has_stale_copies:
             reshard(self.model)
             self._has_stale_copies = False
@@ -274,9 +275,6 @@ class OnePass:
         self.leave()
         if self._has_ascended:
             self._optimizer.advance_rounding()
-            if self._optimizer.may_move():  # when the next forward begins, mostly nobody else holds the gradients
-                gradients = [parameter.grad for parameter in self._optimizer.parameters()]
-                self._spare = Spare([gradient for gradient in gradients if gradient is not None])
         self._has_ascended = False
         self.loss = None
 
@@ -303,7 +301,7 @@ class _Aside:
     """What a pass at ``w`` changes besides the weights, kept to be put back: gradients, buffers, random streams."""
 
     def __init__(self, parameters: list[Tensor], model: nn.Module | None, devices: list[torch.device]) -> None:
-        self._taken = Taken.of(parameters)
+        self._taken = StashedGradients.of(parameters)
         self._buffers = SavedBuffers(model)
         self._random = RngState.capture(devices)
 

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from samopt._numerics.stochastic_rounding import Noise
-from samopt._perturb.gradients import Taken, dense_gradients
+from samopt._perturb.gradients import StashedGradients, dense_gradients
 from samopt._perturb.perturbation import Perturbation, gradient_norm
+from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.targets import Targets
+from samopt._perturb.weight_backup import WeightBackup
 from samopt._replay.forward_calls import Replay, RngState
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt.distributed import abandon_pass, local_part, reshard, runs_on_several_ranks
 from samopt.parts.combination import Combination
-from samopt.parts.geometry import Metric
-from samopt.step_metrics import ZERO, StepMetrics, as_scalar
+from samopt.parts.geometry import Geometry
+from samopt.step_metrics import ZERO, Known, StepMetrics, as_scalar
 
 __all__ = ["SecondPass"]
 
@@ -48,9 +50,9 @@ class SecondPass:
 
     def __init__(
         self,
-        taken: Taken,
+        taken: StashedGradients,
         targets: Sequence[Targets],
-        metric: Metric,
+        metric: Geometry,
         *,
         linf: bool,
         backend: str,
@@ -58,7 +60,10 @@ class SecondPass:
         measure_grad_norms: bool,
         may_move: bool = True,
         keep_gradients: bool = False,
+        memory: ScratchPool | None = None,
     ) -> None:
+        self._memory = ScratchPool() if memory is None else memory
+        self.backup: WeightBackup | None = None
         self.loss: Any = None
         self.is_spoiled = False
         self.perturbation = Perturbation(targets, metric, linf=linf, backend=backend)
@@ -79,7 +84,7 @@ class SecondPass:
         self._metrics = StepMetrics(
             loss=as_scalar(first_loss),
             grad_norm=norm,
-            asked=self.perturbation.radius(),
+            asked=Known(self.perturbation.radius()),
             applied=ZERO,
         )
 
@@ -95,15 +100,16 @@ class SecondPass:
         replay.begin(start)
         if self.is_needed:
             if not self._keep_gradients:
-                self._taken.forget()  # now their memory is the perturbation's alone, unless the user holds them
-            applied = self.perturbation.apply(noise, consume=not self._keep_gradients)
-            self._metrics = replace(self._metrics, applied=applied)
+                self._taken.release()  # now their memory is the perturbation's alone, unless the user holds them
+            self.backup = self.perturbation.backup(self._memory)
+            applied = self.perturbation.move(noise, self.backup)
+            self._metrics = replace(self._metrics, applied=Known(applied))
         if self.perturbation.is_sharded:
             reshard(replay.model)
         self.perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
-    def leave(self, replay: Replay, failed: bool = False, *, restore: bool = True) -> None:
+    def leave(self, replay: Replay, failed: bool = False) -> None:
         """Put weights, buffers and random streams back; may be called again if it was interrupted.
 
         Gradients of the first pass that were not used, because they were zero or not finite, are put back too, in place
@@ -112,10 +118,9 @@ class SecondPass:
         Args:
             replay: As for ``enter``.
             failed: Whether an exception cut the pass short.
-            restore: Whether to put the weights back; if not, ``perturbation`` can do it later.
         """
-        if restore:
-            self.perturbation.undo()
+        if self.backup is not None:
+            self.backup.restore()
         if self.perturbation.is_sharded:
             if failed:
                 abandon_pass(replay.model)
@@ -146,7 +151,7 @@ class SecondPass:
                 if directions is not None:
                     beside = DecoupledUpdate(parameters, directions, second)
             self.is_spoiled = False
-        self._taken = Taken([], [])
+        self._taken = StashedGradients([], [])
         return beside
 
     def measure(self) -> StepMetrics:
@@ -157,4 +162,4 @@ class SecondPass:
 
     def zero_or_nan(self) -> Tensor | None:
         """Return 0, or nan if the first gradients were not finite, on their device; None where that is seen to."""
-        return self.perturbation.zero if self._is_alone and self.perturbation.usable is None else None
+        return self.perturbation.nonfinite_flag if self._is_alone and self.perturbation.usable is None else None

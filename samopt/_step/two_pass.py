@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.amp.grad_scaler import OptState
-from torch.optim import Optimizer
 
-from samopt._perturb.gradients import any_nonzero, dense_gradients, poison
-from samopt._perturb.perturbation import Perturbation
+from samopt._perturb.gradients import any_nonzero, dense_gradients, propagate_nonfinite
+from samopt._perturb.scratch_pool import ScratchPool
 from samopt._replay.forward_calls import PassObserver, Replay, RngState
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.second_pass import SecondPass
@@ -51,8 +50,7 @@ class TwoPass:
         self._current: SecondPass | None = None
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
-        self._leaves_perturbed = False  # whether the base's step is to restore the weights
-        self._left: Perturbation | None = None  # what it has to restore
+        self._memory = ScratchPool()
         self._beside: DecoupledUpdate | None = None  # what the update does besides the base's step
         self.metrics = StepMetrics()
 
@@ -201,6 +199,7 @@ class TwoPass:
             measure_grad_norms=optimizer.measure_grad_norms,
             may_move=optimizer.may_move(),
             keep_gradients=optimizer.combination is not None,
+            memory=self._memory,
         )
         self._replay.use_devices(optimizer.accelerators())
         self._is_ready = False
@@ -210,31 +209,6 @@ class TwoPass:
         optimizer.advance_rounding()
         second.enter(self._replay, start, optimizer.rounding_noise())
         return second
-
-    @contextmanager
-    def left_perturbed(self) -> Generator[None]:
-        """Leave the weights perturbed after a second pass, until the end of this context at the latest."""
-        try:
-            try:
-                self._leaves_perturbed = True
-                yield
-            finally:
-                self._settle_left()
-        finally:
-            self._settle_left()  # does nothing unless an interrupt hit the first one
-
-    def restore_and_step(self, base: Optimizer) -> bool:
-        """Put back the weights that were left perturbed, and take the base's step, in one where that can be.
-
-        Args:
-            base: The base optimizer.
-
-        Returns:
-            Whether the step was taken; if not, the weights are back nevertheless.
-        """
-        done = self._left is not None and self._left.restore_and_step(base)
-        self._settle_left()
-        return done
 
     def restore(self) -> None:
         """Put the weights back and keep the second pass's gradients.
@@ -267,13 +241,6 @@ class TwoPass:
                 "call restore() after ascend()"
             )
 
-    def _settle_left(self) -> None:
-        """Put back what was left perturbed, and is still; may be called again if it was interrupted."""
-        if self._left is not None:
-            self._left.undo()
-        self._left = None
-        self._leaves_perturbed = False
-
     def _put_back(self, failed: bool) -> None:
         """Undo ``ascend`` and set up what an update needs; a no-op with nothing to undo, so that it can be retried."""
         second = self._current
@@ -283,10 +250,7 @@ class TwoPass:
         failed = failed or second.is_spoiled
         if failed:
             optimizer.base_optimizer.zero_grad()
-        leaves_perturbed = self._leaves_perturbed and not failed
-        if leaves_perturbed:
-            self._left = second.perturbation
-        second.leave(self._replay, failed, restore=not leaves_perturbed)
+        second.leave(self._replay, failed)
         if not failed:
             if optimizer.may_move() and optimizer.combination is not None:
                 self._beside = second.combine(optimizer.combination)
@@ -294,7 +258,7 @@ class TwoPass:
                 self._complete()
             zero_or_nan = second.zero_or_nan()
             if zero_or_nan is not None:
-                poison(zero_or_nan, optimizer.param_groups)
+                propagate_nonfinite(zero_or_nan, optimizer.param_groups)
             self.metrics = optimizer.measured(second)
             self._is_ready = True
         self._current = None

@@ -1,4 +1,4 @@
-"""Which directions count as equally long: the elementwise metric T of a perturbation."""
+"""Which directions count as equally long: the elementwise geometry T of a perturbation."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Adaptive", "Euclidean", "Fisher", "Metric"]
+__all__ = ["Adaptive", "Euclidean", "Fisher", "Geometry"]
 
 
 @runtime_checkable
-class Metric(Protocol):
-    """An elementwise, positive diagonal metric ``T`` on weight space.
+class Geometry(Protocol):
+    """An elementwise, positive diagonal scaling ``T`` of weight space.
 
-    The ascent of every optimizer here is ``r T^2 d / ||T d||_2`` (l2) or ``r T sign(d)`` (l-infinity), so a metric
+    The ascent of every optimizer here is ``r T^2 d / ||T d||_2`` (l2) or ``r T sign(d)`` (l-infinity), so a geometry
     answers one question: what is ``T`` for this tensor?
     """
 
     @property
     def name(self) -> str:
-        """A short identifier; backends with a fused form of the metric look it up by this name."""
+        """A short identifier; backends with a fused form of the geometry look it up by this name."""
 
     def applies_to(self, weight: Tensor) -> bool:
-        """Whether ``weight`` uses this metric; where it does not, ``T = 1``."""
+        """Whether ``weight`` uses this geometry; where it does not, ``T = 1``."""
 
     def scale(self, weight: Tensor, direction: Tensor, eta: float) -> Tensor:
         """Return ``T``, real, shaped like ``weight``, in the dtype of ``weight`` (its real dtype where complex)."""
@@ -66,7 +66,7 @@ class Fisher:
     name = "fisher"
 
     def applies_to(self, weight: Tensor) -> bool:
-        """Return True: the Fisher metric applies everywhere."""
+        """Return True: the Fisher geometry applies everywhere."""
         return True
 
     def scale(self, weight: Tensor, direction: Tensor, eta: float) -> Tensor:
