@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
-from samopt._perturb.gradients import Taken
+from samopt._perturb.gradients import StashedGradients
 from samopt._replay.forward_calls import RngState, SavedBuffers
 from samopt.distributed import unsynced
 
@@ -178,7 +178,7 @@ class Run:
         put_attributes_back = self._attributes.save()
         buffers = SavedBuffers(self._module)
         stepped = {parameter for group in self._optimizer.param_groups for parameter in group["params"]}
-        others = Taken.of([parameter for parameter in self._module.parameters() if parameter not in stepped])
+        others = StashedGradients.of([parameter for parameter in self._module.parameters() if parameter not in stepped])
         self.is_second_pass = True
         try:
             with quiet(self._trainer, self._module):

@@ -1,4 +1,4 @@
-"""Questions about the gradients of parameter groups."""
+"""Stash, restore and flag gradients."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from torch import Tensor
 
 from samopt.distributed import local_part
 
-__all__ = ["Taken", "any_nonzero", "dense_gradients", "poison"]
+__all__ = ["StashedGradients", "any_nonzero", "dense_gradients", "propagate_nonfinite"]
 
 
-class Taken(NamedTuple):
-    """Parameters, and what the gradient of each is or was."""
+class StashedGradients(NamedTuple):
+    """Parameters, and the gradient that each had."""
 
     parameters: list[Tensor]
     gradients: list[Tensor | None]
 
     @classmethod
-    def of(cls, parameters: list[Tensor]) -> Taken:
-        """Return parameters with their present gradients.
-
-        Args:
-            parameters: The parameters.
-        """
+    def of(cls, parameters: list[Tensor]) -> StashedGradients:
+        """Return parameters with their present gradients."""
         return cls(parameters, [parameter.grad for parameter in parameters])
 
     def clear(self) -> None:
-        """Take the gradients away from the parameters."""
+        """Set the gradients of the parameters to None."""
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -38,28 +34,21 @@ class Taken(NamedTuple):
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
-    def forget(self) -> None:
-        """Let go of everything."""
+    def release(self) -> None:
+        """Drop the references to the parameters and the gradients."""
         self.parameters.clear()
         self.gradients.clear()
 
 
 def any_nonzero(groups: list[dict[str, Any]]) -> bool:
-    """Return whether any gradient has a non-zero entry; waits for the device.
-
-    Args:
-        groups: Parameter groups.
-    """
+    """Return whether any gradient has a non-zero entry; waits for the device."""
     return any(bool(_entries(gradient).count_nonzero()) for gradient in _gradients(groups))
 
 
 def dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients of parameters that have one, to be written into: this rank's part of each.
 
-    A sharded gradient that waits to be summed, or lies otherwise than its parameter, is replaced by one that does not.
-
-    Args:
-        parameters: The parameters.
+    A sharded gradient whose placement differs from its parameter's, one that waits to be summed say, is redistributed.
 
     Raises:
         ValueError: If a gradient is sparse.
@@ -79,27 +68,30 @@ def dense_gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return gradients
 
 
-def poison(zero_or_nan: Tensor, groups: list[dict[str, Any]]) -> None:
-    """Make one entry of the gradients nan where the first pass's were not finite, without asking the device.
+def propagate_nonfinite(nonfinite_flag: Tensor, groups: list[dict[str, Any]]) -> None:
+    """Make one entry of the gradients nan where those of the first pass were not finite, without asking the device.
 
-    The base optimizer, or a ``GradScaler`` before it, then meets a non-finite gradient as it would have without us.
+    The base optimizer, or a ``GradScaler`` before it, then finds a gradient that is not finite, as it would have in
+    one pass.
 
     Args:
-        zero_or_nan: 0-dim tensor: nan if they were not, else 0.
-        groups: Parameter groups, with the second pass's gradients.
+        nonfinite_flag: 0-dim tensor: nan if they were not finite, else 0.
+        groups: Parameter groups, with the gradients of the second pass.
     """
     values = next((entries for gradient in _gradients(groups) if (entries := _entries(gradient)).numel()), None)
     if values is None:
         return
     first_entry = values[(slice(0, 1),) * values.dim()]
     with torch.no_grad():
-        first_entry.add_(zero_or_nan.to(values.device, non_blocking=True))
+        first_entry.add_(nonfinite_flag.to(values.device, non_blocking=True))
 
 
 def _gradients(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """Yield the gradients that there are."""
     return (p.grad for group in groups for p in group["params"] if p.grad is not None)
 
 
 def _entries(gradient: Tensor) -> Tensor:
+    """Return the values of a gradient on this rank; of a sparse one, those that it stores."""
     gradient = local_part(gradient)
     return (gradient._values() if gradient.is_sparse else gradient).detach()

@@ -1,264 +1,188 @@
-"""The move to ``w + epsilon`` with the exact way back; besides the base optimizer, the only writer of weights."""
+"""The move to ``w + epsilon``; besides the base optimizer, the only writer of weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from samopt import kernels
-from samopt._numerics.low_precision import is_low_precision
 from samopt._numerics.stochastic_rounding import Noise
-from samopt._perturb.grouping import Part, parts_of
+from samopt._numerics.vector_norm import vector_norm
+from samopt._perturb.grouping import MovingBlock, moving_blocks
+from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.targets import Region, Targets
+from samopt._perturb.weight_backup import SavedWeights, WeightBackup
 from samopt.distributed import Shards, local_part
-from samopt.kernels import Backend, Backup, Block, Lengths, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare
-from samopt.kernels.reference import vector_norm
-from samopt.parts.geometry import Euclidean, Metric
-from samopt.step_metrics import Known
+from samopt.kernels import Norms, StepSize
+from samopt.kernels.reference import split_sparse
+from samopt.parts.geometry import Euclidean, Geometry
 
-__all__ = ["Perturbation", "Placement", "descend", "gradient_norm"]
+__all__ = ["Perturbation", "descend", "gradient_norm"]
 
 
 class Perturbation:
     """One ascent, ``epsilon = r T^2 d / ||T d||_2`` (l2) or ``r T sign(d)`` (l-infinity), over all targets at once.
 
-    Nothing is written before ``apply``; ``undo`` puts every saved bit back and may be called any number of times,
-    whatever ``apply`` had done when it was interrupted.
+    Making one measures the norms and writes nothing. ``backup`` and ``move`` go to ``w + epsilon`` in place, with the
+    way back in the backup; ``displaced`` writes ``w + epsilon`` elsewhere and leaves the weights alone. A norm that is
+    zero, infinite or nan moves nothing.
 
     Args:
         targets: What moves, by region. The norm is global over all of them.
-        metric: The elementwise metric ``T``; tensors it does not apply to use ``T = 1``.
+        geometry: ``T``; tensors it does not apply to use ``T = 1``.
         linf: True for the l-infinity ball.
         backend: Name of a kernel backend, or "auto".
-        quiet: Whether autograd is not to notice, so that a graph may be used again in a later move to the same place.
+
+    Attributes:
+        norm: ``||T d||_2`` over every target, shards on other ranks included: 0-dim, on the first target's device.
+        is_empty: Whether there is nothing to move.
+        is_sharded: Whether a part of something that moves is on another rank.
 
     Raises:
         RuntimeError: If the named backend cannot run one of the targets.
     """
 
     def __init__(
-        self,
-        targets: Iterable[Targets],
-        metric: Metric,
-        *,
-        linf: bool = False,
-        backend: str = "auto",
-        quiet: bool = False,
+        self, targets: Iterable[Targets], geometry: Geometry, *, linf: bool = False, backend: str = "auto"
     ) -> None:
-        self._parts = parts_of(targets, metric, linf=linf, backend=backend, quiet=quiet)
-        self._saved: list[tuple[Backend[Any], Saved]] = []
-        self.is_sharded = any([part.shards is not None for part in self._parts])
-        """Whether a part of something that moves is on another rank."""
+        blocks = moving_blocks(targets, geometry, linf=linf, backend=backend)
+        self._blocks = blocks
         self._linf = linf
-        self._on_host = all([part.backend.on_host for part in self._parts])
+        self._on_host = all([some.backend.on_host for some in blocks])
+        self.is_empty = not blocks
+        self.is_sharded = any([some.shards is not None for some in blocks])
         with torch.no_grad():
-            self._lengths = self._measured()
-        self.norm = self._lengths.norm
-        """``||T d||_2`` over every target, shards on other ranks included: 0-dim, on the first target's device."""
-        self._radii = [part.region.radius_at(self.norm) for part in self._parts]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to move."""
-        return not self._parts
+            self._norms = self._measure()
+            self.norm = self._norms.norm
+            self._radii = [some.region.radius_at(self.norm) for some in blocks]
 
     @property
     def usable(self) -> bool | None:
         """Whether the norm is finite and positive; None where telling would wait for an accelerator."""
         if self.norm.device.type != "cpu":
             return None
-        norm = float(self.norm)
-        return 0.0 < norm < float("inf")
+        return 0.0 < float(self.norm) < math.inf
 
     @property
-    def zero(self) -> Tensor:
-        """``norm`` times 0: nan where it is not finite."""
-        return self.norm * 0 if self._lengths.zero is None else self._lengths.zero
+    def nonfinite_flag(self) -> Tensor:
+        """0, or nan where the norm is not finite: 0-dim, on the device of ``norm``."""
+        return self.norm * 0 if self._norms.nonfinite_flag is None else self._norms.nonfinite_flag
 
-    def radius(self) -> Callable[[], Tensor]:
-        """Return what gives the largest radius among the regions of what moves, 0-dim; 0 where nothing does."""
-        numbers = [float(radius) for radius in self._radii if not isinstance(radius, Tensor)]
+    def radius(self) -> Tensor:
+        """Return the largest radius that was asked for among the targets, 0-dim; 0 without targets."""
         tensors = [radius for radius in self._radii if isinstance(radius, Tensor)]
-        largest = max(numbers, default=0.0)
+        largest = max([float(radius) for radius in self._radii if not isinstance(radius, Tensor)], default=0.0)
         if not tensors:
-            return partial(torch.tensor, largest, dtype=torch.float64)
-        # Filled on the device, and read from the host without waiting for it.
+            return torch.tensor(largest, dtype=torch.float64)
+        # Filled on the device of the norm, so that nothing waits for the device of a radius.
         like = torch.full((), largest, dtype=self.norm.dtype, device=self.norm.device)
-        return Known(torch.stack([like, *[radius.to(like, non_blocking=True) for radius in tensors]]).amax())
+        return torch.stack([like, *[radius.detach().to(like, non_blocking=True) for radius in tensors]]).amax()
 
     def gradient_norm(self) -> Tensor:
-        """Return ``||d||_2`` over every target, without the metric: 0-dim, on the device of ``norm``.
+        """Return ``||d||_2`` over every target: 0-dim, on the device of ``norm``; call it before ``move``.
 
-        Costs one more read of the directions where the metric is not the identity.
+        Costs one more read of the directions where ``T`` is not the identity.
         """
-        if self._lengths.plain is not None:
-            return self._lengths.plain
+        if self._norms.plain is not None:
+            return self._norms.plain
         with torch.no_grad():
             plain = [
-                length if part.block.metric is None else part.backend.norm(part.block.without_metric())
-                for part, length in zip(self._parts, self._lengths.blocks, strict=True)
+                length if some.block.geometry is None else some.backend.norm(some.block.without_geometry())
+                for some, length in zip(self._blocks, self._norms.blocks, strict=True)
             ]
             return self._combine(plain)
 
-    def apply(
-        self, noise: Noise | None = None, *, consume: bool = False, spare: Spare = NEW_MEMORY
-    ) -> Callable[[], Tensor]:
-        """Save every weight, then move all of them uphill.
+    def backup(self, memory: ScratchPool) -> WeightBackup:
+        """Save every value that ``move`` will write; no weight is written.
 
-        A norm that is zero, infinite or nan moves nothing.
+        Args:
+            memory: Where the values are saved.
+
+        Returns:
+            What puts the weights back. Give it to ``move``: some backends fill it while they move the weights.
+        """
+        with torch.no_grad():
+            return WeightBackup([_save(some, memory) for some in self._blocks])
+
+    def move(self, noise: Noise | None = None, backup: WeightBackup | None = None) -> Tensor:
+        """Write ``w + epsilon`` into the weights.
 
         Args:
             noise: Uniform [0, 1) numbers for the stochastic rounding of bf16 and fp16 weights; None rounds to nearest.
-            consume: Whether the directions are of no further use, so that their memory may take the saved weights
-                where nobody else can reach it.
-            spare: Other memory that may take them.
+            backup: From ``backup``; None for a move without a way back.
 
         Returns:
-            Gives the norm of what was really applied, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity),
-            0-dim: measured after rounding for low-precision weights, the radius asked for the others.
+            The norm of the move, ``||T^-1 (w' - w)||`` (l2) or its largest entry (l-infinity), 0-dim: measured after
+            rounding for low-precision weights, the radius asked for the others.
         """
         with torch.no_grad():
-            everything = [(part.backend, part.backend.save(part.block, consume, spare)) for part in self._parts]
-            self._saved = everything
-            applied: list[Callable[[], Tensor]] = []
-            for part, length, radius, (backend, saved) in zip(
-                self._parts, self._lengths.blocks, self._radii, everything, strict=True
-            ):
-                block = part.block
-                stride = self._stride(part, radius)
-                if backend.climb is not None:
-                    applied.append(backend.climb(block, length, stride, part.noise(noise), saved))
-                    continue
-                scale = stride.scale(length.device)
-                backend.ascend(block, scale, part.noise(noise), saved)
-                if is_low_precision(block.weights[0]):
-                    applied.append(Known(_measure(block, saved.backups, self._linf)))
-                else:
-                    far = length > 0 if self._linf else length.nan_to_num(0, 0, 0)
-                    applied.append(Known(scale.abs() * far))
-            return self._joined_later(applied)
+            return self._ascend(noise, None, None if backup is None else backup.blocks)
 
-    def move(self, noise: Noise | None = None) -> None:
-        """Do what ``apply`` does in place and without a way back, for those who have one.
+    def displaced(self, memory: ScratchPool, noise: Noise | None = None) -> tuple[dict[Tensor, Tensor], Tensor]:
+        """Write ``w + epsilon`` into other memory; no weight is written.
 
         Args:
-            noise: As for ``apply``.
+            memory: Where to. The next call with the same pool overwrites the values.
+            noise: As for ``move``.
+
+        Returns:
+            For each parameter a tensor that holds ``w + epsilon`` without autograd, a ``DTensor`` where the parameter
+            is one; and the norm of the move, as ``move`` returns it.
         """
         with torch.no_grad():
-            for part, length, radius in zip(self._parts, self._lengths.blocks, self._radii, strict=True):
-                scale = self._stride(part, radius).scale(length.device)
-                part.backend.ascend(part.block, scale, part.noise(noise))
+            places = [memory.like_all(some.parameters, some.block.weights) for some in self._blocks]
+            applied = self._ascend(noise, places, None)
+            found: dict[Tensor, Tensor] = {}
+            for some, displaced in zip(self._blocks, places, strict=True):
+                if some.parameters is not some.block.weights:
+                    displaced = list(map(_as_parameter, some.parameters, displaced))
+                found.update(zip(some.parameters, displaced, strict=True))
+        return found, applied
 
     def release_directions(self) -> None:
-        """Forget the directions, which ``apply`` no longer needs, so that their memory can be reused."""
-        self._parts = []
+        """Drop the references to the directions, so that their memory can be reused; call it after the move."""
+        self._blocks = []
 
-    def undo(self) -> None:
-        """Write every saved weight back, bit for bit."""
-        if self._saved:
-            with torch.no_grad():
-                for backend, saved in reversed(self._saved):  # weights that share memory may have been saved in turn
-                    backend.restore(saved)
-            self._saved = []
+    def _ascend(
+        self, noise: Noise | None, places: list[list[Tensor]] | None, backups: Sequence[SavedWeights] | None
+    ) -> Tensor:
+        """Run the ascent of every block, into other places if given; return the norm of the move."""
+        moves = []
+        for index, (some, length, radius) in enumerate(zip(self._blocks, self._norms.blocks, self._radii, strict=True)):
+            arguments = some.block, StepSize(self.norm, radius, some.region.sign, self._linf), length, some.noise(noise)
+            if backups is not None and backups[index].kernel is not None:
+                applied = some.backend.ascend(*arguments, backup=backups[index].kernel_backup)
+            else:
+                applied = some.backend.ascend(*arguments, into=None if places is None else places[index])
+            moves.append(arguments[1].asked(length) if applied is None else applied)
+        return self._combine(moves, largest=self._linf)
 
-    def restore_and_step(self, base: Optimizer) -> bool:
-        """Do ``undo`` and the base's step in one pass over memory, where the backend of everything that moved can.
-
-        Args:
-            base: The base optimizer.
-
-        Returns:
-            Whether it was done; if not, nothing was.
-        """
-        fusions = {backend.name: backend.fusion for backend, _ in self._saved}
-        if len(fusions) != 1 or self.is_sharded or (fusion := fusions.popitem()[1]) is None:
-            return False
-        with torch.no_grad():
-            done = fusion.restore_and_step(base, [saved for _, saved in self._saved])
-        if done:
-            self._saved = []
-        return done
-
-    def _stride(self, part: Part, radius: float | Tensor) -> Stride:
-        return Stride(self.norm, radius, part.region.sign, self._linf)
-
-    def _measured(self) -> Lengths:
-        """Return the norms: all at once where one backend can, else part by part."""
-        measure = self._parts[0].backend.measure if self._parts else None
+    def _measure(self) -> Norms:
+        """Return the norms: all at once where one backend can, else block by block."""
+        blocks = self._blocks
+        measure = blocks[0].backend.measure if blocks else None
         if measure is not None and not self.is_sharded:
-            if len({(part.backend.name, part.block.weights[0].device) for part in self._parts}) == 1:
-                return measure([part.block for part in self._parts])
-        blocks = [part.backend.norm(part.block) for part in self._parts]
-        return Lengths(self._combine(blocks), None, None, blocks)
+            if len({(some.backend.name, some.block.weights[0].device) for some in blocks}) == 1:
+                return measure([some.block for some in blocks])
+        lengths = [some.backend.norm(some.block) for some in blocks]
+        return Norms(self._combine(lengths), None, None, lengths)
 
-    def _combine(self, lengths: Sequence[Tensor]) -> Tensor:
-        return _combined(lengths, [part.shards for part in self._parts], on_host=self._on_host)
-
-    def _joined_later(self, applied: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
-        """Return what gives the length of the whole move; where others have a share in it, that is known at once."""
-        if len(applied) == 1 and not self.is_sharded:
-            return applied[0]
-        places = [part.shards for part in self._parts]
-        largest, on_host = self._linf, self._on_host
-
-        def joined() -> Tensor:
-            return _combined([length() for length in applied], places, largest=largest, on_host=on_host)
-
-        return Known(joined()) if self.is_sharded else joined
-
-
-class Placement:
-    """Weights anywhere for a while: saved once, placed as often as needed, put back bit for bit.
-
-    Memory: one copy of the weights.
-
-    Args:
-        weights: Leaf tensors; what is written is written into them.
-
-    Attributes:
-        origin: The saved values, one tensor for each weight.
-    """
-
-    def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._saved = Saved([Backup(weight, None, weight.detach().clone()) for weight in weights])
-        self.origin = [backup.values for backup in self._saved.backups]
-
-    def put(self, index: int, values: Tensor) -> None:
-        """Write ``values`` into a weight.
-
-        Args:
-            index: Which weight.
-            values: Of its shape.
-        """
-        with torch.no_grad():
-            self._saved.backups[index].weight.copy_(values)
-
-    def move(self, index: int, offset: Tensor, noise: Noise | None = None) -> None:
-        """Write ``origin + offset`` into a weight, computed in at least fp32.
-
-        Args:
-            index: Which weight.
-            offset: Of its shape.
-            noise: As for ``Perturbation.apply``.
-        """
-        weight = self._saved.backups[index].weight
-        block = Block([weight], [offset], None, 0.0, False)
-        self.put(index, self.origin[index])
-        with torch.no_grad():
-            backend = kernels.select(block, "auto")
-            backend.ascend(block, torch.ones((), device=weight.device), noise)
-
-    def undo(self) -> None:
-        """Write every saved weight back, bit for bit; may be called any number of times."""
-        with torch.no_grad():
-            kernels.BACKENDS["reference"].restore(self._saved)
+    def _combine(self, lengths: list[Tensor], *, largest: bool = False) -> Tensor:
+        """Return the norm of everything from the norm of each block."""
+        if not self.is_sharded:
+            return _joint(lengths, largest=largest, on_host=self._on_host)
+        # The cut into blocks may differ between ranks, but not the placements, so every rank joins in every exchange.
+        by_place: dict[Shards | None, list[Tensor]] = {}
+        for some, length in zip(self._blocks, lengths, strict=True):
+            by_place.setdefault(some.shards, []).append(length.to(lengths[0].device, non_blocking=True))
+        whole = []
+        for place, parts in by_place.items():
+            length = _joint(parts, largest=largest)
+            whole.append(length if place is None else place.combine(length, largest=largest))
+        return _joint(whole, largest=largest)
 
 
 def descend(parameters: Sequence[Tensor], directions: Sequence[Tensor], rate: float | Tensor, factor: Tensor) -> None:
@@ -285,57 +209,41 @@ def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor
     """
     owners = [parameter for parameter in parameters if parameter.grad is not None]
     gradients: list[Any] = [parameter.grad for parameter in owners]
-    # A gradient that every rank has a part of is told from its parameter what it waits for; any other is whole.
+    # The placement of a sharded gradient may differ from its parameter's, so the parameter has to be there.
     weights = gradients if {Tensor}.issuperset(map(type, gradients)) else owners
     return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm
 
 
-def _measure(block: Block, backups: list[Backup], linf: bool) -> Tensor:
-    """Return ``||T^-1 (w' - w)||`` of a low-precision block from its saved and present weights."""
-    lengths = []
-    for weight, direction, backup in zip(block.weights, block.directions, backups, strict=True):
-        values = direction.coalesce().values() if direction.is_sparse else direction
-        now = weight.detach() if backup.rows is None else weight.detach()[backup.rows]
-        before = backup.values.float()
-        moved = now.float() - before
-        if block.metric is not None:
-            moved /= block.metric.scale(before, values.float(), block.eta)
-        lengths.append(moved.abs().amax() if linf and moved.numel() else vector_norm(moved))
-    stacked = torch.stack(lengths)
-    return stacked.amax() if linf else vector_norm(stacked)
+def _save(some: MovingBlock, memory: ScratchPool) -> SavedWeights:
+    """Return the backup of one block."""
+    weights, directions = some.block.weights, some.block.directions
+    if some.backend.backup is not None:
+        values = memory.like_all(some.parameters, weights)
+        saved = SavedWeights.empty(weights, values)
+        saved.kernel, saved.kernel_backup = some.backend, some.backend.backup(some.block, values)
+        return saved
+    if directions[0].is_sparse:  # all are, or none
+        rows = [split_sparse(direction)[0] for direction in directions]
+        return SavedWeights.save_rows(weights, rows)
+    return SavedWeights.save(weights, memory.like_all(some.parameters, weights))
 
 
-def _combined(
-    lengths: Sequence[Tensor], places: Sequence[Shards | None], *, largest: bool = False, on_host: bool = False
-) -> Tensor:
-    """Return the length of everything from the length of each part."""
-    if not lengths:
-        return torch.zeros(())
-    if len(lengths) == 1 and places[0] is None:
-        return lengths[0]
-    # How parts are cut may differ between ranks; where their shards are may not, so that all ranks join in.
-    by_place: dict[Shards | None, list[Tensor]] = {}
-    for place, length in zip(places, lengths, strict=True):
-        by_place.setdefault(place, []).append(length.to(lengths[0].device, non_blocking=True))
-    join = _longest if largest else _joint_length_on_host if on_host else _joint_length
-    whole = []
-    for place, some in by_place.items():
-        whole.append(join(some) if place is None else place.combine(join(some), largest=largest))
-    return whole[0] if len(whole) == 1 else join(whole)
+def _as_parameter(parameter: Any, local: Tensor) -> Tensor:
+    """Return the local part of a value as the kind of tensor that the parameter is."""
+    if getattr(parameter, "placements", None) is None:
+        return local
+    whole: Tensor = type(parameter).from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        stride=parameter.stride(),
+    )  # fmt: skip
+    return whole
 
 
-def _longest(lengths: list[Tensor]) -> Tensor:
-    if len(lengths) == 1:
-        return lengths[0]
-    return torch.stack(lengths).amax()
-
-
-def _joint_length_on_host(lengths: list[Tensor]) -> Tensor:
-    """Return the same where numbers are at hand: torch takes a dozen operations for it."""
-    return torch.tensor(math.hypot(*[float(length) for length in lengths]), dtype=torch.float64)
-
-
-def _joint_length(lengths: list[Tensor]) -> Tensor:
-    if len(lengths) == 1:
-        return lengths[0]
-    return vector_norm(torch.stack(lengths))
+def _joint(lengths: list[Tensor], *, largest: bool = False, on_host: bool = False) -> Tensor:
+    """Return the norm of a vector from the norms of its parts."""
+    if len(lengths) < 2:
+        return lengths[0] if lengths else torch.zeros(())
+    if on_host and not largest:  # torch takes a dozen operations for it
+        return torch.tensor(math.hypot(*[float(length) for length in lengths]), dtype=torch.float64)
+    stacked = torch.stack([length.to(lengths[0].device, non_blocking=True) for length in lengths])
+    return stacked.amax() if largest else vector_norm(stacked)

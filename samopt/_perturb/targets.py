@@ -20,7 +20,7 @@ class Region:
 
     Attributes:
         radius: Its radius ``r``.
-        eta: Stabiliser of the metric.
+        eta: Stabiliser of the geometry.
         sign: 1 to move along the directions, -1 to move against them, as where a group is maximised.
     """
 

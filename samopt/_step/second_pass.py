@@ -55,6 +55,8 @@ class SecondPass:
         first_loss: Any,
         measure_grad_norms: bool,
     ) -> None:
+        self._memory = ScratchPool() if memory is None else memory
+        self.backup: WeightBackup | None = None
         self.loss: Any = None
         self.is_combining = False
         self._ascent = ascent

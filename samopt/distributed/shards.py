@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt.kernels.reference import vector_norm
+from samopt._numerics.vector_norm import vector_norm
 
 __all__ = ["Shards", "abandon_pass", "is_fully_sharded", "local_part", "reshard"]
 

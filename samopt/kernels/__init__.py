@@ -1,151 +1,62 @@
-"""The dispatch table: which backend runs the four weight operations for a block of tensors."""
+"""The dispatch table: which backend measures and moves a block of tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from samopt.kernels import cpu, foreach, reference, swap, triton
-from samopt.kernels.block import Backup, Block, Lengths, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, Spare
+from samopt.kernels import cpu, foreach, reference, triton
+from samopt.kernels.block import Block, NoiseSource, Norms, StepSize
 
-__all__ = [
-    "BACKENDS",
-    "Ascend",
-    "Backend",
-    "Backup",
-    "Block",
-    "Climb",
-    "Fusion",
-    "Lengths",
-    "NoiseSource",
-    "Save",
-    "Saved",
-    "Spare",
-    "Stride",
-    "check",
-    "select",
-]
-
-_S = TypeVar("_S", bound=Saved)
-_S_co = TypeVar("_S_co", bound=Saved, covariant=True)
-_S_contra = TypeVar("_S_contra", bound=Saved, contravariant=True)
-
-
-class Save(Protocol[_S_co]):
-    """Makes what puts a block back; writes nothing."""
-
-    def __call__(self, block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> _S_co:
-        """Return it; with ``consume``, directions that nobody else can reach may be overwritten; ``spare`` may, too."""
-
-
-class Ascend(Protocol[_S_contra]):
-    """Writes the perturbed weights."""
-
-    def __call__(self, block: Block, scale: Tensor, noise: NoiseSource | None, saved: _S_contra | None = None) -> None:
-        """Write them; an interrupt at any moment leaves ``saved`` able to put the weights back."""
-
-
-class Climb(Protocol[_S_contra]):
-    """Writes the perturbed weights with the arithmetic of the radius on the device."""
-
-    def __call__(
-        self, block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: _S_contra
-    ) -> Callable[[], Tensor]:
-        """Write them, as ``Ascend`` does; return what gives the move's norm. ``length`` is the norm of the block."""
+__all__ = ["BACKENDS", "Backend", "Block", "NoiseSource", "Norms", "StepSize", "check", "select"]
 
 
 @dataclass(frozen=True)
-class Fusion(Generic[_S_contra]):
-    """Restore and base step as one.
-
-    Attributes:
-        refuses: Returns None where the step of an optimizer can be taken, else the reason why not.
-        restore_and_step: Puts everything back and takes the step; returns whether it did, nothing being done if not.
-    """
-
-    refuses: Callable[[Optimizer], str | None]
-    restore_and_step: Callable[[Optimizer, Sequence[_S_contra]], bool]
-
-
-@dataclass(frozen=True)
-class Backend(Generic[_S]):
+class Backend:
     """One row of the table.
 
     Attributes:
         supports: Returns None where the backend can run a block, else the reason why not.
         norm: ``||T d||_2`` over the block, 0-dim fp64, on its device.
-        save: What puts the block back.
-        ascend: Writes the perturbed weights.
-        restore: Puts the weights back, bit for bit; may run again.
+        ascend: Writes the perturbed weights into the weights or into other memory, as ``reference.ascend`` does.
+            Returns the norm of the move if the backend knows it, else None.
         measure: The norms of several blocks of one device at once, for backends where each launch counts.
-        climb: The ascent with all of its arithmetic in it, likewise.
-        fusion: The restore as a part of the base's step, where a closure leaves nothing in between.
-        on_host: Whether it reads numbers on the host, so that others may, too.
-        points: Whether weights are pointed to other memory, so that they have to be the parameters themselves.
-        missing: Returns what the machine lacks, whatever the tensors, or None.
+        backup: Makes a backup that ``ascend(..., backup=)`` fills while it moves the weights, for backends that save a
+            pass over memory by it; None where the caller copies the weights.
+        restore: Puts such a backup back, bit for bit; may run again.
+        on_host: Whether the backend reads numbers on the host, so that its callers may, too.
+        missing: Returns what the machine lacks, or None.
     """
 
     name: str
     supports: Callable[[Block], str | None]
     norm: Callable[[Block], Tensor]
-    save: Save[_S]
-    ascend: Ascend[_S]
-    restore: Callable[[_S], None]
-    measure: Callable[[Sequence[Block]], Lengths] | None = None
-    climb: Climb[_S] | None = None
-    fusion: Fusion[_S] | None = None
+    ascend: Callable[..., Tensor | None]
+    measure: Callable[[Sequence[Block]], Norms] | None = None
+    backup: Callable[[Block, list[Tensor]], Any] | None = None
+    restore: Callable[[Any], None] | None = None
     on_host: bool = False
-    points: bool = False
     missing: Callable[[], str | None] | None = None
 
 
-_TRITON: Backend[Any] = Backend(
-    "triton",
-    triton.supports,
-    triton.norm,
-    triton.save,
-    triton.ascend,
-    triton.restore,
-    triton.measure,
-    triton.climb,
-    missing=triton.missing,
-)
-
-BACKENDS: dict[str, Backend[Any]] = {
-    "reference": Backend(
-        "reference", reference.supports, reference.norm, reference.save, reference.ascend, reference.restore
-    ),
-    "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.save, foreach.ascend, foreach.restore),
-    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.save, cpu.ascend, cpu.restore, climb=cpu.climb, on_host=True),
-    "swap": Backend(
-        "swap",
-        cpu.supports,
-        cpu.norm,
-        swap.save,
-        swap.ascend,
-        swap.restore,
-        climb=swap.climb,
-        on_host=True,
-        points=True,
-    ),
-    "triton": _TRITON,
-    "triton-fused": replace(_TRITON, name="triton-fused", fusion=Fusion(triton.refuses, triton.restore_and_step)),
-    "triton-swap": replace(
-        _TRITON,
-        name="triton-swap",
-        save=triton.swap_save,
-        ascend=triton.swap_ascend,
-        restore=triton.swap_restore,
-        climb=triton.swap_climb,
-        points=True,
+BACKENDS = {
+    "reference": Backend("reference", reference.supports, reference.norm, reference.ascend),
+    "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.ascend),
+    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.ascend, on_host=True),
+    "triton": Backend(
+        "triton",
+        triton.supports,
+        triton.norm,
+        triton.ascend,
+        measure=triton.measure,
+        backup=triton.backup,
+        restore=triton.restore,
+        missing=triton.missing,
     ),
 }
-# For those who ask: the swaps change addresses, and "triton-fused" takes the step in the base's place.
 _PREFERENCE = {"cpu": ("cpu", "foreach", "reference"), "cuda": ("triton", "foreach", "reference")}
 _ELSEWHERE = ("foreach", "reference")
 
@@ -169,26 +80,25 @@ def check(backend: str) -> None:
         raise RuntimeError(_cannot_run(backend, lack))
 
 
-def select(block: Block, backend: str) -> Backend[Any]:
+def select(block: Block, backend: str) -> Backend:
     """Return the backend that runs ``block``.
 
     Args:
         block: Tensors of one treatment.
         backend: A name in ``BACKENDS``, or "auto" for the fastest that supports the block.
 
-    Returns:
-        A row of the table.
-
     Raises:
         RuntimeError: If the named backend cannot run the block.
     """
     if backend == "auto":
-        names = _PREFERENCE.get(block.weights[0].device.type, _ELSEWHERE)
-        return next(BACKENDS[name] for name in names if BACKENDS[name].supports(block) is None)
-    if (reason := BACKENDS[backend].supports(block)) is not None:
+        for name in _PREFERENCE.get(block.weights[0].device.type, _ELSEWHERE):
+            if BACKENDS[name].supports(block) is None:
+                return BACKENDS[name]
+    elif (reason := BACKENDS[backend].supports(block)) is not None:
         raise RuntimeError(_cannot_run(backend, reason))
-    return BACKENDS[backend]
+    return BACKENDS["reference" if backend == "auto" else backend]
 
 
 def _cannot_run(backend: str, reason: str) -> str:
+    """Return the text of the error."""
     return f'backend="{backend}" cannot run here: {reason}; use backend="auto" to fall back'

@@ -1,55 +1,33 @@
-"""Few passes over memory with stock torch: pieces that fit the cache, and the gradient's memory as the backup."""
+"""Few passes over memory with stock torch: small tensors joined, large ones in pieces that stay in the cache."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import repeat
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from samopt.kernels import reference
-from samopt.kernels.block import Block, NoiseSource, Saved, Stride
-from samopt.kernels.memory import NEW_MEMORY, WORTHWHILE, Spare, flat, lie_alike, note_writes, room_for
+from samopt.kernels.block import Block, NoiseSource, StepSize
+from samopt.kernels.memory import flat, same_memory_layout
 
-__all__ = [
-    "Exchange",
-    "Slice",
-    "Written",
-    "applied",
-    "ascend",
-    "climb",
-    "has_small_only",
-    "is_small",
-    "move",
-    "moved",
-    "norm",
-    "restore",
-    "save",
-    "scratch",
-    "slices",
-    "supports",
-]
+__all__ = ["ascend", "norm", "supports"]
 
 _PIECE = 1 << 18  # elements; 1 MiB in fp32: with its scratch it stays in the cache, and calls cost little beside it
-_SMALL = WORTHWHILE  # elements; up to here a call costs about as much as moving the values
-_FEW = 1 << 17  # elements; up to here one sum in fp64 is faster than the calls that it takes to add up rows
-_PIECES_TOGETHER = 4  # as large as small weights are joined; splitting them in the cache's size would gain nothing
 _PIECE_PER_THREAD = 1 << 15  # torch gives no thread less than that
-_ROW = 512  # elements summed in one precision; longer sums lose digits when all terms are alike
-_METRICS = {"adaptive"}
+_SMALL = 1 << 14  # elements; up to here a call costs about as much as reading the values, so small tensors are joined
+_FEW = 1 << 17  # elements; up to here one sum in fp64 is faster than the calls that it takes to add up rows
+_ROW = 512  # elements summed in fp32; longer sums lose digits when all terms are alike
+_GEOMETRIES = {"adaptive"}
 
 
 def supports(block: Block) -> str | None:
     """Return why the CPU path cannot run ``block``, or None where it can."""
     if block.linf:
         return "the l-infinity ball has no CPU form"
-    if block.metric is not None and block.metric.name not in _METRICS:
-        return f"the {block.metric.name} metric has no CPU form"
+    if block.geometry is not None and block.geometry.name not in _GEOMETRIES:
+        return f"the {block.geometry.name} geometry has no CPU form"
     weight, direction = block.weights[0], block.directions[0]
     if weight.device.type != "cpu":
         return f"a parameter is on {weight.device}, not on the CPU"
@@ -59,305 +37,134 @@ def supports(block: Block) -> str | None:
         return f"a gradient is a {type(direction).__name__} of layout {direction.layout}, not a dense Tensor"
     if direction.dtype is not weight.dtype:
         return f"a gradient has dtype {direction.dtype}, its parameter {weight.dtype}"
-    if not lie_alike(weight, direction):
+    if not same_memory_layout(weight, direction):
         return "the strides of a gradient are not those of its parameter, or one of them has gaps"
     return None
-
-
-class Written(NamedTuple):
-    """What may have been written.
-
-    Attributes:
-        weights: Weights or slices of them, as vectors that share their memory.
-        values: Their old values, one after the other.
-        sizes: Number of elements of each.
-    """
-
-    weights: list[Tensor]
-    values: Tensor
-    sizes: list[int]
-
-
-@dataclass
-class Exchange(Saved):
-    """A way back that fills up piece by piece.
-
-    Attributes:
-        places: For each weight, memory that will take its old values; None for a small one. Empty where all are small.
-        record: What may have been written so far.
-    """
-
-    places: list[Tensor | None] = field(default_factory=list)
-    record: list[Written] = field(default_factory=list)
-
-
-class Slice(NamedTuple):
-    """A part of a large weight that fits the cache, as vectors that share memory with what they are parts of.
-
-    Attributes:
-        weight: Of the weight.
-        direction: Of its direction.
-        place: Of memory that may take other values of the weight; None where there is none.
-    """
-
-    weight: Tensor
-    direction: Tensor
-    place: Tensor | None
 
 
 def norm(block: Block) -> Tensor:
     """Return ``||T d||_2`` over the block: a 0-dim fp64 tensor.
 
-    Sums of squares are taken in rows short enough for the block's own precision; where they overflow or vanish there,
+    Sums of squares are taken in rows short enough for the precision of the block; where they overflow or vanish there,
     the reference starts again in fp64.
     """
     elements = sum(block.sizes)
     dtype = block.directions[0].dtype
-    length: Tensor
     if not elements:
         return torch.zeros((), dtype=torch.float64)
-    few = elements <= _FEW and dtype is torch.float32
-    if few and block.metric is None:
-        # Nothing that fp32 holds has a square that fp64 does not.
-        length = torch.linalg.vector_norm(_joined(block.directions, block.are_vectors), dtype=torch.float64)
+    length: Tensor
+    is_joined = block.geometry is None or max(block.sizes) <= _SMALL
+    if is_joined and elements <= _FEW and dtype is torch.float32:
+        # The square of every finite fp32 number is a normal fp64 number or 0, so this needs no second try.
+        directions = block.directions
+        joined = torch._C._nn.flatten_dense_tensors(directions) if block.geometry is None else _join_scaled(block)
+        length = torch.linalg.vector_norm(joined, dtype=torch.float64)
         return length
-    if few and has_small_only(block):
-        length = torch.linalg.vector_norm(next(_uphill(block)), dtype=torch.float64)
-    else:
-        lengths = torch.cat([row for uphill in _uphill(block) for row in _row_norms(uphill)]).double()
-        length = torch.dot(lengths, lengths).sqrt()
+    rows = [norms for uphill in _scaled_directions(block) for norms in _row_norms(uphill)]
+    lengths = torch.cat(rows).double()
+    length = torch.dot(lengths, lengths).sqrt()
     limits = torch.finfo(dtype)
     # Squares below the smallest normal number lose digits or vanish; here all of them together are below one rounding.
-    safe = (elements * limits.tiny / limits.eps) ** 0.5 <= float(length) < float("inf")
+    safe = (elements * limits.tiny / limits.eps) ** 0.5 <= float(length) < math.inf
     return length if safe else reference.norm(block)
 
 
-def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Exchange:
-    """Return room for every large weight: its direction's memory where that may be overwritten, else other memory."""
-    if has_small_only(block):
-        return Exchange([])
-    places = [
-        None if is_small(size) else room_for(weight, direction, consume, spare)
-        for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True)
-    ]
-    return Exchange([], places)
+def ascend(
+    block: Block, step: StepSize, length: Tensor, noise: NoiseSource | None, *, into: list[Tensor] | None = None
+) -> None:
+    """Write ``w + scale T^2 d`` into the weights or ``into``; arguments as for ``reference.ascend``."""
+    factor = step.factor()
+    targets: list[Tensor] = block.weights if into is None else into
+    if factor == 0:  # the directions may hold infinities, and 0 times infinity is nan
+        if into is not None:
+            torch._foreach_copy_(into, block.weights)
+    elif block.geometry is not None:
+        _ascend_adaptive(block, factor, targets)
+    elif into is None or max(block.sizes, default=0) <= _SMALL:
+        if into is not None:
+            torch._foreach_copy_(into, block.weights)
+        torch._foreach_add_(targets, block.directions, alpha=factor)
+    else:  # one pass over memory where the lines above take two, for one call to torch per tensor
+        for weight, direction, target in zip(block.weights, block.directions, targets, strict=True):
+            torch.add(weight, direction, alpha=factor, out=target)
 
 
-def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Exchange | None = None) -> None:
-    """Write ``w + scale T^2 d``, and the old ``w`` into ``saved``, piece by piece."""
-    move(block, float(scale), saved)
+def _ascend_adaptive(block: Block, factor: float, targets: list[Tensor]) -> None:
+    """Write ``w + factor T^2 d`` with ``T = |w| + eta``."""
+    for group in _small_groups(block):
+        places = [flat(targets[index]) for index in group]
+        weights = torch.cat([flat(block.weights[index]) for index in group])
+        directions = torch.cat([flat(block.directions[index]) for index in group])
+        t = weights.abs().add_(block.eta)
+        moved = weights.addcmul_(directions.mul_(t), t, value=factor)  # T^2 alone may underflow
+        torch.split_with_sizes_copy(moved, [block.sizes[index] for index in group], out=places)
+    room = _scratch(block, 2)
+    for weight, direction, target in _pieces(block, targets):
+        t = torch.abs(weight, out=room[0, : len(weight)]).add_(block.eta)
+        uphill = torch.mul(direction, t, out=room[1, : len(weight)])
+        torch.addcmul(weight, uphill, t, value=factor, out=target)
 
 
-def climb(
-    block: Block, length: Tensor, stride: Stride, noise: NoiseSource | None, saved: Exchange
-) -> Callable[[], Tensor]:
-    """Do ``ascend`` with the step's arithmetic on the host; return what gives how far it went, 0-dim."""
-    step = stride.factor()
-    move(block, step, saved)
-    return applied(step, length)
-
-
-def restore(saved: Exchange) -> None:
-    """Copy the saved weights back, bit for bit; last first, since weights that share memory were saved in turn."""
-    for weights, values, sizes in reversed(saved.record):
-        torch.split_with_sizes_copy(values, sizes, out=weights)
-
-
-def is_small(size: int) -> bool:
-    """Return whether calls cost more than moving the values, so that tensors had better be joined.
-
-    Args:
-        size: Number of elements.
-    """
-    return size <= _SMALL
-
-
-def has_small_only(block: Block) -> bool:
-    """Return whether no weight of a block is large.
-
-    Args:
-        block: The block.
-    """
-    return is_small(block.largest)
-
-
-def slices(block: Block, places: Sequence[Tensor | None] | None = None) -> Iterator[Slice]:
-    """Yield the parts of a block's large weights.
-
-    Args:
-        block: The block.
-        places: Memory laid out like each weight, handed out in the same parts; None where there is none.
-    """
-    if has_small_only(block):
-        return
-    limit = _piece_size()
-    rooms = repeat(None) if places is None else places
-    for size, weight, direction, place in zip(block.sizes, block.weights, block.directions, rooms, strict=False):
-        if not is_small(size):
-            parts = torch.split(flat(weight), limit), torch.split(flat(direction), limit)
-            yield from map(Slice, *parts, repeat(None) if place is None else torch.split(flat(place), limit))
-
-
-def moved(part: Slice, block: Block, step: float, room: Tensor, target: Tensor) -> Tensor:
-    """Write ``w + step T^2 d`` for a slice into ``target``.
-
-    Args:
-        part: From ``slices``.
-        block: Whose.
-        step: The factor.
-        room: Vector of at least the slice's size that may be overwritten.
-        target: Vector for the result; the slice's direction will do.
-
-    Returns:
-        ``target``.
-    """
-    weight, direction, _ = part
-    if block.metric is None:
-        return torch.add(weight, direction, alpha=step, out=target)
-    length = _lengths(weight, block.eta, room[: weight.numel()])
-    uphill = torch.mul(direction, length, out=target)
-    return torch.addcmul(weight, uphill, length, value=step, out=target)  # T^2 alone may underflow
-
-
-def scratch(block: Block) -> Tensor:
-    """Return room for the intermediate values of one slice.
-
-    Args:
-        block: Whose slices; it has some.
-    """
-    return torch.empty(min(_piece_size(), block.largest), dtype=block.weights[0].dtype)
-
-
-def applied(step: float, length: Tensor) -> Callable[[], Tensor]:
-    """Return what gives the norm of a move, 0-dim.
-
-    Args:
-        step: The factor of ``T^2 d``.
-        length: ``||T d||_2``, 0-dim; where it is not finite, nothing moved.
-    """
-    far = float(length)
-    return partial(torch.tensor, abs(step) * far if math.isfinite(far) else 0.0, dtype=torch.float64)
-
-
-def move(block: Block, step: float, saved: Exchange | None) -> None:
-    """Do ``ascend`` with a number.
-
-    Args:
-        block: Tensors to move.
-        step: The factor of ``T^2 d``; 0 does nothing.
-        saved: As for ``ascend``.
-    """
-    if step == 0:
-        return
-    for some in _small(block):
-        weights = _vectors(some, some.weights)
-        values = torch.cat(weights)
-        if saved is not None:
-            saved.record.append(Written(weights, values, some.sizes))  # only now may they change, should one interrupt
-        if block.metric is None:
-            _add(some.weights, some.directions, step)
-        else:
-            length = _lengths(values, block.eta, torch.empty_like(values))
-            uphill = torch.cat(_vectors(some, some.directions)).mul_(length).mul_(step).mul_(length)
-            _add(weights, torch.unsafe_split_with_sizes(uphill, some.sizes), 1.0)
-    if has_small_only(block):
-        return
-    room, target = scratch(block), scratch(block)
-    for part in slices(block, None if saved is None else saved.places):
-        weight, direction, place = part
-        new = None
-        if block.metric is not None or (place is not None and place.data_ptr() == direction.data_ptr()):
-            new = moved(part, block, step, room, target[: weight.numel()])
-        if saved is not None and place is not None:
-            saved.record.append(Written([weight], place.copy_(weight), [weight.numel()]))
-        if new is None:
-            weight.add_(direction, alpha=step)
-        else:
-            weight.copy_(new)
-
-
-def _uphill(block: Block) -> Iterator[Tensor]:
-    """Yield the values of ``T d`` as vectors; each is overwritten by the next where there is a metric."""
-    for some in _small(block):
-        vector = _joined(some.directions, some.are_vectors)
-        if block.metric is not None:
-            weights, room = _joined(some.weights, some.are_vectors), torch.empty_like(vector)
-            vector = torch.mul(_lengths(weights, block.eta, room), vector, out=room)
-        yield vector
-    if has_small_only(block):
-        return
-    if block.metric is None:
+def _scaled_directions(block: Block) -> Iterator[Tensor]:
+    """Yield the values of ``T d`` as vectors; the next one overwrites the last."""
+    if block.geometry is None:
+        for group in _small_groups(block):
+            yield torch._C._nn.flatten_dense_tensors([block.directions[index] for index in group])
         for size, direction in zip(block.sizes, block.directions, strict=True):
-            if not is_small(size):
+            if size > _SMALL:
                 yield flat(direction)
         return
-    room = scratch(block)
-    for part in slices(block):
-        place = room[: part.weight.numel()]
-        yield torch.mul(_lengths(part.weight, block.eta, place), part.direction, out=place)
+    for group in _small_groups(block):
+        yield _join_scaled(block, group)
+    room = _scratch(block, 1)
+    for weight, direction, _ in _pieces(block, block.weights):
+        yield torch.abs(weight, out=room[0, : len(weight)]).add_(block.eta).mul_(direction)
 
 
-def _small(block: Block) -> Iterator[Block]:
-    """Yield the small weights with their directions, several pieces' worth at a time."""
-    limit = _PIECES_TOGETHER * _piece_size()
-    if has_small_only(block) and 0 < sum(block.sizes) <= limit:
-        yield block
-        return
-    weights: list[Tensor] = []
-    directions: list[Tensor] = []
-    total = 0
-    for size, weight, direction in zip(block.sizes, block.weights, block.directions, strict=True):
+def _join_scaled(block: Block, group: Collection[int] | None = None) -> Tensor:
+    """Return ``T d`` with ``T = |w| + eta`` of several tensors of the block, or of all, as one vector."""
+    places = range(len(block.sizes)) if group is None else group
+    t = torch.cat([flat(block.weights[index]) for index in places]).abs_().add_(block.eta)
+    return t.mul_(torch.cat([flat(block.directions[index]) for index in places]))
+
+
+def _small_groups(block: Block) -> Iterator[list[int]]:
+    """Yield the places of the small weights in the block, in groups whose values fit the cache."""
+    group: list[int] = []
+    total, limit = 0, _piece_size()
+    for index, size in enumerate(block.sizes):
         if 0 < size <= _SMALL:
-            if total + size > limit and weights:
-                yield replace(block, weights=weights, directions=directions)
-                weights, directions, total = [], [], 0
-            weights.append(weight)
-            directions.append(direction)
+            if group and total + size > limit:
+                yield group
+                group, total = [], 0
+            group.append(index)
             total += size
-    if weights:
-        yield replace(block, weights=weights, directions=directions)
+    if group:
+        yield group
+
+
+def _pieces(block: Block, targets: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield pieces of the large weights, of their directions and of the targets, as vectors that share their memory."""
+    limit = _piece_size()
+    for size, weight, direction, target in zip(block.sizes, block.weights, block.directions, targets, strict=True):
+        if size > _SMALL:
+            vectors = flat(weight), flat(direction), flat(target)
+            yield from zip(*[torch.split(vector, limit) for vector in vectors], strict=True)
+
+
+def _scratch(block: Block, rows: int) -> Tensor:
+    """Return memory for the intermediate values of one piece."""
+    size = min(_piece_size(), max(block.sizes)) if max(block.sizes) > _SMALL else 0
+    return torch.empty(rows, size, dtype=block.weights[0].dtype)
 
 
 def _piece_size() -> int:
+    """Return how many elements a piece has: what fits the cache, but enough for every thread."""
     return max(_PIECE, _PIECE_PER_THREAD * torch.get_num_threads())
 
 
-def _joined(tensors: list[Tensor], are_vectors: bool) -> Tensor:
-    """Return the values as one vector; that of one tensor may share its memory."""
-    if are_vectors:
-        return torch.cat(tensors)
-    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
-    return vector
-
-
-def _vectors(block: Block, tensors: list[Tensor]) -> list[Tensor]:
-    """Return the weights or the directions of a block as vectors that share their memory."""
-    return tensors if block.are_vectors else list(map(flat, tensors))
-
-
-def _add(weights: list[Tensor], uphill: list[Tensor] | tuple[Tensor, ...], step: float) -> None:
-    """Add ``step * uphill`` to weights laid out like it, with the bits of ``add_`` at a third of its time a call."""
-    torch._fused_sgd_(
-        weights,
-        uphill,
-        [],
-        weight_decay=0.0,
-        momentum=0.0,
-        lr=-step,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-    )
-    note_writes(weights)
-
-
-def _lengths(weight: Tensor, eta: float, room: Tensor) -> Tensor:
-    """Return the adaptive metric's ``T = |w| + eta`` in ``room``; without ``eta`` the weight: only ``T^2`` counts."""
-    return torch.abs(weight, out=room).add_(eta) if eta else weight
-
-
 def _row_norms(values: Tensor) -> Iterator[Tensor]:
+    """Yield the norms of the rows of a vector, and that of the rest."""
     whole = values.numel() // _ROW * _ROW
     if whole:
         yield torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1)

@@ -1,4 +1,4 @@
-"""The specification: each operation of a two-step update, one tensor at a time, beside its equation."""
+"""The specification: the norm and the ascent, one tensor at a time, beside their equations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from samopt._numerics.low_precision import is_low_precision, widen
-from samopt.kernels.block import Backup, Block, NoiseSource, Saved
-from samopt.kernels.memory import NEW_MEMORY, Spare
+from samopt._numerics.vector_norm import vector_norm
+from samopt.kernels.block import Block, NoiseSource, StepSize
 
-__all__ = ["ascend", "norm", "restore", "save", "supports", "vector_norm"]
+__all__ = ["ascend", "norm", "split_sparse", "supports"]
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 _MIN_EXPONENT = {torch.bfloat16: -119, torch.float16: -14}  # keeps the spacing a normal fp32 number
@@ -23,84 +23,61 @@ def supports(block: Block) -> str | None:
 
 def norm(block: Block) -> Tensor:
     """Return ``||T d||_2`` over the block: a 0-dim fp64 tensor on the block's device, safe at 1e30 and at 1e-30."""
-    lengths = []
+    norms = []
     for weight, direction in zip(block.weights, block.directions, strict=True):
-        rows, values = _split(direction)
+        rows, values = split_sparse(direction)
         values = widen(values)
-        if block.metric is not None:
-            values = values * block.metric.scale(widen(_take(weight, rows)), values, block.eta)
-        lengths.append(vector_norm(values))
-    return vector_norm(torch.stack(lengths))
+        if block.geometry is not None:
+            values = values * block.geometry.scale(widen(_take(weight, rows)), values, block.eta)
+        norms.append(vector_norm(values))
+    return vector_norm(torch.stack(norms))
 
 
-def save(block: Block, consume: bool = False, spare: Spare = NEW_MEMORY) -> Saved:
-    """Return copies of every value that ``ascend`` will write."""
-    backups = []
-    for weight, direction in zip(block.weights, block.directions, strict=True):
-        rows, _ = _split(direction)
-        values = _take(weight, rows)
-        backups.append(Backup(weight, rows, spare.like(values).copy_(values)))
-    return Saved(backups)
-
-
-def ascend(block: Block, scale: Tensor, noise: NoiseSource | None, saved: Saved | None = None) -> None:
+def ascend(
+    block: Block, step: StepSize, length: Tensor, noise: NoiseSource | None, *, into: list[Tensor] | None = None
+) -> Tensor | None:
     """Write ``w + scale T^2 d`` (l2) or ``w + scale T sign(d)`` (l-infinity), computed in at least fp32.
 
     Args:
-        block: Tensors to move; ``block.weights`` is written.
-        scale: 0-dim tensor: ``r / ||T d||`` (l2) or ``r`` (l-infinity); 0 moves nothing, whatever ``d`` holds.
+        block: Tensors to move.
+        step: How far: ``scale`` is ``r / ||T d||`` (l2) or ``r`` (l-infinity), or 0 where nothing moves.
+        length: ``||T d||_2`` over the block.
         noise: Uniform numbers for stochastic rounding of low-precision weights; None rounds to nearest.
-        saved: What ``save`` returned, for backends that save while they ascend.
+        into: Memory for the result, like each weight; None is the weights themselves.
+
+    Returns:
+        The norm of the move after rounding, ``||T^-1 (w' - w)||_2`` or its largest entry, for low-precision weights;
+        None for others, which move as far as ``step`` says.
     """
-    for weight, direction in zip(block.weights, block.directions, strict=True):
-        rows, values = _split(direction)
+    scale = step.scale(block.weights[0].device)
+    targets = block.weights if into is None else into
+    is_low = is_low_precision(block.weights[0])
+    applied = []
+    for weight, direction, target in zip(block.weights, block.directions, targets, strict=True):
+        rows, values = split_sparse(direction)
         start, values = widen(_take(weight, rows)), widen(values)
         uphill = torch.sgn(values) if block.linf else values
-        if block.metric is not None:
-            length = block.metric.scale(start, values, block.eta)
-            uphill = uphill * length if block.linf else uphill * length * length  # T^2 alone may underflow
-        step = scale.to(start.real.dtype if start.is_complex() else start.dtype)
-        target = start + torch.where(step != 0, uphill * step, torch.zeros_like(uphill))
-        if noise is not None and is_low_precision(weight):
-            target = _round_stochastically(target, weight.dtype, noise)
+        t = None if block.geometry is None else block.geometry.scale(start, values, block.eta)
+        if t is not None:
+            uphill = uphill * t if block.linf else uphill * t * t  # T^2 alone may underflow
+        factor = scale.to(start.real.dtype if start.is_complex() else start.dtype)
+        # 0 times infinity is nan, so a scale of 0 is asked for by name.
+        moved = start + torch.where(factor != 0, uphill * factor, torch.zeros_like(uphill))
+        if is_low:
+            moved = moved.to(weight.dtype) if noise is None else _round_stochastically(moved, weight.dtype, noise)
+            applied.append(_size(moved.float() - start, t, block.linf))
         if rows is None:
-            weight.copy_(target)
+            target.copy_(moved)
         else:
-            weight[rows] = target.to(weight.dtype)
+            if into is not None:
+                target.copy_(weight)
+            target[rows] = moved.to(target.dtype)
+    if not applied:
+        return None
+    return torch.stack(applied).amax() if block.linf else vector_norm(torch.stack(applied))
 
 
-def restore(saved: Saved) -> None:
-    """Copy the saved values back, bit for bit."""
-    for backup in saved.backups:
-        if backup.rows is None:
-            backup.weight.copy_(backup.values)
-        else:
-            backup.weight[backup.rows] = backup.values
-
-
-def vector_norm(values: Tensor) -> Tensor:
-    """Return the l2 norm of ``values`` as a 0-dim fp64 tensor (fp32 where the device has no fp64).
-
-    Squares are accumulated in fp64, where no square of a finite fp32 value overflows or vanishes; fp64 values are
-    divided by their largest magnitude first.
-    """
-    if values.numel() == 0:
-        return torch.zeros((), dtype=_wide(values.device), device=values.device)
-    if values.dtype in (torch.float64, torch.complex128) or _wide(values.device) is not torch.float64:
-        peak = values.abs().amax()
-        usable = torch.isfinite(peak) & (peak > 0)
-        unit = torch.where(usable, peak, torch.ones_like(peak))
-        return torch.where(usable, peak * torch.linalg.vector_norm(values / unit), peak)
-    wide = torch.complex128 if values.is_complex() else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(values, dtype=wide)
-    return norm
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _split(direction: Tensor) -> tuple[tuple[Tensor, ...] | None, Tensor]:
+def split_sparse(direction: Tensor) -> tuple[tuple[Tensor, ...] | None, Tensor]:
     """Separate a sparse direction into the rows it touches and their values; a dense one touches everything."""
     if not direction.is_sparse:
         return None, direction
@@ -109,18 +86,21 @@ def _split(direction: Tensor) -> tuple[tuple[Tensor, ...] | None, Tensor]:
 
 
 def _take(weight: Tensor, rows: tuple[Tensor, ...] | None) -> Tensor:
+    """Return the rows of a weight; None is all of it."""
     return weight.detach() if rows is None else weight.detach()[rows]
 
 
+def _size(move: Tensor, t: Tensor | None, linf: bool) -> Tensor:
+    """Return ``||T^-1 move||_2``, or its largest entry, in fp64."""
+    if t is not None:
+        move = torch.where(move != 0, move / t, move)  # T is 0 where Fisher's direction is infinite
+    return move.abs().amax().double() if linf and move.numel() else vector_norm(move)
+
+
 def _round_stochastically(values: Tensor, dtype: torch.dtype, noise: NoiseSource) -> Tensor:
-    """Round fp32 ``values`` to a neighbour in ``dtype``, up with probability equal to the fraction that is lost.
-
-    The spacing of ``dtype`` around a value is a power of two, so dividing by it is exact, and so is splitting the
-    quotient into ``floor(q)`` and the fraction that decides. A representable value has fraction 0 and stays.
-
-    Returns:
-        The rounded values, in ``dtype``.
-    """
+    """Round fp32 ``values`` to a neighbour in ``dtype``, up with probability equal to the fraction that is lost."""
+    # The spacing of the dtype around a value is a power of two, so dividing by it is exact, and so is splitting the
+    # quotient into floor(q) and the fraction that decides. A representable value has fraction 0 and stays.
     _, exponent = torch.frexp(values)
     spacing_exponent = (exponent - 1).clamp_(min=_MIN_EXPONENT[dtype]) - _MANTISSA_BITS[dtype]
     spacing = torch.ldexp(torch.ones_like(values), spacing_exponent)

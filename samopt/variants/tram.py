@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from samopt._callers.user_warnings import warn_user
-from samopt._perturb.gradients import Taken
+from samopt._perturb.gradients import StashedGradients
 from samopt._perturb.targets import Targets
 from samopt._replay.forward_calls import PassObserver
 from samopt._step.second_pass import SecondPass
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.direction import Direction, named_direction
-from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Metric
+from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry
 from samopt.step_metrics import StepMetrics
 from samopt.trust_region import (
     TRUST_REGIONS,
@@ -37,7 +37,7 @@ from samopt.trust_region.watch import FirstPassWatch
 
 __all__ = ["TRAM"]
 
-_METRICS: dict[str, tuple[type[Metric], float]] = {
+_METRICS: dict[str, tuple[type[Geometry], float]] = {
     "adaptive": (Adaptive, 0.01),
     "euclidean": (Euclidean, 0.0),
     "fisher": (Fisher, 0.1),
@@ -107,7 +107,7 @@ class TRAM(SharpnessAwareOptimizer):
         divergence: str | Divergence = "kl",
         scale: float = 1.0,
         max_radius: float | None = None,
-        metric: str | Metric = "adaptive",
+        metric: str | Geometry = "adaptive",
         eta: float | None = None,
         class_dim: int = -1,
         logits: Callable[[Any], Tensor] | None = None,
@@ -170,7 +170,7 @@ class TRAM(SharpnessAwareOptimizer):
     def _accelerators_if_moving(self) -> tuple[torch.device, ...] | None:
         return tuple(self.accelerators()) if self.may_move() else None
 
-    def take_stock(self) -> tuple[Taken, list[Targets]]:
+    def take_stock(self) -> tuple[StashedGradients, list[Targets]]:
         """Return what ``SharpnessAwareOptimizer.take_stock`` does, with a newly measured distance in the radii."""
         self._distance = None
         return super().take_stock()
@@ -259,7 +259,7 @@ def _region(trust_region: str | TrustRegion | RadiusSource) -> TrustRegion | Rad
     return trust_region
 
 
-def _metric(metric: str | Metric) -> tuple[Metric, float]:
+def _metric(metric: str | Geometry) -> tuple[Geometry, float]:
     if not isinstance(metric, str):
         return metric, 0.01
     if metric not in _METRICS:

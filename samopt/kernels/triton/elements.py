@@ -3,23 +3,23 @@
 import triton
 import triton.language as tl
 
-__all__ = ["length", "rounded_to_nearest", "stochastically_rounded", "uniform", "uphill"]
+__all__ = ["rounded_to_nearest", "scale_of", "stochastically_rounded", "uniform", "uphill"]
 
 
 @triton.jit
-def length(w, d, eta, root_eta, METRIC: tl.constexpr):
-    """Return the metric's ``T``.
+def scale_of(w, d, eta, root_eta, GEOMETRY: tl.constexpr):
+    """Return ``T`` of the geometry.
 
     Args:
         w: Weights.
         d: Directions.
-        eta: The metric's stabiliser.
+        eta: The stabiliser of the geometry.
         root_eta: Its square root.
-        METRIC: "none", "adaptive" or "fisher".
+        GEOMETRY: "none", "adaptive" or "fisher".
     """
-    if METRIC == "adaptive":
+    if GEOMETRY == "adaptive":
         return tl.abs(w) + eta
-    elif METRIC == "fisher":
+    elif GEOMETRY == "fisher":
         x = tl.abs(d) * root_eta
         larger, smaller = tl.maximum(x, 1.0), tl.minimum(x, 1.0)
         ratio = smaller / larger  # the square of 1e30 would overflow
@@ -29,18 +29,18 @@ def length(w, d, eta, root_eta, METRIC: tl.constexpr):
 
 
 @triton.jit
-def uphill(w, d, eta, root_eta, METRIC: tl.constexpr, LINF: tl.constexpr):
-    """Return ``T^2 d`` (l2) or ``T sign(d)`` (l-infinity); arguments as for ``length``."""
+def uphill(w, d, eta, root_eta, GEOMETRY: tl.constexpr, LINF: tl.constexpr):
+    """Return ``T^2 d`` (l2) or ``T sign(d)`` (l-infinity); arguments as for ``scale_of``."""
     if LINF:
         sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))  # of nan: nan
-        if METRIC == "none":
+        if GEOMETRY == "none":
             return sign
         else:
-            return sign * length(w, d, eta, root_eta, METRIC)
-    elif METRIC == "none":
+            return sign * scale_of(w, d, eta, root_eta, GEOMETRY)
+    elif GEOMETRY == "none":
         return d
     else:
-        t = length(w, d, eta, root_eta, METRIC)
+        t = scale_of(w, d, eta, root_eta, GEOMETRY)
         return d * t * t  # T^2 alone may underflow
 
 

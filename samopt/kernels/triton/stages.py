@@ -1,13 +1,13 @@
-"""The kernels of the norm, the ascent, the restore; each program takes one chunk of a pointer table."""
+"""The kernels of the norm, the ascent and the restore; each program takes one chunk of a pointer table."""
 
 import triton
 import triton.language as tl
 
-from samopt.kernels.triton.elements import length, rounded_to_nearest, stochastically_rounded, uniform, uphill
+from samopt.kernels.triton.elements import rounded_to_nearest, scale_of, stochastically_rounded, uniform, uphill
 
 __all__ = ["ascend_chunk", "join_moves", "join_sums", "restore_chunk", "sum_chunk"]
 
-# Rows of a pointer table, in int64: addresses of weights, of directions, of backups; numbers of elements.
+# Rows of a pointer table, in int64: addresses of weights, of directions, of backups or results; numbers of elements.
 
 
 @triton.jit(do_not_specialize=["chunks", "total", "first"])
@@ -20,7 +20,7 @@ def sum_chunk(
     eta,
     root_eta,
     DTYPE: tl.constexpr,
-    METRIC: tl.constexpr,
+    GEOMETRY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum ``(T d)^2`` over a chunk, and ``d^2``, in fp64, where no square of a finite fp32 value is lost.
@@ -31,10 +31,10 @@ def sum_chunk(
         sums: fp64, room for two rows.
         total: Width of a row of ``sums``.
         first: Where this table's sums begin in a row.
-        eta: The metric's stabiliser.
+        eta: The stabiliser of the geometry.
         root_eta: Its square root.
         DTYPE: Of weights and directions.
-        METRIC: As for ``length``.
+        GEOMETRY: As for ``scale_of``.
         BLOCK: Elements at a time.
     """
     chunk = tl.program_id(0)
@@ -43,7 +43,7 @@ def sum_chunk(
     size = tl.load(table + 3 * chunks + chunk).to(tl.int32)
     w_start = w_address.to(tl.pointer_type(DTYPE))
     d_start = d_address.to(tl.pointer_type(DTYPE))
-    addresses = d_address | w_address if METRIC == "adaptive" else d_address
+    addresses = d_address | w_address if GEOMETRY == "adaptive" else d_address
     whole = tl.where((addresses & 15) == 0, size // BLOCK * BLOCK, 0)
     lane = tl.arange(0, BLOCK)
     scaled = tl.zeros([BLOCK], tl.float64)
@@ -51,23 +51,23 @@ def sum_chunk(
     for at in range(0, whole, BLOCK):
         d = tl.load(tl.multiple_of(d_start + at, 16) + lane).to(tl.float32)
         w = d
-        if METRIC == "adaptive":
+        if GEOMETRY == "adaptive":
             w = tl.load(tl.multiple_of(w_start + at, 16) + lane).to(tl.float32)
         plain += _square(d)
-        if METRIC != "none":
-            scaled += _square(d * length(w, d, eta, root_eta, METRIC))
+        if GEOMETRY != "none":
+            scaled += _square(d * scale_of(w, d, eta, root_eta, GEOMETRY))
     for at in range(whole, size, BLOCK):
         inside = at + lane < size
         d = tl.load(d_start + at + lane, mask=inside, other=0.0).to(tl.float32)
         w = d
-        if METRIC == "adaptive":
+        if GEOMETRY == "adaptive":
             w = tl.load(w_start + at + lane, mask=inside, other=0.0).to(tl.float32)
         plain += _square(d)
-        if METRIC != "none":
-            scaled += _square(d * length(w, d, eta, root_eta, METRIC))
-    without_metric = tl.sum(plain)
-    tl.store(sums + total + first + chunk, without_metric)
-    tl.store(sums + first + chunk, without_metric if METRIC == "none" else tl.sum(scaled))
+        if GEOMETRY != "none":
+            scaled += _square(d * scale_of(w, d, eta, root_eta, GEOMETRY))
+    plain_sum = tl.sum(plain)
+    tl.store(sums + total + first + chunk, plain_sum)
+    tl.store(sums + first + chunk, plain_sum if GEOMETRY == "none" else tl.sum(scaled))
 
 
 @triton.jit
@@ -78,10 +78,10 @@ def _square(x):
 
 @triton.jit(do_not_specialize=["total", "blocks"])
 def join_sums(sums, total, bounds, blocks, lengths, BLOCK: tl.constexpr):
-    """Write the norm of everything, without the metric, and of each block: one program, so one order.
+    """Write the norm of everything, without ``T``, and of each block: one program, so one order.
 
     Args:
-        sums: fp64, a row with the metric and a row without.
+        sums: fp64, a row with ``T`` and a row without.
         total: Width of a row.
         bounds: int64, where each block's sums begin, and ``total``.
         blocks: How many blocks.
@@ -126,29 +126,28 @@ def ascend_chunk(
     stamp: tl.int64,
     applied,
     DTYPE: tl.constexpr,
-    METRIC: tl.constexpr,
+    GEOMETRY: tl.constexpr,
     LINF: tl.constexpr,
-    SCALED: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     SAVES: tl.constexpr,
-    AWAY: tl.constexpr,
+    INTO: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     MEASURED: tl.constexpr,
     INTERPRETED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``w + s T^2 d`` or ``w + s T sign(d)`` with ``s = r / ||T d||`` or ``r``, and the old ``w`` elsewhere.
+    """Write ``w + s T^2 d`` or ``w + s T sign(d)`` with ``s = r / ||T d||`` or ``r``; save the old ``w``, if asked.
 
     Args:
         table: The pointer table.
         chunks: Its width.
         norm: fp64, ``||T d||`` over everything that moves; 0 or not finite moves nothing.
         own_length: fp64, ``||T d||`` over this table.
-        radius: The radius, or ``s`` itself where ``SCALED``.
+        radius: The radius.
         radius_at: Where it is, if ``ON_DEVICE``.
         sign: 1 or -1.
-        eta: The metric's stabiliser.
+        eta: The stabiliser of the geometry.
         root_eta: Its square root.
         key_low: Half of the key of the rounding noise.
         key_high: The other half.
@@ -156,12 +155,11 @@ def ascend_chunk(
         stamp: A number that no other ascent has.
         applied: fp64, where to leave the norm of the move; where ``MEASURED``, its square or largest entry by chunk.
         DTYPE: Of weights and directions.
-        METRIC: As for ``length``.
+        GEOMETRY: As for ``scale_of``.
         LINF: Whether the ball is the l-infinity one.
-        SCALED: Whether the scale is given, so that no norm is needed.
         ON_DEVICE: Whether the radius is in device memory.
-        SAVES: Whether to keep the old weights.
-        AWAY: Whether to write where backups would be, and leave the weights alone.
+        SAVES: Whether to keep the old weights in the third row of the table.
+        INTO: Whether to write to the third row of the table instead of the weights.
         STOCHASTIC: Whether to round stochastically.
         MEASURED: Whether to measure the move as it is after rounding.
         INTERPRETED: Whether Triton's interpreter runs this.
@@ -178,47 +176,45 @@ def ascend_chunk(
     b_start = b_address.to(tl.pointer_type(DTYPE))
 
     asked = tl.load(radius_at).to(tl.float64) if ON_DEVICE else radius
-    scale = asked * sign
-    if not SCALED:
-        scale = _scale(scale, tl.load(norm), LINF)
-        if not MEASURED:
-            own = tl.load(own_length)
-            moved = own < float("inf")  # not so for nan
-            by = tl.where(own > 0, 1.0, 0.0) if LINF else own
-            tl.store(applied, tl.where(moved, tl.abs(scale) * by, 0.0), mask=chunk == 0)
+    scale = _scale(asked * sign, tl.load(norm), LINF)
+    if not MEASURED:
+        own = tl.load(own_length)
+        moved = own < float("inf")  # not so for nan
+        by = tl.where(own > 0, 1.0, 0.0) if LINF else own
+        tl.store(applied, tl.where(moved, tl.abs(scale) * by, 0.0), mask=chunk == 0)
     step = scale.to(tl.float32)
     if SAVES:
         tl.store(written + chunk, stamp)
 
     lane = tl.arange(0, BLOCK)
     sizes = tl.zeros([BLOCK], tl.float64)
-    addresses = w_address | d_address | b_address if SAVES or AWAY else w_address | d_address
+    addresses = w_address | d_address | b_address if SAVES or INTO else w_address | d_address
     whole = tl.where((addresses & 15) == 0, size // BLOCK * BLOCK, 0)
     for at in range(0, whole, BLOCK):
         places = tl.multiple_of(w_start + at, 16) + lane
         old = tl.load(places)
         d = tl.load(tl.multiple_of(d_start + at, 16) + lane).to(tl.float32)
         new = _moved(old, d, step, eta, root_eta, chunk * CHUNK + at + lane, key_low, key_high,
-                     DTYPE, METRIC, LINF, STOCHASTIC, INTERPRETED)  # fmt: skip
+                     DTYPE, GEOMETRY, LINF, STOCHASTIC, INTERPRETED)  # fmt: skip
         if SAVES:
             tl.store(tl.multiple_of(b_start + at, 16) + lane, old)
-        if AWAY:
+        if INTO:
             tl.store(tl.multiple_of(b_start + at, 16) + lane, new)
         else:
             tl.store(places, new)
         if MEASURED:
-            sizes = _with_move(sizes, old, new, d, eta, root_eta, METRIC, LINF)
+            sizes = _with_move(sizes, old, new, d, eta, root_eta, GEOMETRY, LINF)
     for at in range(whole, size, BLOCK):
         inside = at + lane < size
         old = tl.load(w_start + at + lane, mask=inside, other=0.0)
         d = tl.load(d_start + at + lane, mask=inside, other=0.0).to(tl.float32)
         new = _moved(old, d, step, eta, root_eta, chunk * CHUNK + at + lane, key_low, key_high,
-                     DTYPE, METRIC, LINF, STOCHASTIC, INTERPRETED)  # fmt: skip
+                     DTYPE, GEOMETRY, LINF, STOCHASTIC, INTERPRETED)  # fmt: skip
         if SAVES:
             tl.store(b_start + at + lane, old, mask=inside)
-        tl.store((b_start if AWAY else w_start) + at + lane, new, mask=inside)
+        tl.store((b_start if INTO else w_start) + at + lane, new, mask=inside)
         if MEASURED:
-            sizes = _with_move(sizes, old, tl.where(inside, new, old), d, eta, root_eta, METRIC, LINF)
+            sizes = _with_move(sizes, old, tl.where(inside, new, old), d, eta, root_eta, GEOMETRY, LINF)
     if MEASURED:
         tl.store(applied + chunk, tl.max(sizes) if LINF else tl.sum(sizes))
 
@@ -234,11 +230,12 @@ def _scale(radius, norm, LINF: tl.constexpr):
 @triton.jit
 def _moved(
     old, d, step, eta, root_eta, index, key_low, key_high,
-    DTYPE: tl.constexpr, METRIC: tl.constexpr, LINF: tl.constexpr, STOCHASTIC: tl.constexpr, INTERPRETED: tl.constexpr,
+    DTYPE: tl.constexpr, GEOMETRY: tl.constexpr, LINF: tl.constexpr, STOCHASTIC: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     w = old.to(tl.float32)
-    towards = uphill(w, d, eta, root_eta, METRIC, LINF)
-    new = w + tl.where(step != 0, towards * step, 0.0)  # zero times infinity is nan
+    move = uphill(w, d, eta, root_eta, GEOMETRY, LINF)
+    new = w + tl.where(step != 0, move * step, 0.0)  # zero times infinity is nan
     if STOCHASTIC:
         noise = uniform(index.to(tl.uint32, bitcast=True), key_low, key_high)
         new = stochastically_rounded(new, noise, DTYPE)
@@ -246,11 +243,11 @@ def _moved(
 
 
 @triton.jit
-def _with_move(sizes, old, new, d, eta, root_eta, METRIC: tl.constexpr, LINF: tl.constexpr):
+def _with_move(sizes, old, new, d, eta, root_eta, GEOMETRY: tl.constexpr, LINF: tl.constexpr):
     w = old.to(tl.float32)
     by = new.to(tl.float32) - w
-    if METRIC != "none":
-        by = by / length(w, d, eta, root_eta, METRIC)
+    if GEOMETRY != "none":
+        by = tl.where(by != 0, by / scale_of(w, d, eta, root_eta, GEOMETRY), by)  # T may be 0 where nothing moved
     wide = by.to(tl.float64)
     return tl.maximum(sizes, tl.abs(wide)) if LINF else sizes + wide * wide
 

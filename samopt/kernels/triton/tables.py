@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samopt._callers.cuda_graphs import is_capturing
 
-__all__ = ["CHUNK", "PointerTable", "addresses_of", "boundaries", "count_chunks", "pointer_table"]
+__all__ = ["CHUNK", "PointerTable", "addresses_of", "boundaries", "pointer_table"]
 
 _T = TypeVar("_T")
 
@@ -24,7 +24,7 @@ _captured: list[Tensor] = []  # host memory that CUDA graphs copy from at every 
 
 @dataclass(frozen=True)
 class PointerTable:
-    """Chunks of tensors that lie alike, one column a chunk.
+    """Chunks of tensors with one memory layout, one column a chunk.
 
     Attributes:
         data: int64 of shape ``(rows + 1, chunks)``, on the device: a row of addresses for each list of tensors, then
@@ -34,15 +34,6 @@ class PointerTable:
 
     data: Tensor
     chunks: int
-
-
-def count_chunks(sizes: Sequence[int]) -> int:
-    """Return how many chunks tensors have.
-
-    Args:
-        sizes: Their numbers of elements.
-    """
-    return sum(-(-size // CHUNK) for size in sizes)
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt._perturb.perturbation import Placement
+from samopt._perturb.movable_weights import MovableWeights
 from samopt._replay.forward_calls import RngState, SavedBuffers
 from samopt._replay.unobserved import unobserved
 from samopt.sharpness._measuring.batches import read_batches
@@ -132,13 +132,13 @@ class Subject:
         return gradient
 
     @contextmanager
-    def placement(self) -> Generator[Placement]:
+    def placement(self) -> Generator[MovableWeights]:
         """Let the weights be moved inside this context; they are put back bit for bit, also after an interrupt.
 
         Yields:
             What moves them.
         """
-        placement = Placement(self.weights)
+        placement = MovableWeights(self.weights)
         try:
             try:
                 yield placement
@@ -216,7 +216,7 @@ def measuring(
 ) -> Generator[Subject]:
     """Make a model ready to be measured, and afterwards put back everything but weights that were moved.
 
-    Modes, buffers, random streams and hooks come back; weights are put back by who moves them (``Placement``), and
+    Modes, buffers, random streams and hooks come back; weights are put back by who moves them (``MovableWeights``), and
     ``.grad`` is never touched.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from samopt._numerics.low_precision import is_low_precision, widen
 from samopt._numerics.stochastic_rounding import Noise, RoundingNoise
-from samopt._perturb.perturbation import Placement
+from samopt._perturb.movable_weights import MovableWeights
 from samopt.sharpness._measuring.batches import map_tensors
 from samopt.sharpness._measuring.measured_model import Subject
 from samopt.sharpness._measuring.seeds import stream
@@ -56,7 +56,9 @@ class Climb:
         key: Decides the random starts and the stochastic rounding.
     """
 
-    def __init__(self, subject: Subject, batch: Any, ball: Ball, placement: Placement, key: tuple[int, int]) -> None:
+    def __init__(
+        self, subject: Subject, batch: Any, ball: Ball, placement: MovableWeights, key: tuple[int, int]
+    ) -> None:
         self._subject = subject
         self._batch = batch
         self._ball = ball

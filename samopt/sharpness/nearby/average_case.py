@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
 from samopt._numerics.stochastic_rounding import RoundingNoise
-from samopt._perturb.perturbation import Placement
+from samopt._perturb.movable_weights import MovableWeights
 from samopt.sharpness._measuring.losses import LossFn
 from samopt.sharpness._measuring.measured_model import FORWARD, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -168,7 +168,7 @@ def average_case(
     )
 
 
-def _shake(placement: Placement, ball: Ball, sign: int, key: tuple[int, int, int]) -> None:
+def _shake(placement: MovableWeights, ball: Ball, sign: int, key: tuple[int, int, int]) -> None:
     """Move every weight by ``sign * T u``; equal keys give equal ``u``."""
     rounding = RoundingNoise(seed_of("rounding", *key, sign)).source()
     for index, centre in enumerate(placement.origin):

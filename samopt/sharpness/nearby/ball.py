@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from samopt._numerics.low_precision import widen
+from samopt._numerics.vector_norm import vector_norm
 from samopt._perturb.perturbation import Perturbation
 from samopt._perturb.targets import Region, Targets
 from samopt._step.arguments import check_nonnegative
-from samopt.kernels.reference import vector_norm
 from samopt.parts import geometry
-from samopt.parts.geometry import Euclidean, Metric
+from samopt.parts.geometry import Euclidean, Geometry
 
 __all__ = ["AdaptiveOption", "Ball"]
 
@@ -68,7 +68,7 @@ class Ball:
         return self.norm == "linf"
 
     @property
-    def metric(self) -> Metric:
+    def metric(self) -> Geometry:
         """The metric, as an optimizer has it."""
         if not self.adaptive:
             return Euclidean()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
-from samopt._perturb.perturbation import Placement
+from samopt._perturb.movable_weights import MovableWeights
 from samopt.sharpness._measuring.losses import LossFn
 from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -181,7 +181,7 @@ class _Line:
         self._start |= {name: self._start[name].clone() for name in buffers if name in self._start}
         self._end |= {name: self._end[name].clone() for name in buffers if name in self._end}
 
-    def place(self, placement: Placement, position: float, with_buffers: bool) -> None:
+    def place(self, placement: MovableWeights, position: float, with_buffers: bool) -> None:
         """Move all weights, and perhaps the buffers, to a position."""
         for index, name in enumerate(self._subject.names):
             placement.put(index, self._between(name, self._subject.weights[index], position))
@@ -193,7 +193,7 @@ class _Line:
                     buffer.copy_(self._between(name, buffer, position))
         self._subject.keep_buffers()
 
-    def alone(self, placement: Placement, positions: Sequence[float], members: set[str]) -> list[float]:
+    def alone(self, placement: MovableWeights, positions: Sequence[float], members: set[str]) -> list[float]:
         """Return the losses where only some weights move, and put these back to the start."""
         subject = self._subject
         moving = [(index, name) for index, name in enumerate(subject.names) if name in members]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
-from samopt._perturb.perturbation import Placement
-from samopt.kernels.reference import vector_norm
+from samopt._numerics.vector_norm import vector_norm
+from samopt._perturb.movable_weights import MovableWeights
 from samopt.sharpness._measuring.losses import LossFn
 from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -162,7 +162,9 @@ def landscape(
     )
 
 
-def _loss_at(subject: Subject, placement: Placement, axes: Sequence[Sequence[Tensor]], at: Sequence[float]) -> float:
+def _loss_at(
+    subject: Subject, placement: MovableWeights, axes: Sequence[Sequence[Tensor]], at: Sequence[float]
+) -> float:
     for index, origin in enumerate(placement.origin):
         offset = torch.zeros_like(origin, dtype=widen(origin).dtype)
         for direction, length in zip(axes, at, strict=False):
