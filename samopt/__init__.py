@@ -1,13 +1,20 @@
 """Sharpness-aware training for PyTorch: SAM, ASAM, TRAM and their relatives around any torch optimizer."""
 
-from samopt._step.second_pass import SecondPass
+from samopt._step.pass_handle import PassHandle
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.rho_scheduler import RhoScheduler
 from samopt.step_metrics import StepMetrics
 from samopt.variants import available, create
-from samopt.variants.lesam import GSAM, LESAM, WSAM, FriendlySAM, LookSAM, MomentumSAM
-from samopt.variants.sam import ASAM, SAM, FisherSAM
+from samopt.variants.asam import ASAM
+from samopt.variants.fisher_sam import FisherSAM
+from samopt.variants.friendly_sam import FriendlySAM
+from samopt.variants.gsam import GSAM
+from samopt.variants.lesam import LESAM
+from samopt.variants.looksam import LookSAM
+from samopt.variants.momentum_sam import MomentumSAM
+from samopt.variants.sam import SAM
 from samopt.variants.tram import TRAM
+from samopt.variants.wsam import WSAM
 
 __version__ = "0.1.0"
 
@@ -22,8 +29,8 @@ __all__ = [
     "FriendlySAM",
     "LookSAM",
     "MomentumSAM",
+    "PassHandle",
     "RhoScheduler",
-    "SecondPass",
     "SharpnessAwareOptimizer",
     "StepMetrics",
     "available",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, cast
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -232,6 +234,16 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """Whether a gradient at ``w`` must be taken for this step's ascent."""
         return self._passes.needs_first_pass
 
+    @property
+    def perturbs_this_step(self) -> bool:
+        """Whether anything moves in this step, as far as the host can tell: not for ``rho=0`` or a quiet LookSAM step."""
+        return self._ascent.may_move()
+
+    @property
+    def waits_for_step(self) -> bool:
+        """Whether the gradients of a second pass wait for ``step()``."""
+        return self._passes.waits_for_step
+
     def backward(self, compute_loss: Callable[[], Any], *, last: bool = True) -> Any:
         """Compute the loss and leave the gradient for the base in place: one or two passes, as the optimizer needs.
 
@@ -324,6 +336,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             RuntimeError: When it is entered, if the weights are perturbed already, there are no gradients at ``w``, or
                 the gradients of another second pass wait for ``step()``.
         """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "perturbed() cannot be compiled; compile the model, or the function that computes the loss, instead of "
+                "the whole training step"
+            )
         return cast("AbstractContextManager[PassHandle]", self._passes.perturbed(loss))
 
     def first_pass(self) -> AbstractContextManager[None]:
@@ -553,6 +570,5 @@ def accepts_closure(base: Optimizer) -> bool:
     Args:
         base: The optimizer.
     """
-    step = getattr(type(base).step, "__wrapped__", type(base).step)  # inside of torch's profiling
-    code = getattr(step, "__code__", None)
+    code = getattr(inspect.unwrap(type(base).step), "__code__", None)  # inside of torch's profiling and of no_grad
     return code is None or code.co_argcount > 1 or bool(code.co_flags & 0x0C)

@@ -43,7 +43,7 @@ class RhoScheduler:
             )
         self.optimizer = optimizer
         self._factor = factor
-        self._key = optimizer.option_key("rho")
+        self._key = optimizer.option_key(optimizer.radius.option)
         self.base_rhos = self.get_last_rho()
         self.last_step = 0
         self._move_to(0, self.base_rhos)
@@ -175,7 +175,7 @@ class RhoScheduler:
 
     def get_last_rho(self) -> list[float]:
         """Return each group's present ``rho``."""
-        return [self.optimizer.option(group, "rho") for group in self.optimizer.param_groups]
+        return [self.optimizer.option(group, self.optimizer.radius.option) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps and the initial radii; the factor itself is code and is not saved."""

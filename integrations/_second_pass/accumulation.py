@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from samopt._replay.forward_calls import RngState
+from samopt._replay.random_state import RngState
 from samopt.distributed import unsynced
 from samopt.optimizer import SharpnessAwareOptimizer
 
@@ -23,8 +23,8 @@ __all__ = ["TwoPasses"]
 class TwoPasses:
     """Runs every micro-batch once as usual and, at the last one of a window, all of them again at ``w + epsilon``.
 
-    The window is everything since the last optimizer step, so that it holds exactly what the accumulated gradients
-    hold: also a window that an epoch ended early. After the last micro-batch the gradients are the second pass's, and
+    The window is everything since the last optimizer step or ``zero_grad()``, so that it holds exactly what the
+    accumulated gradients hold: also a window that an epoch ended early. After the last micro-batch the gradients are the second pass's, and
     whoever owns the loop unscales, clips and steps them.
 
     Args:
@@ -65,14 +65,20 @@ class TwoPasses:
         """
         if self.optimizer.is_one_pass:  # the weights move and return by themselves, in one pass
             return once()
+        if self.optimizer.waits_for_step:
+            raise RuntimeError(
+                "a second micro-batch came before optimizer.step(), but the accelerator was not told to accumulate: it "
+                "ended the window at the first one. Make it with Accelerator(gradient_accumulation_steps=k), put 'with "
+                "accelerator.accumulate(model):' around each micro-batch, and do not divide the loss by k"
+            )
         start = RngState.capture([self._accelerator.device])
         # Only gradients that a second pass replaces may stay unexchanged.
-        with self._unsynced() if self._per_rank and self.optimizer.may_move() else nullcontext():
+        with self._unsynced() if self._per_rank and self.optimizer.perturbs_this_step else nullcontext():
             loss = once()
         self._window.append(MicroBatch(again, loss.detach(), start))
         if self._accelerator.sync_gradients:
             window, self._window = self._window, []
-            run_again(window, self.optimizer, self._model, self._exchange)
+            run_again(window, self.optimizer, self._exchange)
         return loss
 
     def _exchange(self, is_last: bool) -> AbstractContextManager[None]:

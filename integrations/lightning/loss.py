@@ -11,8 +11,9 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from samopt._replay.module_state import ModuleState
+
 from .._second_pass.batch_copies import independent_copy
-from .attributes import AttributeKeeper
 from .quiet import REPORTS, quiet
 
 __all__ = ["training_loss"]
@@ -31,13 +32,14 @@ def training_loss(trainer: Trainer, module: LightningModule) -> Callable[[nn.Mod
     takes_index = len(inspect.signature(module.training_step).parameters) > 1
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        put_attributes_back = AttributeKeeper(module, ignored=REPORTS).save()
+        state = ModuleState([module], ignored=REPORTS)
+        state.save()
         arguments = (independent_copy(batch), 0) if takes_index else (independent_copy(batch),)
         try:
             with quiet(trainer, module), trainer.precision_plugin.train_step_context(), _uncompiled():
                 output = module.training_step(*arguments)
         finally:
-            put_attributes_back()
+            state.restore()
         value = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(value, Tensor):
             raise TypeError(

@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
-from samopt._perturb.gradients import StashedGradients
-from samopt._replay.forward_calls import RngState, SavedBuffers
+from samopt._replay.random_state import RngState
 from samopt.distributed import unsynced
 
 from .._second_pass.batch_copies import independent_copy
 from .._second_pass.window import MicroBatch, run_again
-from .attributes import AttributeKeeper
-from .quiet import REPORTS, quiet
+from .quiet import quiet
 
 __all__ = ["Run"]
 
@@ -33,7 +31,6 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     parts: int
-    put_attributes_back: Callable[[], None]
 
 
 class Run:
@@ -63,11 +60,10 @@ class Run:
         self._training_step = self._strategy.training_step
         self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
         self._scale: Tensor | None = None  # what the latest gradients were multiplied by
-        self._attributes = AttributeKeeper(module, ignored=REPORTS)
         self._latest: MicroBatch | None = None
         self._window: list[MicroBatch] = []
         self._until_backward_ends = ExitStack()
-        self._is_handed_over = True
+        self._is_prepared = True
         self.is_second_pass = False
         """Whether the second pass is running."""
 
@@ -119,9 +115,8 @@ class Run:
             return  # there is nothing to step, or Lightning will not do so
         one = torch.ones((), device=self._strategy.root_device)
         self._scale = None if self._scaler is None else self._scaler.scale(one)
-        with self._uncounted() if self._optimizer.may_move() else nullcontext():
-            has_run = run_again(window, self._optimizer, self._module, self._exchange)
-        self._is_handed_over = False
+        has_run = run_again(window, self._optimizer, self._exchange, self._unreported)
+        self._is_prepared = False
         if self._scaler is None:
             self._before_step()
         elif has_run and not self._base_unscales:
@@ -136,18 +131,16 @@ class Run:
 
     def _before_step(self, *_: Any) -> None:
         """Tell the optimizer that its base steps; called again, or where nothing was delivered, this does nothing."""
-        if not self._is_handed_over:
-            self._is_handed_over = True
-            self._optimizer.hand_over()
+        if not self._is_prepared:
+            self._is_prepared = True
+            self._optimizer.prepare_base_step()
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._window:
-            self._attributes.begin()
         parts = self._trainer.accumulate_grad_batches
-        call = _Call(independent_copy(args), independent_copy(kwargs), parts, self._attributes.save_bindings())
+        call = _Call(independent_copy(args), independent_copy(kwargs), parts)
         start = RngState.capture([self._strategy.root_device])
         # Only gradients that a second pass replaces may stay unexchanged.
-        unexchanged = self._per_rank and self._optimizer.may_move()
+        unexchanged = self._per_rank and self._optimizer.perturbs_this_step
         self._until_backward_ends.enter_context(self._exchange(not unexchanged))
         output = self._training_step(*args, **kwargs)
         loss = _loss_in(output, call)
@@ -159,7 +152,6 @@ class Run:
         return output
 
     def _run_again(self, call: _Call) -> Tensor:
-        call.put_attributes_back()
         with torch.enable_grad():
             loss = _loss_in(self._training_step(*call.args, **call.kwargs), call)
             if loss is None:
@@ -173,21 +165,14 @@ class Run:
         return nullcontext() if exchanged else unsynced(self._strategy.model)
 
     @contextmanager
-    def _uncounted(self) -> Generator[None]:
-        """Let the module and its trainer be, after this context, as if nothing had been run in it."""
-        put_attributes_back = self._attributes.save()
-        buffers = SavedBuffers(self._module)
-        stepped = {parameter for group in self._optimizer.param_groups for parameter in group["params"]}
-        others = StashedGradients.of([parameter for parameter in self._module.parameters() if parameter not in stepped])
+    def _unreported(self) -> Generator[None]:
+        """Let nothing that is run in this context be logged, printed or profiled."""
         self.is_second_pass = True
         try:
             with quiet(self._trainer, self._module):
                 yield
         finally:
             self.is_second_pass = False
-            others.put_back()
-            buffers.restore()
-            put_attributes_back()
 
 
 def _loss_in(output: Any, call: _Call) -> Tensor | None:

@@ -23,15 +23,6 @@ from .run import Run
 
 __all__ = ["SharpnessAwareTraining", "is_second_pass"]
 
-_VARIANTS: dict[str, Callable[..., SharpnessAwareOptimizer]] = {
-    "sam": samopt.SAM,
-    "asam": samopt.ASAM,
-    "fisher": samopt.FisherSAM,
-    "tram": samopt.TRAM,
-}
-_OPTIONS = ("rho", "eta", "perturb")
-
-
 class SharpnessAwareTraining(Callback):
     """Trains any LightningModule with SAM or a relative of it; the module and its optimizer stay as they are.
 
@@ -48,7 +39,7 @@ class SharpnessAwareTraining(Callback):
     Cost: two forward-backward passes a step, one transient copy of the weights, and a copy of a window's batches.
 
     Args:
-        variant: "sam", "asam", "fisher" or "tram"; or a callable that makes a samopt optimizer of an optimizer and the
+        variant: A name in ``samopt.available()``; or a callable that makes a samopt optimizer of an optimizer and the
             options. None is "sam", or the samopt optimizer that ``configure_optimizers`` returned.
         rho: Radius of the perturbation, >= 0; None for the optimizer's own default. TRAM has ``scale`` instead.
         eta: Stabiliser of the metric, >= 0; None for the optimizer's own default. SAM has none.
@@ -84,8 +75,8 @@ class SharpnessAwareTraining(Callback):
         watch: str | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(variant, str) and variant not in _VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, got {variant!r}")
+        if isinstance(variant, str) and variant not in samopt.available():
+            raise ValueError(f"variant must be one of {', '.join(samopt.available())}, got {variant!r}")
         self.optimizer: SharpnessAwareOptimizer | None = None
         named = {"rho": rho, "eta": eta, "norm": norm, "stochastic_rounding": stochastic_rounding, "seed": seed}
         self._variant = variant
@@ -141,12 +132,12 @@ class SharpnessAwareTraining(Callback):
             trainer.strategy.optimizers = [given.base_optimizer]
         else:
             present = [set(group) for group in given.param_groups]
-            self.optimizer = self._build(given, self._watched(trainer, pl_module))
+            self.optimizer = self._build(given, pl_module, self._watched(trainer, pl_module))
             self._added = [group.keys() - keys for group, keys in zip(given.param_groups, present, strict=True)]
         optimizer = self.optimizer
         refuse_unsupported_optimizer(optimizer)
         refuse_scaled_metric(trainer, optimizer)
-        keys = [optimizer.option_key(name) for name in _OPTIONS]
+        keys = [optimizer.option_key(name) for name in (optimizer.radius.option, "eta", "perturb")]
         self._group_options = [{key: group[key] for key in keys} for group in optimizer.param_groups]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,17 +239,15 @@ class SharpnessAwareTraining(Callback):
         if callable(self._variant) or not all(isinstance(v, str | float | int) for v in self._options.values()):
             return
         model = nn.Linear(1, 1)
-        self._build(torch.optim.SGD(model.parameters(), lr=0.0), model)
+        self._build(torch.optim.SGD(model.parameters(), lr=0.0), model, model)
 
-    def _build(self, base: Optimizer, watched: nn.Module) -> SharpnessAwareOptimizer:
+    def _build(self, base: Optimizer, module: nn.Module, watched: nn.Module) -> SharpnessAwareOptimizer:
         variant = self._variant or "sam"
         if not isinstance(variant, str):
             return variant(base, **self._options)
         if variant == "tram":
-            return samopt.TRAM(base, model=watched, **self._options)
-        # Shards are gathered anew at w + epsilon by the modules that hold them.
-        sharded = any(hasattr(parameter, "device_mesh") for parameter in watched.parameters())
-        return _VARIANTS[variant](base, model=watched if sharded else None, **self._options)
+            return samopt.create(variant, base, model=watched, **self._options)
+        return samopt.create(variant, base, model=module, **self._options)
 
     def _watched(self, trainer: Trainer, module: LightningModule) -> nn.Module:
         if self._watch is not None:

@@ -29,7 +29,7 @@ _HANDED_ON = {
     "sam_eta": ("eta", ("asam", "fisher", "tram")),
     "sam_scale": ("scale", ("tram",)),
     "sam_max_radius": ("max_radius", ("tram",)),
-    "sam_metric": ("metric", ("tram",)),
+    "sam_metric": ("geometry", ("tram",)),
     "sam_trust_region": ("trust_region", ("tram",)),
     "sam_divergence": ("divergence", ("tram",)),
 }
@@ -80,7 +80,7 @@ class SAMArguments:
     sam_rho: float | None = _option(None, "Radius of the perturbation; by default the optimizer's own.")
     sam_eta: float | None = _option(None, "Stabiliser of the metric; by default the optimizer's own.")
     sam_norm: Literal["l2", "linf"] = _option("l2", "Norm of the ball.")
-    sam_direction: Literal["gradient", "momentum", "momentum-ahead"] = _option(
+    sam_direction: Literal["gradient", "momentum", "momentum-uphill"] = _option(
         "gradient", "Along the batch's gradient (two passes a step), or the base's momentum, or ahead of it (one)."
     )
     sam_rho_schedule: Literal["constant", "linear_warmup", "cosine", "proportional_to_lr"] = _option(

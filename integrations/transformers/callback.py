@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samopt import StepMetrics
-from samopt._replay.forward_calls import RngState
+from samopt._replay.random_state import RngState
 from samopt.sharpness import SharpnessMonitor
 from samopt.sharpness._measuring.batches import map_tensors
 

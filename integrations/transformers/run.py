@@ -54,7 +54,7 @@ class Run:
         self._passes: TwoPasses | None = None
         self._schedule: RhoScheduler | None = None
         self._gradient_scale: Tensor | None = None
-        self._is_handed_over = False
+        self._is_prepared = False
 
     def step(
         self, trainer: Trainer, model: nn.Module, once: Callable[[], Tensor], again: Callable[[], Tensor]
@@ -73,7 +73,7 @@ class Run:
         if self._passes is None:
             self._passes = self._start(trainer, model)
         self._follow_schedule(trainer.state.global_step)
-        self._is_handed_over = False
+        self._is_prepared = False
         loss = self._passes.run(once, again)
         scaler = trainer.accelerator.scaler
         if scaler is not None and not self._passes.optimizer.is_one_pass:  # in one pass, norms are measured later
@@ -87,9 +87,9 @@ class Run:
     def _start(self, trainer: Trainer, model: nn.Module) -> TwoPasses:
         optimizer = self._arguments.build_optimizer(self._base, model, trainer.args.seed)
         self._entry.belongs_to(optimizer)
-        self._handle = self._base.register_step_pre_hook(self._hand_over)
+        self._handle = self._base.register_step_pre_hook(self._prepare)
         for group, own in zip(optimizer.param_groups, self._groups, strict=False):
-            for name in ("rho", "eta", "perturb"):
+            for name in (optimizer.radius.option, "eta", "perturb"):
                 key = optimizer.option_key(name)
                 group[key] = own.get(key, optimizer.option({}, name))
         self._schedule = self._arguments.build_schedule(
@@ -98,11 +98,11 @@ class Run:
         self.optimizer = optimizer
         return TwoPasses(trainer.accelerator, optimizer, model, sync_perturbation=self._arguments.sam_sync_perturbation)
 
-    def _hand_over(self, *_: object) -> None:
+    def _prepare(self, *_: object) -> None:
         """Have the base step with the second pass's gradient; called again where its ``step`` calls its parent's."""
-        if self.optimizer is not None and not self._is_handed_over:
-            self._is_handed_over = True
-            self.optimizer.hand_over()
+        if self.optimizer is not None and not self._is_prepared:
+            self._is_prepared = True
+            self.optimizer.prepare_base_step()
 
     def _end(self) -> None:
         self._entry.remove()
@@ -115,7 +115,7 @@ class Run:
             return
         schedule.load_state_dict({"last_step": step, "base_rhos": schedule.base_rhos})
         if step % self._arguments.sam_every:
-            key = schedule.optimizer.option_key("rho")
+            key = schedule.optimizer.option_key(schedule.optimizer.radius.option)
             for group in schedule.optimizer.param_groups:
                 group[key] = 0.0
 

@@ -96,7 +96,7 @@ def _end(
         watcher.running = None
 
 
-def watch(models: Iterable[nn.Module], watcher: CallWatcher) -> Callable[[], None]:
+def watch(models: Iterable[nn.Module], watcher: CallWatcher, *, only_these: bool = False) -> Callable[[], None]:
     """Have a watcher told of the calls of every module in some models.
 
     Modules inside ``torch.compile``'s wrapper and inside ``nn.DataParallel`` are not followed: they run as compiled
@@ -105,12 +105,13 @@ def watch(models: Iterable[nn.Module], watcher: CallWatcher) -> Callable[[], Non
     Args:
         models: The models.
         watcher: What is told. It is held by the modules, so it must not hold what keeps an optimizer alive.
+        only_these: Follow the models themselves, and not the modules in them.
 
     Returns:
         A function that ends this; it may be called more than once.
     """
     calls: list[_WatchedCall] = []
-    for module in _followed(models):
+    for module in list(models) if only_these else _followed(models):
         call = vars(module).get(_SLOT)
         if not isinstance(call, _WatchedCall):
             call = _WatchedCall(module)

@@ -27,8 +27,8 @@ class ModuleState:
 
     What changed is told by identity, address and version counter. Writes through ``.data`` leave no trace there, so
     tensors of up to 4,096 elements are always copied, and of larger ones 64 entries are compared: on an accelerator,
-    that waits for the device once where such tensors exist. Trainable parameters that the optimizer owns are left to
-    the perturbation.
+    that waits for the device once where such tensors exist. Of parameters that the optimizer trains, only the address
+    and the version counter are compared.
 
     Cost: a walk over the modules, and a copy of what changed. A frozen backbone is not copied.
 
@@ -54,6 +54,7 @@ class ModuleState:
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
         self._bindings: Callable[[], None] | None = None
+        self._at_start: Callable[[], None] | None = None
         self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def begin(self) -> None:
@@ -62,23 +63,35 @@ class ModuleState:
         large: list[Tensor] = []
         for tensor in self._tensors():
             self._known[id(tensor)] = (tensor, _mark(tensor))
-            if tensor.numel() > _SMALL:
+            if tensor.numel() > _SMALL and not self._is_trained(tensor):
                 large.append(tensor)
         self._samples = [(tensor, sample(tensor)) for tensor in large]
+        self._at_start = self.bindings(registries=False)
 
-    def save(self) -> None:
-        """Copy what the first pass changed, and note what every name is bound to."""
+    def save(self, moving: Iterable[Tensor] = ()) -> None:
+        """Copy what the first pass changed, and note what every name is bound to.
+
+        Args:
+            moving: Parameters that are moved, and put back with the perturbation.
+        """
         if not self._models and not self._others:
             return
         self._bindings = self.bindings()
         changed = self._silently_changed()
         copies = []
         with torch.no_grad():
+            left_out = set(moving)
             for tensor in self._tensors():
+                if tensor in left_out:
+                    continue
                 known = self._known.get(id(tensor))
-                if known is None or tensor.numel() <= _SMALL or known[1] != _mark(tensor) or id(tensor) in changed:
+                is_small = tensor.numel() <= _SMALL and not self._is_trained(tensor)
+                if is_small or known is None or known[1] != _mark(tensor) or id(tensor) in changed:
                     copies.append((tensor, tensor.data, tensor.detach().clone()))
         self._copies = copies
+        if self._at_start is not None:
+            self._at_start()  # a hidden state that the first pass began with is what the second begins with
+            self._at_start = None
 
     def restore(self) -> None:
         """Put everything back; may be called again after an interrupt, and does nothing without ``save``."""
@@ -89,13 +102,17 @@ class ModuleState:
                 for tensor, memory, values in self._copies:
                     _put_back(tensor, memory, values)
         self._bindings, self._copies = None, []
-        self._known, self._samples = {}, []
+        self._known, self._samples, self._at_start = {}, [], None
 
-    def bindings(self) -> Callable[[], None]:
-        """Return a function that makes names and containers hold again what they hold now."""
-        registries = [
+    def bindings(self, *, registries: bool = True) -> Callable[[], None]:
+        """Return a function that makes names and containers hold again what they hold now.
+
+        Args:
+            registries: Whether those of parameters and buffers are included.
+        """
+        registered = [
             (registry, registry.copy())
-            for module in self._modules()
+            for module in (self._modules() if registries else ())
             for registry in (module._parameters, module._buffers)
             if registry
         ]
@@ -103,7 +120,7 @@ class ModuleState:
         containers = [(value, value.copy()) for value in self._reachable() if not isinstance(value, Tensor)]
 
         def restore() -> None:
-            for registry, content in registries:
+            for registry, content in registered:
                 _refill(registry, content)
             for namespace, attributes in namespaces:
                 for name in self._plain(namespace).keys() - attributes.keys():
@@ -113,6 +130,10 @@ class ModuleState:
                 _refill(container, content)
 
         return restore
+
+    def _is_trained(self, tensor: Tensor) -> bool:
+        """Return whether the optimizer trains a tensor: a forward rarely writes into those."""
+        return tensor.requires_grad and tensor in self._owned
 
     def _modules(self) -> Iterator[nn.Module]:
         yield from every_module(self._models)
@@ -129,7 +150,7 @@ class ModuleState:
         return {name: value for name, value in namespace.items() if name not in self._ignored}
 
     def _tensors(self) -> Iterator[Tensor]:
-        """Yield once every tensor that a forward may write into and that the optimizer does not own."""
+        """Yield once every tensor that a forward may write into."""
         seen: set[int] = set()
         for tensor in self._every_tensor():
             if id(tensor) not in seen and not _cannot_change(tensor):
@@ -139,13 +160,13 @@ class ModuleState:
     def _every_tensor(self) -> Iterator[Tensor]:
         for module in self._modules():
             for parameter in module._parameters.values():
-                if parameter is not None and parameter not in self._owned:
+                if parameter is not None:
                     yield parameter
             for buffer in module._buffers.values():
                 if buffer is not None:
                     yield buffer
         for value in self._reachable():
-            if isinstance(value, Tensor) and value not in self._owned:
+            if isinstance(value, Tensor):
                 yield value
 
     def _reachable(self) -> Iterator[Any]:
@@ -158,7 +179,7 @@ class ModuleState:
                 continue
             seen.add(id(value))
             if isinstance(value, Tensor):
-                if value.is_leaf and not (value.requires_grad and value in self._owned):
+                if value.is_leaf:
                     yield value
                 continue
             pending.extend(value.values() if isinstance(value, dict) else value)

@@ -71,14 +71,15 @@ class Replay:
         """Return the present random state of the streams this model may use."""
         return RngState.capture(self._calls.devices)
 
-    def begin_second(self, start: RngState | None = None) -> None:
+    def begin_second(self, start: RngState | None = None, moving: Iterable[Tensor] = ()) -> None:
         """Enter the second pass.
 
         Args:
             start: Random state at the start of the first pass, where known.
+            moving: Parameters that the perturbation moves and puts back.
         """
         self._end = RngState.capture(self._calls.devices, like=start)
-        self.state.save()
+        self.state.save(moving)
         self._is_blind = bool(self.models) and start is None and self._calls.is_empty
         if not self._has_warned and any(map(is_capturing, self._calls.devices)) and _has_dropout(self.models):
             self._has_warned = True

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
+import torch
+
 __all__ = ["is_observed", "unobserved"]
 
 _depth = 0
 
 
 def is_observed() -> bool:
-    """Return whether hooks that follow a training step should take forward calls into account."""
-    return _depth == 0
+    """Return whether a forward call that runs now may belong to a training step.
+
+    Calls inside a transform of ``torch.func`` (vmap, grad) do not: they run on the tensors that they were given.
+    """
+    return _depth == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 
 @contextmanager

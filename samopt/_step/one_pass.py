@@ -85,6 +85,11 @@ class OnePass:
         """Whether a cached direction must be taken, in a pass of its own, before this step's ascent."""
         return self._ascent.needs_capture()
 
+    @property
+    def waits_for_step(self) -> bool:
+        """False: micro-batches add up in one pass."""
+        return False
+
     def detach(self) -> None:
         """Follow the models' calls no longer."""
         self._leave()

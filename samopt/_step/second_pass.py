@@ -55,8 +55,6 @@ class SecondPass:
         first_loss: Any,
         measure_grad_norms: bool,
     ) -> None:
-        self._memory = ScratchPool() if memory is None else memory
-        self.backup: WeightBackup | None = None
         self.loss: Any = None
         self.is_combining = False
         self._ascent = ascent
@@ -65,7 +63,7 @@ class SecondPass:
         self._per_sample = [p for p in stashed.parameters if getattr(p, "grad_sample", None) is not None]
         self._perturbation = ascent.perturbation(targets)
         self._measures_norms = measure_grad_norms and not self._perturbation.is_empty
-        self._moving = [weight for some in targets for weight in some.weights] if self._measures_norms else []
+        self._moving = [weight for some in targets for weight in some.weights]
         self._is_alone = not runs_on_several_ranks()
         self.is_needed = self._perturbation.usable is not False or (ascent.may_move() and not self._is_alone)
         self._backup: WeightBackup | None = None
@@ -89,7 +87,7 @@ class SecondPass:
         self._others.clear()
         for parameter in self._per_sample:  # filled by backward hooks, which would add the second pass's to the first's
             parameter.grad_sample = None  # type: ignore[attr-defined]  # an attribute of Opacus and its relatives
-        replay.begin_second(start)
+        replay.begin_second(start, self._moving if self._backup is not None else ())
         if self._backup is not None:
             if self._ascent.combination is None:
                 self._stashed.release()  # the gradients' memory is free for the second pass's

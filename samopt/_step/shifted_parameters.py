@@ -1,8 +1,9 @@
 """Parameters replaced by tensors at ``w + epsilon`` while a module runs: no weight moves.
 
-While a module of the model runs in training, every parameter that moves is replaced, in the module that holds it, by a
-tensor made from it. The graph holds these tensors, so the backward pass is that of ``w + epsilon``, whenever it comes.
-Their gradient is the parameter's own. The weights themselves are exact at every moment.
+While a module of the model runs in training, the attribute of every parameter that moves (``self.weight``) is a tensor
+made from it. The graph holds these tensors, so the backward pass is that of ``w + epsilon``, whenever it comes. Their
+gradient is the parameter's own. The weights themselves are exact at every moment: ``parameters()`` and ``state_dict()``
+give them also inside a forward.
 """
 
 from __future__ import annotations
@@ -82,8 +83,6 @@ class ShiftedParameters(CallWatcher):
         """
         if not (module.training and torch.is_grad_enabled() and is_observed()) or self.exact_depth:
             return
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad: on tensors that were given
-            return
         if self._shifted is None:
             self._shift()
         assert self._shifted is not None
@@ -100,11 +99,10 @@ class ShiftedParameters(CallWatcher):
             )
         shifted = self._shifted
         for owner in every_module([module]):
-            parameters = owner._parameters
-            for name, parameter in parameters.items():
+            for name, parameter in owner._parameters.items():
                 if parameter is not None and (tensor := shifted.get(parameter)) is not None:
                     self._replaced.append((owner, name, parameter, tensor))
-                    parameters[name] = tensor  # type: ignore[assignment]  # for the time of this call
+                    vars(owner)[name] = tensor  # Python looks here before it asks the registry of parameters
             if isinstance(owner, nn.RNNBase):  # it keeps a list of its parameters, which it makes anew in the call
                 self._flat.append((owner, owner._flat_weights, owner._flat_weight_refs))
 
@@ -121,9 +119,9 @@ class ShiftedParameters(CallWatcher):
             RuntimeError: If the forward wrote into its own weights.
         """
         written = self._written() if output is not None and self._replaced else None
-        for owner, name, parameter, tensor in self._replaced:
-            if owner._parameters.get(name) is tensor:
-                owner._parameters[name] = parameter  # type: ignore[assignment]  # it is the module's own
+        for owner, name, _, tensor in self._replaced:
+            if vars(owner).get(name) is tensor:
+                del vars(owner)[name]
         for rnn, weights, references in self._flat:
             rnn._flat_weights, rnn._flat_weight_refs = weights, references
         self._replaced, self._flat = [], []

@@ -97,6 +97,14 @@ class TwoPass:
         """True: the direction is made from this step's gradient."""
         return True
 
+    @property
+    def waits_for_step(self) -> bool:
+        """Whether a second pass's gradients are still there, waiting for the base's step."""
+        waiting = self._waiting
+        if not self._is_ready or waiting is None:
+            return False
+        return any(parameter.grad is waiting for parameter in self._ascent.parameters())
+
     def detach(self) -> None:
         """Follow the models' calls no longer."""
         self._replay.detach()
@@ -376,10 +384,7 @@ class TwoPass:
 
     def _refuse_waiting(self, what: str) -> None:
         """Raise if a second gradient waits for the step: a new first pass would add to it."""
-        waiting = self._waiting
-        if not self._is_ready or waiting is None:
-            return
-        if any(parameter.grad is waiting for parameter in self._ascent.parameters()):
+        if self.waits_for_step:
             raise RuntimeError(
                 f"{what} was called while the gradients of a second pass wait for step(); its gradients would be added "
                 "to them. Call optimizer.step() or optimizer.zero_grad() first. To accumulate over micro-batches, call "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from samopt._replay.forward_calls import RngState
+from samopt._replay.random_state import RngState
 from samopt.trust_region.arguments import named_arguments, without_labels
 from samopt.trust_region.comparison import Comparison
 from samopt.trust_region.unwrap import compiled_prefix, original

@@ -9,9 +9,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from samopt.optimizer import SharpnessAwareOptimizer
-from samopt.variants.lesam import GSAM, LESAM, WSAM, FriendlySAM, LookSAM, MomentumSAM
-from samopt.variants.sam import ASAM, SAM, FisherSAM
+from samopt.variants.asam import ASAM
+from samopt.variants.fisher_sam import FisherSAM
+from samopt.variants.friendly_sam import FriendlySAM
+from samopt.variants.gsam import GSAM
+from samopt.variants.lesam import LESAM
+from samopt.variants.looksam import LookSAM
+from samopt.variants.momentum_sam import MomentumSAM
+from samopt.variants.sam import SAM
 from samopt.variants.tram import TRAM
+from samopt.variants.wsam import WSAM
 
 __all__ = ["available", "create"]
 

@@ -1,51 +1,43 @@
-"""TRAM: a radius that is the distance between the model and a version of it that is trusted."""
+"""TRAM: a radius that is the distance between the model and a version of it that is trusted (Sherborne et al. 2024)."""
 
 from __future__ import annotations
 
-import math
+import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
+from typing_extensions import Unpack
 
-from samopt._callers.user_warnings import warn_user
-from samopt._perturb.gradients import StashedGradients
-from samopt._perturb.targets import Targets
-from samopt._replay.forward_calls import PassObserver
-from samopt._step.second_pass import SecondPass
+from samopt._replay.call_watch import watch
+from samopt._replay.replay import PassObserver
+from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
-from samopt.parts.direction import Direction, named_direction
+from samopt.parts.direction import KnownDirection, named_direction
 from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry
-from samopt.step_metrics import StepMetrics
-from samopt.trust_region import (
-    TRUST_REGIONS,
-    Divergence,
-    ForwardCall,
-    RadiusSource,
-    StatefulTrustRegion,
-    TrustRegion,
-)
+from samopt.trust_region import Divergence, ForwardCall, RadiusSource, TrustRegion
 from samopt.trust_region.comparison import Comparison
 from samopt.trust_region.divergence import check_divergence
-from samopt.trust_region.ranks import sum_over_ranks
-from samopt.trust_region.unwrap import original
+from samopt.trust_region.radius import TrustRegionRadius
+from samopt.trust_region.unwrap import outside_compile
 from samopt.trust_region.watch import FirstPassWatch
+from samopt.variants._options import OptionsWithoutModel, all_options_shown
 
 __all__ = ["TRAM"]
 
-_METRICS: dict[str, tuple[type[Geometry], float]] = {
+_GEOMETRIES: dict[str, tuple[type[Geometry], float]] = {
     "adaptive": (Adaptive, 0.01),
     "euclidean": (Euclidean, 0.0),
     "fisher": (Fisher, 0.1),
 }
 
 
+@all_options_shown
 class TRAM(SharpnessAwareOptimizer):
-    """Trust-region-aware minimisation: fine-tuning that climbs only as far as the model's outputs have moved.
+    """Trust-region-aware minimisation: fine-tuning with a radius as large as the model's outputs have moved.
 
     The base optimizer gets the gradient at ``w + r T^2 g / ||T g||_2`` with the radius ``r = scale * d``, where ``d``
     compares what the model's forward returned in the first pass with what a trusted version of it returns on the same
@@ -63,20 +55,20 @@ class TRAM(SharpnessAwareOptimizer):
             own: with ``measure(call)``, or a callable without arguments that returns the distance.
         divergence: "kl" (reference || current), "reverse_kl", "symmetric_kl", "l2" or "mmd"; or a callable
             ``(reference, current) -> Tensor`` on logits.
-        scale: Factor from distance to radius, >= 0. It is each parameter group's ``rho``, so ``RhoScheduler`` drives
-            it, and groups may differ.
+        scale: Factor from distance to radius, >= 0. Each parameter group holds it as ``scale``; ``RhoScheduler``
+            drives it, and groups may differ.
         max_radius: Largest radius, > 0; None is no bound.
-        metric: "adaptive" (ASAM's), "euclidean" (SAM's), "fisher" (TRAM-Fisher); or an object with the metric
-            protocol.
-        eta: Stabiliser of the metric, >= 0; None is 0.01 for "adaptive" and 0.1 for "fisher".
+        geometry: "adaptive" (ASAM's), "euclidean" (SAM's), "fisher" (TRAM-Fisher); or an object from
+            ``samopt.parts``.
+        eta: Stabiliser of the geometry, >= 0; None is 0.01 for "adaptive" and 0.1 for "fisher".
         class_dim: Dimension of the logits that holds the classes: 1 for segmentation models.
         logits: Takes the compared tensor from what the model returns; None looks for ``.logits``, entries named so, or
             the first floating-point tensor.
         mask: Returns from a ``ForwardCall`` which positions count, as a boolean tensor shaped like the logits without
             the class dimension; None leaves out padding (attention mask 0) and the label -100.
-        **options: ``norm``, ``stochastic_rounding``, ``seed``, ``sync_perturbation``, ``backend``,
-            ``measure_grad_norms``, ``warn_on_stall`` (see ``SharpnessAwareOptimizer``), and the arguments of
-            ``base_optimizer``.
+        **options: ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``, ``sync_perturbation``,
+            ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters,
+            also the arguments of ``base_optimizer``.
 
     Raises:
         TypeError: If the arguments fit neither form, ``rho`` is given, or ``model`` is missing.
@@ -97,6 +89,44 @@ class TRAM(SharpnessAwareOptimizer):
         (0.0, True)
     """
 
+    @overload
+    def __init__(
+        self,
+        params: Optimizer,
+        base_optimizer: None = None,
+        *,
+        model: nn.Module | None = ...,
+        trust_region: str | TrustRegion | RadiusSource = ...,
+        divergence: str | Divergence = ...,
+        scale: float = ...,
+        max_radius: float | None = ...,
+        geometry: str | Geometry = ...,
+        eta: float | None = ...,
+        class_dim: int = ...,
+        logits: Callable[[Any], Tensor] | None = ...,
+        mask: Callable[[ForwardCall], Tensor] | None = ...,
+        **options: Unpack[OptionsWithoutModel],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: Callable[..., Optimizer],
+        *,
+        model: nn.Module | None = ...,
+        trust_region: str | TrustRegion | RadiusSource = ...,
+        divergence: str | Divergence = ...,
+        scale: float = ...,
+        max_radius: float | None = ...,
+        geometry: str | Geometry = ...,
+        eta: float | None = ...,
+        class_dim: int = ...,
+        logits: Callable[[Any], Tensor] | None = ...,
+        mask: Callable[[ForwardCall], Tensor] | None = ...,
+        **options: Any,
+    ) -> None: ...
+
     def __init__(
         self,
         params: ParamsT | Optimizer,
@@ -107,173 +137,95 @@ class TRAM(SharpnessAwareOptimizer):
         divergence: str | Divergence = "kl",
         scale: float = 1.0,
         max_radius: float | None = None,
-        metric: str | Geometry = "adaptive",
+        geometry: str | Geometry = "adaptive",
         eta: float | None = None,
         class_dim: int = -1,
         logits: Callable[[Any], Tensor] | None = None,
         mask: Callable[[ForwardCall], Tensor] | None = None,
         **options: Any,
     ) -> None:
-        if "rho" in options:
-            raise TypeError(
-                f"TRAM's radius is scale times the trust-region distance, so it takes no rho, got {options['rho']!r}; "
-                "use scale=, or samopt.ASAM for a constant radius"
-            )
+        refuse_fixed(
+            self,
+            options,
+            rho="its radius is scale times the trust-region distance: use scale=, or samopt.ASAM for a constant radius",
+            radius="use samopt.SharpnessAwareOptimizer, which takes it",
+        )
         check_divergence(divergence)
-        if max_radius is not None and not max_radius > 0:
-            raise ValueError(f"max_radius must be > 0, got {max_radius}; use scale=0 to disable the ascent")
-        self.trust_region = _region(trust_region)
-        if isinstance(self.trust_region, TrustRegion) and not isinstance(model, nn.Module):
-            raise TypeError(
-                f"TRAM measures {type(self.trust_region).__name__} on the model's forward calls, but model= is "
-                f"{type(model).__name__}; pass the module that the training loop calls, as in "
-                "samopt.TRAM(base_optimizer, model=model)"
-            )
-        direction = named_direction(options.get("direction", "gradient"))
-        if isinstance(self.trust_region, TrustRegion) and isinstance(direction, Direction):
-            raise ValueError(
-                f"TRAM measures {type(self.trust_region).__name__} in the first pass, which "
-                f"direction={options['direction']!r} does without; leave direction= out, or give trust_region= a "
-                "callable without arguments"
-            )
-        self.max_radius = max_radius
-        self._comparison = Comparison(divergence, class_dim, logits, mask)
-        self._distance: float | Tensor | None = None
-        chosen, usual_eta = _metric(metric)
+        radius = TrustRegionRadius(trust_region, Comparison(divergence, class_dim, logits, mask), max_radius)
+        if radius.measures_outputs:
+            self._check_outputs(radius, model, options.get("direction", "gradient"))
+        chosen, usual_eta = _chosen(geometry)
         super().__init__(
             params,
             base_optimizer,
-            metric=chosen,
+            geometry=chosen,
             rho=scale,
             eta=usual_eta if eta is None else eta,
+            radius=radius,
             model=model,
             **options,
         )
-        if isinstance(self.trust_region, StatefulTrustRegion) and model is not None:
-            self.trust_region.bind(original(model))
+        if model is not None:
+            radius.bind(model)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {
-            "trust_region": self.trust_region,
-            "max_radius": self.max_radius,
-            "_comparison": self._comparison,
-            "_distance": None,
-        }
+    @property
+    def trust_region(self) -> TrustRegion | RadiusSource:
+        """What measures the distance."""
+        return self._trust_region_radius.trust_region
 
-    def _observers(self, model: nn.Module | None) -> Iterable[PassObserver]:
-        self._watch: FirstPassWatch | None = None
-        if isinstance(self.trust_region, TrustRegion) and model is not None:
-            self._watch = FirstPassWatch(self.trust_region, self._comparison)
-            self._watch.attach(model, self, self._accelerators_if_moving)
-        return () if self._watch is None else (self._watch,)
+    @property
+    def max_radius(self) -> float | None:
+        """Largest radius; None is no bound."""
+        return self._trust_region_radius.max_radius
 
-    def _accelerators_if_moving(self) -> tuple[torch.device, ...] | None:
-        return tuple(self.accelerators()) if self.may_move() else None
+    @property
+    def _trust_region_radius(self) -> TrustRegionRadius:
+        assert isinstance(self.radius, TrustRegionRadius)
+        return self.radius
 
-    def take_stock(self) -> tuple[StashedGradients, list[Targets]]:
-        """Return what ``SharpnessAwareOptimizer.take_stock`` does, with a newly measured distance in the radii."""
-        self._distance = None
-        return super().take_stock()
+    def detach(self) -> None:
+        """Follow the model's calls no longer; the next step cannot measure a distance."""
+        super().detach()
+        self._stop_watching()
 
-    def radius(self, group: dict[str, Any]) -> float | Tensor:
-        """Return ``scale`` times the distance of this first pass, at most ``max_radius``.
+    def _observers(self, models: list[nn.Module]) -> Iterable[PassObserver]:
+        """Return what measures the distance on the calls of the first pass."""
+        radius = self._trust_region_radius
+        self._stop_watching: Callable[[], None] = lambda: None
+        if not isinstance(radius.trust_region, TrustRegion) or not models:
+            return ()
+        ascent, model = self._ascent, models[0]
 
-        Args:
-            group: One of ``param_groups``.
-        """
-        scale = self.option(group, "rho")
-        if not isinstance(scale, Tensor) and scale == 0:
-            return 0.0
-        if self._distance is None:
-            self._distance = self._measured_distance()
-        return _bounded(scale * self._distance, self.max_radius)
+        def wanted() -> tuple[torch.device, ...] | None:
+            return tuple(ascent.accelerators()) if ascent.may_move() else None
 
-    def _measured_distance(self) -> float | Tensor:
-        if self._watch is None:
-            source = cast(RadiusSource, self.trust_region)
-            return source()
-        model = self._passes.model
-        if model is None or (measured := self._watch.total()) is None:
-            raise RuntimeError(
-                f"TRAM saw no forward call of model={type(model).__name__} in this first pass, so there is no distance "
-                "to take the radius from; pass as model= the module that the loop calls itself, and compile it with "
-                "torch.compile(model), not model.compile()"
+        follower = FirstPassWatch(radius.trust_region, radius.comparison, wanted)
+        self._stop_watching = watch([outside_compile(model)], follower, only_these=True)
+        weakref.finalize(self, self._stop_watching)
+        radius.follow(model, follower, ascent.parameters())
+        return (follower,)
+
+    @staticmethod
+    def _check_outputs(radius: TrustRegionRadius, model: Any, direction: Any) -> None:
+        """Raise if the outputs of a first pass cannot be measured."""
+        kind = type(radius.trust_region).__name__
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"TRAM measures {kind} on the model's forward calls, but model= is {type(model).__name__}; pass the "
+                "module that the training loop calls, as in samopt.TRAM(base_optimizer, model=model)"
             )
-        total, weight = sum_over_ranks(torch.stack(measured), model, self.parameters())
-        mean: Tensor = total / weight.clamp(min=1)
-        return mean
-
-    def measured(self, second: SecondPass) -> StepMetrics:
-        """Return what the step measured, the trust-region distance included.
-
-        Args:
-            second: The pass.
-        """
-        distance = self._distance if isinstance(self._distance, Tensor | None) else torch.tensor(float(self._distance))
-        return replace(super().measured(second), distance=distance)
-
-    def _before_update(self) -> None:
-        super()._before_update()
-        if isinstance(self.trust_region, StatefulTrustRegion):
-            with torch.no_grad():
-                self.trust_region.advance()
-
-    def _own_state(self) -> dict[str, Any]:
-        own = super()._own_state()
-        if isinstance(self.trust_region, StatefulTrustRegion):
-            own["trust_region"] = {"kind": type(self.trust_region).__name__, **self.trust_region.state_dict()}
-        return own
-
-    def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        super()._load_own_state(own)
-        if not isinstance(self.trust_region, StatefulTrustRegion):
-            return
-        kind = type(self.trust_region).__name__
-        saved = dict((own or {}).get("trust_region", {}))
-        found = saved.pop("kind", None)
-        with torch.no_grad():
-            if found == kind:
-                self.trust_region.load_state_dict(saved)
-                return
-            self.trust_region.reset()
-        warn_user(
-            f"the state dict holds {'no trust region' if found is None else f'the trust region {found}'}, and this "
-            f"optimizer's is {kind}: its reference starts from the current weights, so the next step is a plain one"
-        )
-
-
-def _region(trust_region: str | TrustRegion | RadiusSource) -> TrustRegion | RadiusSource:
-    if isinstance(trust_region, str):
-        if trust_region not in TRUST_REGIONS:
+        if isinstance(named_direction(direction), KnownDirection):
             raise ValueError(
-                f"trust_region must be one of {list(TRUST_REGIONS)}, an object with measure(call), or a callable "
-                f"without arguments; got {trust_region!r}"
+                f"TRAM measures {kind} in the first pass, which direction={direction!r} does without; leave direction= "
+                "out, or give trust_region= a callable without arguments"
             )
-        made: TrustRegion = TRUST_REGIONS[trust_region]()
-        return made
-    if isinstance(trust_region, type) or not (isinstance(trust_region, TrustRegion) or callable(trust_region)):
-        raise TypeError(
-            f"trust_region must be a name, an object with measure(call), or a callable without arguments; got "
-            f"{trust_region!r}"
-        )
-    return trust_region
 
 
-def _metric(metric: str | Geometry) -> tuple[Geometry, float]:
-    if not isinstance(metric, str):
-        return metric, 0.01
-    if metric not in _METRICS:
-        raise ValueError(
-            f"metric must be one of {list(_METRICS)}, or an object with applies_to and scale; got {metric!r}"
-        )
-    kind, eta = _METRICS[metric]
+def _chosen(geometry: str | Geometry) -> tuple[Geometry, float]:
+    """Return a geometry, and the stabiliser that it usually has."""
+    if not isinstance(geometry, str):
+        return geometry, 0.01
+    if geometry not in _GEOMETRIES:
+        raise ValueError(f"geometry must be one of {list(_GEOMETRIES)}, or an object from samopt.parts; got {geometry!r}")
+    kind, eta = _GEOMETRIES[geometry]
     return kind(), eta
-
-
-def _bounded(radius: float | Tensor, largest: float | None) -> float | Tensor:
-    """Return the radius, at most ``largest``; 0 where it is not finite, since no distance was measured then."""
-    if isinstance(radius, Tensor):
-        radius = radius if largest is None else radius.clamp(max=largest)
-        return torch.where(torch.isfinite(radius), radius, 0.0)
-    radius = radius if largest is None else min(radius, largest)
-    return radius if math.isfinite(radius) else 0.0

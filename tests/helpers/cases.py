@@ -146,11 +146,16 @@ def parameter_groups(model: nn.Module, rhos: Sequence[float]) -> list[dict[str, 
     """One group with the first of ``rhos``, or two (weights, biases) with a ``rho`` each."""
     parameters = list(model.parameters())
     if len(rhos) == 1:
-        return [{"params": parameters, "rho": rhos[0]}]
+        return [{"params": parameters} | radius(rhos[0])]
     return [
-        {"params": [p for p in parameters if p.dim() > 1], "rho": rhos[0]},
-        {"params": [p for p in parameters if p.dim() <= 1], "rho": rhos[1]},
+        {"params": [p for p in parameters if p.dim() > 1]} | radius(rhos[0]),
+        {"params": [p for p in parameters if p.dim() <= 1]} | radius(rhos[1]),
     ]
+
+
+def radius(rho: float) -> dict[str, float]:
+    """A group's number for the radius under each name that a variant may read it by."""
+    return {"rho": rho, "scale": rho, "budget": rho}
 
 
 def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:

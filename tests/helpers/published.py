@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import samopt
-from samopt.parts.direction import ReusedGradient
+from samopt.parts import ReusedGradient
 from tests.helpers.cases import Preset, loss_of, sam_epsilon
 
 
@@ -139,7 +139,7 @@ class CoupledLoop(Loop):
 
 
 class BudgetLoop(Loop):
-    """Wang et al. 2026: radius ``min(budget / ||g||, 0.3)``; the groups' rho is the budget."""
+    """Wang et al. 2026: radius ``min(budget / ||g||, 0.3)``; the groups' number is the budget."""
 
     def step(self) -> tuple[Tensor, list[Tensor]]:
         loss, g = self.gradient()
@@ -174,8 +174,8 @@ def _coupled(params, base_optimizer=None, **options):
     return samopt.WSAM(params, base_optimizer, gamma=0.8, decouple=False, **options)
 
 
-def _ahead(params, base_optimizer=None, **options):
-    return samopt.MomentumSAM(params, base_optimizer, ahead=True, **options)
+def _uphill(params, base_optimizer=None, **options):
+    return samopt.MomentumSAM(params, base_optimizer, uphill=True, **options)
 
 
 def _reused(params, base_optimizer=None, **options):
@@ -183,8 +183,8 @@ def _reused(params, base_optimizer=None, **options):
 
 
 PRESETS = [
-    Preset("momentum", samopt.MomentumSAM, MomentumLoop, 0.1, needs_momentum=True),
-    Preset("momentum-ahead", _ahead, AheadLoop, 0.1, needs_momentum=True),
+    Preset("momentum-uphill", _uphill, MomentumLoop, 0.1, needs_momentum=True),
+    Preset("momentum", samopt.MomentumSAM, AheadLoop, 0.1, needs_momentum=True),
     Preset("friendly", samopt.FriendlySAM, FriendlyLoop, 0.1),
     Preset("look", _look, LookLoop, 0.1),
     Preset("gsam", samopt.GSAM, GapLoop, 0.1),

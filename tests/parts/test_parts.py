@@ -138,8 +138,7 @@ def test_a_group_that_does_not_move_takes_part_in_the_combination(preset) -> Non
         [d if p.dim() == 2 else None for p, d in zip(loop.parameters, direction, strict=True)],
         loop.rhos,
     )
-    for group in base.param_groups:
-        group["rho"] = preset.rho
+    base.rho = preset.rho
     for step in range(4):
         data = batch(DOUBLE, seed=step)
         optimizer.step(closure_of(optimizer, model, data))

@@ -99,8 +99,7 @@ def test_training_equals_the_textbook_loop(variant, base, dtype, factors, form) 
 @each_grouping
 def test_zero_rho_is_the_base_alone_in_one_pass(variant, base, dtype, factors) -> None:
     model, optimizer = build(variant, base, dtype, factors)
-    for group in optimizer.param_groups:
-        group["rho"] = 0.0
+    optimizer.rho = 0.0
     reference = mlp(dtype)
     stock = BASES[base](parameter_groups(reference, factors))
     calls = 0
@@ -132,8 +131,8 @@ def test_weights_are_exact_after_an_exception_and_training_goes_on_as_before(var
     before = bits(model)
 
     def failing():
-        if optimizer.is_perturbed:
-            assert not same_bits(model, before)
+        if optimizer.is_perturbed or optimizer.is_one_pass:
+            assert same_bits(model, before) == optimizer.is_one_pass  # one pass with a model moves no weight
             raise torch.OutOfMemoryError("second pass")
         return closure_of(optimizer, model, batch(dtype))()
 

@@ -162,7 +162,7 @@ def test_a_fused_base_that_a_scaler_has_skip_its_update_moves_nothing() -> None:
     loss_of(model, batch(seed=1)).backward()
     with optimizer.perturbed():
         (loss_of(model, batch(seed=1)) * float("inf")).backward()
-    optimizer.hand_over()
+    optimizer.prepare_base_step()
     base.grad_scale, base.found_inf = torch.ones(()), torch.ones(())  # as GradScaler leaves them
     base.step()
     assert same_bits(model, before)

@@ -204,7 +204,7 @@ def test_a_loop_that_steps_the_base_itself() -> None:
     ours, theirs = (torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64)) for _ in range(2))
     stepped = samopt.SAM([ours], torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
     handed = samopt.SAM([theirs], torch.optim.SGD, rho=0.5, lr=0.1, momentum=0.9)
-    handed.base_optimizer.register_step_pre_hook(lambda *_: handed.hand_over())
+    handed.base_optimizer.register_step_pre_hook(lambda *_: handed.prepare_base_step())
     for _ in range(3):
         passes(ours, stepped)
         stepped.step()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from samopt._perturb.movable_weights import MovableWeights
-from samopt._replay.forward_calls import RngState, SavedBuffers
+from samopt._replay.random_state import RngState
+from samopt.sharpness._measuring.buffers import SavedBuffers
 from samopt._replay.unobserved import unobserved
 from samopt.sharpness._measuring.batches import read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
