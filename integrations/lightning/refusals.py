@@ -97,7 +97,11 @@ def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -
     """
     base = optimizer.base_optimizer
     unscales = getattr(base, "_step_supports_amp_scaling", False)
-    if optimizer.geometry.name == "fisher" and unscales and getattr(trainer.precision_plugin, "scaler", None) is not None:
+    if (
+        optimizer.geometry.name == "fisher"
+        and unscales
+        and getattr(trainer.precision_plugin, "scaler", None) is not None
+    ):
         raise ValueError(
             f"the Fisher metric depends on the size of the gradients, which the GradScaler multiplies and a fused "
             f'{type(base).__name__} divides only in its step; use fused=False, or Trainer(precision="bf16-mixed")'

@@ -23,6 +23,7 @@ from .run import Run
 
 __all__ = ["SharpnessAwareTraining", "is_second_pass"]
 
+
 class SharpnessAwareTraining(Callback):
     """Trains any LightningModule with SAM or a relative of it; the module and its optimizer stay as they are.
 

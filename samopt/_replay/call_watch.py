@@ -62,7 +62,10 @@ class _WatchedCall:
         call = self.inner or module._call_impl
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
-        outermost = [watcher for watcher in self.watchers if watcher.running is None]
+        outermost = []
+        for watcher in self.watchers:
+            if watcher.running is None:
+                outermost.append(watcher)
         if not outermost:
             return call(*args, **kwargs)
         output = None

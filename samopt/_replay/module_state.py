@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,146 +54,131 @@ class ModuleState:
         self._ignored = _OWN_TO_TORCH.union(ignored)
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
-        self._bindings: Callable[[], None] | None = None
-        self._at_start: Callable[[], None] | None = None
+        self._bound: _Found | None = None
+        self._at_start: _Found | None = None
         self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def begin(self) -> None:
-        """Note the tensors there are before the first pass."""
+        """Note the tensors there are before the first pass, and what plain attributes are bound to."""
+        found = self._look()
         self._known = {}
-        large: list[Tensor] = []
-        for tensor in self._tensors():
+        self._samples = []
+        for tensor in found.tensors:
             self._known[id(tensor)] = (tensor, _mark(tensor))
-            if tensor.numel() > _SMALL and not self._is_trained(tensor):
-                large.append(tensor)
-        self._samples = [(tensor, sample(tensor)) for tensor in large]
-        self._at_start = self.bindings(registries=False)
+            if tensor.numel() > _SMALL and not (tensor.requires_grad and tensor in self._owned):
+                self._samples.append((tensor, sample(tensor)))
+        self._at_start = found
 
     def save(self, moving: Iterable[Tensor] = ()) -> None:
         """Copy what the first pass changed, and note what every name is bound to.
+
+        Plain attributes are then bound as before the first pass: the second begins with the same hidden state.
 
         Args:
             moving: Parameters that are moved, and put back with the perturbation.
         """
         if not self._models and not self._others:
             return
-        self._bindings = self.bindings()
+        self._bound = found = self._look()
         changed = self._silently_changed()
-        copies = []
+        left_out = set(moving)
         with torch.no_grad():
-            left_out = set(moving)
-            for tensor in self._tensors():
+            for tensor in found.tensors:
                 if tensor in left_out:
                     continue
                 known = self._known.get(id(tensor))
-                is_small = tensor.numel() <= _SMALL and not self._is_trained(tensor)
+                is_small = tensor.numel() <= _SMALL and not (tensor.requires_grad and tensor in self._owned)
                 if is_small or known is None or known[1] != _mark(tensor) or id(tensor) in changed:
-                    copies.append((tensor, tensor.data, tensor.detach().clone()))
-        self._copies = copies
+                    self._copies.append((tensor, tensor.data, tensor.detach().clone()))
         if self._at_start is not None:
-            self._at_start()  # a hidden state that the first pass began with is what the second begins with
+            self._at_start.bind(self._ignored)
             self._at_start = None
 
     def restore(self) -> None:
         """Put everything back; may be called again after an interrupt, and does nothing without ``save``."""
-        if self._bindings is not None:
-            self._bindings()
-        if self._copies:
-            with torch.no_grad():
-                for tensor, memory, values in self._copies:
-                    _put_back(tensor, memory, values)
-        self._bindings, self._copies = None, []
-        self._known, self._samples, self._at_start = {}, [], None
+        if self._bound is None:
+            return
+        self._bound.bind(self._ignored, registries=True)
+        with torch.no_grad():
+            for tensor, memory, values in self._copies:
+                _put_back(tensor, memory, values)
+        self._bound, self._at_start, self._copies = None, None, []
+        self._known, self._samples = {}, []
 
-    def bindings(self, *, registries: bool = True) -> Callable[[], None]:
-        """Return a function that makes names and containers hold again what they hold now.
-
-        Args:
-            registries: Whether those of parameters and buffers are included.
-        """
-        registered = [
-            (registry, registry.copy())
-            for module in (self._modules() if registries else ())
-            for registry in (module._parameters, module._buffers)
-            if registry
-        ]
-        namespaces = [(namespace, self._plain(namespace)) for namespace in self._namespaces()]
-        containers = [(value, value.copy()) for value in self._reachable() if not isinstance(value, Tensor)]
-
-        def restore() -> None:
-            for registry, content in registered:
-                _refill(registry, content)
-            for namespace, attributes in namespaces:
-                for name in self._plain(namespace).keys() - attributes.keys():
-                    del namespace[name]
-                namespace.update(attributes)
-            for container, content in containers:
-                _refill(container, content)
-
-        return restore
-
-    def _is_trained(self, tensor: Tensor) -> bool:
-        """Return whether the optimizer trains a tensor: a forward rarely writes into those."""
-        return tensor.requires_grad and tensor in self._owned
-
-    def _modules(self) -> Iterator[nn.Module]:
-        yield from every_module(self._models)
-
-    def _namespaces(self) -> Iterator[dict[str, Any]]:
-        """Yield the attributes of modules that users wrote (torch's own keep no state there) and of other objects."""
-        for module in self._modules():
-            if not type(module).__module__.startswith("torch."):
-                yield vars(module)
-        for each in self._others:
-            yield vars(each)
-
-    def _plain(self, namespace: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in namespace.items() if name not in self._ignored}
-
-    def _tensors(self) -> Iterator[Tensor]:
-        """Yield once every tensor that a forward may write into."""
+    def _look(self) -> _Found:
+        """Return what is bound now, in one walk."""
+        found = _Found([], [], [], [])
         seen: set[int] = set()
-        for tensor in self._every_tensor():
-            if id(tensor) not in seen and not _cannot_change(tensor):
-                seen.add(id(tensor))
-                yield tensor
-
-    def _every_tensor(self) -> Iterator[Tensor]:
-        for module in self._modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    yield parameter
-            for buffer in module._buffers.values():
-                if buffer is not None:
-                    yield buffer
-        for value in self._reachable():
-            if isinstance(value, Tensor):
-                yield value
-
-    def _reachable(self) -> Iterator[Any]:
-        """Yield once every container and every tensor in a plain attribute, or in a container there."""
-        seen: set[int] = set()
-        pending = [value for namespace in self._namespaces() for value in self._plain(namespace).values()]
+        pending: list[Any] = []
+        namespaces = [vars(each) for each in self._others]
+        for module in every_module(self._models):
+            for registry in (module._parameters, module._buffers):
+                if registry:
+                    found.registries.append((registry, registry.copy()))
+                    pending.extend(registry.values())
+            if not type(module).__module__.startswith("torch."):  # torch's own modules keep no state in attributes
+                namespaces.append(vars(module))
+        for namespace in namespaces:
+            attributes = {}
+            for name, value in namespace.items():
+                if name not in self._ignored:
+                    attributes[name] = value
+            found.namespaces.append((namespace, attributes))
+            pending.extend(attributes.values())
         while pending:
             value = pending.pop()
-            if not isinstance(value, list | tuple | dict | set | deque | Tensor) or id(value) in seen:
-                continue
-            seen.add(id(value))
             if isinstance(value, Tensor):
-                if value.is_leaf:
-                    yield value
-                continue
-            pending.extend(value.values() if isinstance(value, dict) else value)
-            if not isinstance(value, tuple):
-                yield value
+                if id(value) not in seen and value.is_leaf and not _cannot_change(value):
+                    seen.add(id(value))
+                    found.tensors.append(value)
+            elif isinstance(value, list | tuple | dict | set | deque) and id(value) not in seen:
+                seen.add(id(value))
+                pending.extend(value.values() if isinstance(value, dict) else value)
+                if not isinstance(value, tuple):
+                    found.containers.append((value, value.copy()))
+        return found
 
     def _silently_changed(self) -> set[int]:
         """Return the large tensors that were written into without a trace in their version counters."""
-        same = [(tensor, before, sample(tensor)) for tensor, before in self._samples if _is_known(tensor, self._known)]
-        if not same:
-            return set()
-        equal = [torch.equal(before, now) for _, before, now in same]
-        return {id(tensor) for (tensor, _, _), is_equal in zip(same, equal, strict=True) if not is_equal}
+        changed = set()
+        for tensor, before in self._samples:
+            if self._known[id(tensor)][1] == _mark(tensor) and not torch.equal(before, sample(tensor)):
+                changed.add(id(tensor))
+        return changed
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the names in some modules are bound to.
+
+    Attributes:
+        tensors: Every tensor that a forward may write into, once.
+        registries: Of parameters and of buffers, with their content.
+        namespaces: Attributes of modules that users wrote, and of other objects, with their plain content.
+        containers: Lists, dicts, sets and deques in attributes, with their content.
+    """
+
+    tensors: list[Tensor]
+    registries: list[tuple[Any, Any]]
+    namespaces: list[tuple[dict[str, Any], dict[str, Any]]]
+    containers: list[tuple[Any, Any]]
+
+    def bind(self, ignored: frozenset[str], *, registries: bool = False) -> None:
+        """Make names and containers hold again what they held.
+
+        Args:
+            ignored: Names to leave alone.
+            registries: Whether those of parameters and buffers are included.
+        """
+        if registries:
+            for registry, content in self.registries:
+                _refill(registry, content)
+        for namespace, attributes in self.namespaces:
+            for name in namespace.keys() - attributes.keys() - ignored:
+                del namespace[name]
+            namespace.update(attributes)
+        for container, content in self.containers:
+            _refill(container, content)
 
 
 def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
@@ -202,12 +188,12 @@ def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
         models: The models.
     """
     found: dict[nn.Module, None] = {}
-    pending = list(models)
+    pending: list[nn.Module | None] = list(models)
     while pending:  # torch's own iterator is recursive, and several times as slow
         module = pending.pop()
-        if module not in found:
+        if module is not None and module not in found:
             found[module] = None
-            pending.extend([child for child in module._modules.values() if child is not None])
+            pending.extend(module._modules.values())
     return found
 
 
@@ -215,10 +201,6 @@ def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return what changes when a tensor is written into, or gets other memory."""
     plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
     return (tensor.data_ptr() if plain else 0, tensor._version)
-
-
-def _is_known(tensor: Tensor, known: dict[int, tuple[Tensor, tuple[int, int]]]) -> bool:
-    return id(tensor) in known and known[id(tensor)][1] == _mark(tensor)
 
 
 def sample(tensor: Tensor) -> Tensor:
@@ -239,9 +221,12 @@ def _cannot_change(tensor: Tensor) -> bool:
     """Return whether torch refuses to write into a tensor, so that no pass can have changed its values."""
     if is_lazy(tensor) or tensor.is_inference() or tensor.is_meta:
         return True
-    return tensor.layout is torch.strided and any(
-        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return False
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if stride == 0 and size > 1:
+            return True
+    return False
 
 
 def _put_back(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
@@ -259,10 +244,9 @@ def _put_back(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container its former content, unless it has it: some classes forbid to write."""
-    same_length = len(container) == len(content)
     if isinstance(container, dict):
-        if not same_length or any(
-            a is not b or v is not w for (a, v), (b, w) in zip(container.items(), content.items(), strict=True)
+        if list(map(id, container)) != list(map(id, content)) or list(map(id, container.values())) != list(
+            map(id, content.values())
         ):
             container.clear()
             container.update(content)
@@ -270,6 +254,6 @@ def _refill(container: Any, content: Any) -> None:
         if container != content:
             container.clear()
             container.update(content)
-    elif not same_length or any(a is not b for a, b in zip(container, content, strict=True)):
+    elif list(map(id, container)) != list(map(id, content)):
         container.clear()
         container.extend(content)

@@ -246,7 +246,9 @@ class OptimizerWrapper(Optimizer):
             carried, state_dict["param_groups"] = _split(state_dict["param_groups"])
         own = state_dict.pop("samopt", None) or carried or None
         base = self.base_optimizer
-        present = [{key: self.option(group, name) for name, key in self._options.keys.items()} for group in base.param_groups]
+        present = [
+            {key: self.option(group, name) for name, key in self._options.keys.items()} for group in base.param_groups
+        ]
         undo = self._remember_state()
         try:
             base.load_state_dict(state_dict)

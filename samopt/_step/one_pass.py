@@ -93,6 +93,7 @@ class OnePass:
     def detach(self) -> None:
         """Follow the models' calls no longer."""
         self._leave()
+        self._is_retired = False
         if self._stop_watching is not None:
             self._stop_watching()
             self._stop_watching = None

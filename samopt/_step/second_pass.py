@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from samopt._perturb.gradients import StashedGradients, dense_gradients
-from samopt._perturb.perturbation import Perturbation, gradient_norm
+from samopt._perturb.perturbation import gradient_norm
 from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.targets import Targets
 from samopt._perturb.weight_backup import WeightBackup

@@ -30,7 +30,9 @@ def check_nonnegative(name: str, value: Any, where: str = "") -> None:
         return
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
-            raise ValueError(f"{name} must be one real number, got a {value.dtype} tensor of shape {tuple(value.shape)}{where}")
+            raise ValueError(
+                f"{name} must be one real number, got a {value.dtype} tensor of shape {tuple(value.shape)}{where}"
+            )
         if not value.is_cpu:
             return
         value = value.item()

@@ -45,7 +45,11 @@ def all_options_shown(kind: _C) -> _C:
     """
     own = list(inspect.signature(kind.__init__).parameters.values())[1:-1]
     shared = inspect.signature(SharpnessAwareOptimizer.__init__).parameters
-    names = [name for name in ("model", *OptionsWithoutModel.__annotations__) if name not in getattr(kind, "_fixed_options", ())]
+    names = [
+        name
+        for name in ("model", *OptionsWithoutModel.__annotations__)
+        if name not in getattr(kind, "_fixed_options", ())
+    ]
     known = {parameter.name for parameter in own}
     listed: list[Any] = [*own, *(shared[name] for name in names if name not in known), shared["base_kwargs"]]
     kind.__signature__ = inspect.Signature(listed)  # type: ignore[attr-defined]  # what inspect and help look for

@@ -54,7 +54,10 @@ class MomentumSAM(SharpnessAwareOptimizer):
         >>> optimizer.step()
     """
 
-    _fixed_options = ("direction", "combination",)
+    _fixed_options = (
+        "direction",
+        "combination",
+    )
 
     @overload
     def __init__(

@@ -226,6 +226,8 @@ def _chosen(geometry: str | Geometry) -> tuple[Geometry, float]:
     if not isinstance(geometry, str):
         return geometry, 0.01
     if geometry not in _GEOMETRIES:
-        raise ValueError(f"geometry must be one of {list(_GEOMETRIES)}, or an object from samopt.parts; got {geometry!r}")
+        raise ValueError(
+            f"geometry must be one of {list(_GEOMETRIES)}, or an object from samopt.parts; got {geometry!r}"
+        )
     kind, eta = _GEOMETRIES[geometry]
     return kind(), eta

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from samopt._perturb.movable_weights import MovableWeights
 from samopt._replay.random_state import RngState
-from samopt.sharpness._measuring.buffers import SavedBuffers
 from samopt._replay.unobserved import unobserved
 from samopt.sharpness._measuring.batches import read_batches
+from samopt.sharpness._measuring.buffers import SavedBuffers
 from samopt.sharpness._measuring.logits import normalized_logits
 from samopt.sharpness._measuring.losses import LossFn
 from samopt.sharpness._measuring.progress import Progress, ProgressOption

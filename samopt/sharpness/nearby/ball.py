@@ -13,8 +13,8 @@ from samopt._numerics.low_precision import widen
 from samopt._numerics.vector_norm import vector_norm
 from samopt._perturb.perturbation import Perturbation
 from samopt._perturb.targets import Region, Targets
-from samopt.parts.checks import check_nonnegative
 from samopt.parts import geometry
+from samopt.parts.checks import check_nonnegative
 from samopt.parts.geometry import Euclidean, Geometry
 
 __all__ = ["AdaptiveOption", "Ball"]
