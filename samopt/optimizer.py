@@ -42,9 +42,9 @@ DirectionName: TypeAlias = Literal["gradient", "momentum", "momentum-uphill"]
 class SharpnessAwareOptimizer(OptimizerWrapper):
     """Any torch optimizer, given the gradient at ``w + epsilon`` instead of the gradient at ``w``.
 
-    The common engine of ``SAM``, ``ASAM`` and their relatives. An optimizer is four parts: ``epsilon = r T^2 d / ||T d||``
-    with a direction ``d``, a geometry ``T`` and a radius ``r``, and a combination that says which gradient the base
-    gets. The norm is global over every parameter with ``perturb=True``. Each parameter group carries ``rho``, ``eta``
+    The common engine of ``SAM``, ``ASAM`` and their relatives. An optimizer is four parts: a direction ``d``, a geometry
+    ``T`` and a radius ``r``, in ``epsilon = r T^2 d / ||T d||``, and a combination that says which gradient the base gets.
+    The norm is global over every parameter with ``perturb=True``. Each parameter group carries ``rho``, ``eta``
     and ``perturb``, which may be changed at any time (see ``RhoScheduler``).
 
     Cost: two forward-backward passes (one for a known direction), and one copy of the weights, kept between steps.
@@ -64,8 +64,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             ``torch.compile``d or DDP one).
         direction: "gradient": this batch's, which takes a pass of its own. "momentum": ahead along the base's momentum,
             which is known before the batch, so that a step is one pass and the training loop stays as it is
-            (``loss.backward(); optimizer.step()``); needs ``model`` there. "momentum-uphill": the other way along it. Or
-            an object from ``samopt.parts``.
+            (``loss.backward(); optimizer.step()``); needs ``model`` there. "momentum-uphill": the other way along it.
+            Or an object from ``samopt.parts``.
         combination: What the base gets of both gradients, an object from ``samopt.parts``; None is the second.
         norm: "l2", or "linf" for ``epsilon = r T sign(d)``.
         stochastic_rounding: Round perturbed bf16 and fp16 weights stochastically, so that perturbations below half an
@@ -236,7 +236,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     @property
     def perturbs_this_step(self) -> bool:
-        """Whether anything moves in this step, as far as the host can tell: not for ``rho=0`` or a quiet LookSAM step."""
+        """Whether anything moves in this step, as far as the host can tell: not for ``rho=0``, say."""
         return self._ascent.may_move()
 
     @property
@@ -349,7 +349,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         With ``direction=ReusedGradient()`` they become the direction, and nothing else is left of the pass. Otherwise
         it is ``DistributedDataParallel.no_sync()`` where ``model`` is, or holds, a DDP module and each rank perturbs
         along its own gradient; anywhere else nothing changes, so a loop may have it on one device too. Without it, the
-        gradients are averaged as usual, and so is the perturbation. ``backward`` and ``step(closure)`` do it themselves.
+        gradients are averaged as usual, and so is the perturbation. ``backward`` and ``step(closure)`` do it by
+        themselves.
 
         Returns:
             The context.

@@ -23,9 +23,9 @@ __all__ = ["TwoPasses"]
 class TwoPasses:
     """Runs every micro-batch once as usual and, at the last one of a window, all of them again at ``w + epsilon``.
 
-    The window is everything since the last optimizer step or ``zero_grad()``, so that it holds exactly what the
-    accumulated gradients hold: also a window that an epoch ended early. After the last micro-batch the gradients are the second pass's, and
-    whoever owns the loop unscales, clips and steps them.
+    The window is everything since the last optimizer step or ``zero_grad()``. So it holds exactly what the accumulated
+    gradients hold, also where an epoch ended it early. After the last micro-batch the gradients are the second pass's;
+    the loop unscales, clips and steps them.
 
     Args:
         accelerator: Says when a window is complete (``sync_gradients``), and suspends gradient exchange.
@@ -62,6 +62,9 @@ class TwoPasses:
 
         Returns:
             What ``once`` returned.
+
+        Raises:
+            RuntimeError: If the gradients of a second pass wait for the step.
         """
         if self.optimizer.is_one_pass:  # the weights move and return by themselves, in one pass
             return once()

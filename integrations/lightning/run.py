@@ -162,7 +162,11 @@ class Run:
 
     def _exchange(self, exchanged: bool) -> AbstractContextManager[None]:
         """Return the context in which processes do or do not exchange gradients."""
-        return nullcontext() if exchanged else unsynced(self._strategy.model)
+        return (
+            nullcontext()
+            if exchanged
+            else unsynced(self._module if self._strategy.model is None else self._strategy.model)
+        )
 
     @contextmanager
     def _unreported(self) -> Generator[None]:

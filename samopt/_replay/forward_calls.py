@@ -76,6 +76,8 @@ class ForwardCalls(CallWatcher):
         self.devices: tuple[torch.device, ...] = ()
         self.replaying = False
         self._on_first_call = on_first_call
+        self._open: _Record | None = None
+        self._records: list[_Record] = []
         self.clear()
 
     @property
@@ -135,9 +137,9 @@ class ForwardCalls(CallWatcher):
         """Drop all records, ready for the next first pass."""
         self.replaying = False
         self._superseded = False
-        self._records: list[_Record] = []
+        self._records = []
         self._position = 0
-        self._open: _Record | None = None
+        self._open = None
 
     def _match(self, module: nn.Module, inputs: tuple[weakref.ref[Tensor], ...]) -> _Record | None:
         """Return the record of the call that this one repeats, or None."""

@@ -202,8 +202,9 @@ def _build(factory: Callable[..., Optimizer], params: Any, kwargs: dict[str, Any
 
 def _refuse_wrapper(base: Optimizer, name: str, usage: str) -> None:
     """Raise if an optimizer makes two passes already: this package's, or a script's with the same methods."""
-    if isinstance(getattr(base, "base_optimizer", None), Optimizer) and hasattr(base, "first_step"):
+    inner = getattr(base, "base_optimizer", None)
+    if isinstance(inner, Optimizer) and hasattr(base, "first_step"):
         raise TypeError(
-            f"{name} cannot wrap {type(base).__name__}, which already wraps {type(base.base_optimizer).__name__}; wrap "
+            f"{name} cannot wrap {type(base).__name__}, which already wraps {type(inner).__name__}; wrap "
             f"that optimizer instead: {usage}"
         )

@@ -14,8 +14,8 @@ _T = TypeVar("_T")
 class ExactExit(Generic[_T]):
     """Runs a generator as a context manager, with no Python code between the end of the block and the generator.
 
-    A ``KeyboardInterrupt`` is raised where Python code goes on: also at the first instruction of an ``__exit__`` written
-    in Python, before its ``try`` begins, and the weights would stay perturbed inside the user's own ``except``. Here
+    A ``KeyboardInterrupt`` is raised where Python code goes on. In an ``__exit__`` written in Python that can be the
+    first instruction, before its ``try``, and the weights would stay perturbed inside the user's own ``except``. Here
     ``__exit__`` is compiled code that resumes the generator, whose ``finally`` is in force from that moment on.
 
     The generator yields the value of the context, then 0 four times: it is sent 0 when the block is over, and then the

@@ -348,8 +348,8 @@ class OnePass:
         if not self.is_perturbed and torch._C._current_graph_task_id() != -1 and self._can_move():
             raise RuntimeError(
                 "a training forward began inside a backward pass whose own forward ran at the exact weights, so loss "
-                "and gradient would be of different weights. torch.utils.checkpoint(..., use_reentrant=True) around the "
-                "whole module does this; use use_reentrant=False, or checkpoint parts of the module"
+                "and gradient would be of different weights. torch.utils.checkpoint(..., use_reentrant=True) around "
+                "the whole module does this; use use_reentrant=False, or checkpoint parts of the module"
             )
         self._enter()
 

@@ -30,7 +30,7 @@ class _AtShiftedValues(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(parameter: Tensor, values: Tensor) -> Tensor:  # type: ignore[override]  # torch allows both forms
+    def forward(parameter: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
 
     @staticmethod
@@ -157,7 +157,7 @@ class ShiftedParameters(CallWatcher):
         for owner, name, parameter, tensor in self._replaced:
             if tensor._version != self._versions[parameter] or not _shares_memory(tensor, self._values[parameter]):
                 return f"{type(owner).__name__}.{name}"
-            # A write through .data leaves no trace but the values. They are compared only in some steps, since it costs.
+            # A write through .data leaves no trace but the values. They are compared in some steps only: it costs.
             before = self._samples.get(parameter)
             if before is not None and not torch.equal(before, sample(self._values[parameter])):
                 return f"{type(owner).__name__}.{name}"

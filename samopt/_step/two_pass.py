@@ -289,6 +289,11 @@ class TwoPass:
                 "call restore() after ascend()"
             )
 
+    def hold_exact(self) -> AbstractContextManager[None]:
+        """Return a context that changes nothing: outside the second pass, every forward runs at the exact weights."""
+        self.check_restored("exact()")
+        return nullcontext()
+
     def _steps(self, first_loss: Any, start: RngState | None, may_lack_gradients: bool) -> Generator[Any, Any, None]:
         """Move the weights, wait for the block, restore: the generator behind ``perturbed``."""
         self.check_restored("perturbed()")
@@ -395,7 +400,7 @@ class TwoPass:
     def _gradients_of_others(self) -> StashedGradients:
         """Return the parameters of the models that another optimizer trains, with their gradients."""
         owned = set(self._ascent.parameters())
-        others = [
+        others: list[Tensor] = [
             parameter
             for module in every_module(self._models)
             for parameter in module._parameters.values()
@@ -440,8 +445,12 @@ def differentiate(result: Any) -> Tensor:
     Args:
         result: A loss, or a mapping, tuple or object that holds one.
 
+    Returns:
+        The loss, 0-dim.
+
     Raises:
-        TypeError: If there is no loss that can be differentiated.
+        TypeError: If there is no loss in what was returned.
+        RuntimeError: If it has no graph.
     """
     loss = loss_in(result)
     if loss is None:

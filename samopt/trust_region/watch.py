@@ -35,6 +35,7 @@ class FirstPassWatch(CallWatcher):
         self._region = region
         self._comparison = comparison
         self._wanted = wanted
+        self._start: Surroundings | None = None
         self.clear()
 
     def total(self) -> tuple[Tensor, Tensor] | None:
@@ -94,5 +95,5 @@ class FirstPassWatch(CallWatcher):
         self.replaying = False
         self._superseded = False
         self._calls = 0
-        self._start: Surroundings | None = None
+        self._start = None
         self._totals: dict[bool, tuple[Tensor, Tensor]] = {}
