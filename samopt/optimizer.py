@@ -42,10 +42,10 @@ DirectionName: TypeAlias = Literal["gradient", "momentum", "momentum-uphill"]
 class SharpnessAwareOptimizer(OptimizerWrapper):
     """Any torch optimizer, given the gradient at ``w + epsilon`` instead of the gradient at ``w``.
 
-    The common engine of ``SAM``, ``ASAM`` and their relatives. An optimizer is four parts: a direction ``d``, a geometry
-    ``T`` and a radius ``r``, in ``epsilon = r T^2 d / ||T d||``, and a combination that says which gradient the base gets.
-    The norm is global over every parameter with ``perturb=True``. Each parameter group carries ``rho``, ``eta``
-    and ``perturb``, which may be changed at any time (see ``RhoScheduler``).
+    The common engine of ``SAM``, ``ASAM`` and their relatives. An optimizer is four parts: a direction ``d``, a
+    geometry ``T`` and a radius ``r``, in ``epsilon = r T^2 d / ||T d||``, and a combination that says which gradient
+    the base gets. The norm is global over every parameter with ``perturb=True``. Each parameter group carries ``rho``,
+    ``eta`` and ``perturb``, which may be changed at any time (see ``RhoScheduler``).
 
     Cost: two forward-backward passes (one for a known direction), and one copy of the weights, kept between steps.
 

@@ -1,7 +1,7 @@
 """Calls of the modules of a model, followed without hooks in the modules' own registries.
 
-torch has a slot for what runs instead of a module's call: ``module.compile()`` fills ``_compiled_call_impl``. It is left
-out when a module is pickled, copied or saved, so a watched model stays the user's: copies and files hold nothing of
+torch has a slot for what runs instead of a module's call: ``module.compile()`` fills ``_compiled_call_impl``. It is
+left out when a module is pickled, copied or saved, so a watched model stays the user's: copies and files hold nothing of
 samopt. A ``finally`` around the call also runs at a ``KeyboardInterrupt``, which forward hooks miss.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CallWatcher", "watch"]
+__all__ = ["CallWatcher", "is_compiled", "watch"]
 
 _SLOT = "_compiled_call_impl"
 
@@ -102,8 +102,8 @@ def _end(
 def watch(models: Iterable[nn.Module], watcher: CallWatcher, *, only_these: bool = False) -> Callable[[], None]:
     """Have a watcher told of the calls of every module in some models.
 
-    Modules inside ``torch.compile``'s wrapper and inside ``nn.DataParallel`` are not followed: they run as compiled
-    code, or as copies. The wrapper itself is.
+    Modules inside a compiled one and inside ``nn.DataParallel`` are not followed: they run as compiled code, or as
+    copies. The outer module itself is.
 
     Args:
         models: The models.
@@ -138,6 +138,18 @@ def watch(models: Iterable[nn.Module], watcher: CallWatcher, *, only_these: bool
     return stop
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module is the wrapper of ``torch.compile``, or was compiled in place by ``module.compile()``.
+
+    Args:
+        module: Any module.
+    """
+    call = vars(module).get(_SLOT)
+    if isinstance(call, _WatchedCall):
+        call = call.inner
+    return call is not None or "_orig_mod" in module._modules
+
+
 def _followed(models: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the modules to follow, each once."""
     found: dict[nn.Module, None] = {}
@@ -147,6 +159,6 @@ def _followed(models: Iterable[nn.Module]) -> list[nn.Module]:
         if module in found or isinstance(module, torch.jit.ScriptModule):
             continue
         found[module] = None
-        if not isinstance(module, nn.DataParallel) and "_orig_mod" not in module._modules:
+        if not isinstance(module, nn.DataParallel) and not is_compiled(module):
             pending.extend(child for child in module._modules.values() if child is not None)
     return list(found)

@@ -3,7 +3,7 @@
 While a module of the model runs in training, the attribute of every parameter that moves (``self.weight``) is a tensor
 made from it. The graph holds these tensors, so the backward pass is that of ``w + epsilon``, whenever it comes. Their
 gradient is the parameter's own. The weights themselves are exact at every moment: ``parameters()`` and ``state_dict()``
-give them also inside a forward.
+give them also inside a forward, except inside a compiled one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt._replay.call_watch import CallWatcher
+from samopt._replay.call_watch import CallWatcher, is_compiled
 from samopt._replay.module_state import every_module, sample
 from samopt._replay.unobserved import is_observed
 
@@ -61,6 +61,7 @@ class ShiftedParameters(CallWatcher):
         self._replaced: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._flat: list[tuple[nn.RNNBase, Any, Any]] = []
         self._entered: set[int] = set()
+        self._uses_registry = False
         self._count = 0
         self.exact_depth = 0
         """How many contexts hold the weights exact."""
@@ -88,9 +89,7 @@ class ShiftedParameters(CallWatcher):
         assert self._shifted is not None
         if not self._shifted:
             return
-        if torch._C._current_graph_task_id() == -1:
-            self._entered.add(id(module))
-        elif id(module) not in self._entered:
+        if torch._C._current_graph_task_id() != -1 and id(module) not in self._entered:
             raise RuntimeError(
                 f"a training forward of {type(module).__name__} began inside a backward pass, but its own forward ran "
                 "without gradients, at the exact weights, so loss and gradient would be of different weights. "
@@ -98,11 +97,16 @@ class ShiftedParameters(CallWatcher):
                 "use_reentrant=False, or checkpoint parts of the module"
             )
         shifted = self._shifted
-        for owner in every_module([module]):
+        owners = every_module([module])
+        # Compiled code reads the registry of parameters; Python looks into the module's own attributes first.
+        self._uses_registry = any(map(is_compiled, owners))
+        for owner in owners:
+            self._entered.add(id(owner))
+            names: Any = owner._parameters if self._uses_registry else vars(owner)
             for name, parameter in owner._parameters.items():
                 if parameter is not None and (tensor := shifted.get(parameter)) is not None:
                     self._replaced.append((owner, name, parameter, tensor))
-                    vars(owner)[name] = tensor  # Python looks here before it asks the registry of parameters
+                    names[name] = tensor
             if isinstance(owner, nn.RNNBase):  # it keeps a list of its parameters, which it makes anew in the call
                 self._flat.append((owner, owner._flat_weights, owner._flat_weight_refs))
 
@@ -119,9 +123,11 @@ class ShiftedParameters(CallWatcher):
             RuntimeError: If the forward wrote into its own weights.
         """
         written = self._written() if output is not None and self._replaced else None
-        for owner, name, _, tensor in self._replaced:
+        for owner, name, parameter, tensor in self._replaced:
             if vars(owner).get(name) is tensor:
                 del vars(owner)[name]
+            elif owner._parameters.get(name) is tensor:
+                owner._parameters[name] = parameter  # type: ignore[assignment]  # it is the module's own
         for rnn, weights, references in self._flat:
             rnn._flat_weights, rnn._flat_weight_refs = weights, references
         self._replaced, self._flat = [], []

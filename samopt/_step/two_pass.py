@@ -256,6 +256,7 @@ class TwoPass:
 
     def ascend(self) -> None:
         """Take the gradients and move the weights; ``restore`` ends it."""
+        self.check_restored("ascend()")
         context = self.perturbed(None)
         context.__enter__()
         self._context = context
@@ -316,8 +317,10 @@ class TwoPass:
             second.loss = handle.loss
             self._finish(second, failed=error is not None)
         finally:
-            if self._current is second:
-                self._finish(second, failed=True)
+            try:
+                self._abandon(second)
+            finally:
+                self._abandon(second)  # does nothing unless an interrupt hit the first one
         yield 0
 
     def _second_pass(self, first_loss: Any, may_lack_gradients: bool) -> SecondPass:
@@ -362,6 +365,11 @@ class TwoPass:
             raise
         finally:
             self._current = None
+
+    def _abandon(self, second: SecondPass) -> None:
+        """Drop a second pass that was cut short; does nothing after one that was finished."""
+        if self._current is second:
+            self._finish(second, failed=True)
 
     def _deliver(self, second: SecondPass) -> None:
         """Leave the base's gradients in place."""

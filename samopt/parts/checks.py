@@ -12,6 +12,11 @@ from torch import Tensor
 __all__ = ["check_nonnegative"]
 
 
+def _is_on_host(value: Tensor) -> bool:
+    """Return whether a tensor can be read without waiting for a device."""
+    return value.is_cpu
+
+
 def check_nonnegative(name: str, value: Any, where: str = "") -> None:
     """Raise unless ``value`` is a finite real number >= 0, or a 0-dim tensor of one.
 
@@ -33,7 +38,7 @@ def check_nonnegative(name: str, value: Any, where: str = "") -> None:
             raise ValueError(
                 f"{name} must be one real number, got a {value.dtype} tensor of shape {tuple(value.shape)}{where}"
             )
-        if not value.is_cpu:
+        if not _is_on_host(value):
             return
         value = value.item()
     if not isinstance(value, Real):
