@@ -70,10 +70,7 @@ def norm(block: Block) -> Tensor:
 def ascend(
     block: Block, step: StepSize, length: Tensor, noise: NoiseSource | None, *, into: list[Tensor] | None = None
 ) -> Tensor:
-    """Write ``w + scale T^2 d`` into the weights or ``into``; return the norm of the move.
-
-    Arguments as for ``reference.ascend``.
-    """
+    """Write ``w + scale T^2 d`` as ``reference.ascend`` does; return the norm of the move."""
     factor, number = step.factor(), float(length)
     targets = block.weights if into is None else into
     is_small = max(block.sizes, default=0) <= _SMALL
