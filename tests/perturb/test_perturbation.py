@@ -21,7 +21,7 @@ ETA = 0.1
 
 
 def randn(*shape, kind=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(kind)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(kind)
 
 
 def sparse(rows, kind=torch.float32):
@@ -78,7 +78,7 @@ def test_displaced_weights_are_the_moved_ones_and_both_agree_with_fp64(kind, geo
     torch.manual_seed(0)
     some = targets_of(kind, sign=-1)
     before = copies(some.weights)
-    wide = [w.detach().to(torch.complex128 if w.is_complex() else torch.float64) for w in some.weights]
+    wide = [w.to(torch.complex128 if w.is_complex() else torch.float64) for w in before]
     along = [dense(d).to(w.dtype) for d, w in zip(some.directions, wide, strict=True)]
     t = [
         geometry.scale(w, d, ETA) if geometry.applies_to(w) else torch.ones_like(w.abs())
@@ -98,9 +98,11 @@ def test_displaced_weights_are_the_moved_ones_and_both_agree_with_fp64(kind, geo
     unit = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 2.0**-40}
     for weight, was, move in zip(some.weights, wide, moves, strict=True):
         value = displaced[weight]
-        assert torch.equal(value, weight.detach()) and not value.requires_grad and value.data_ptr() != weight.data_ptr()
-        assert value.is_contiguous(memory_format=torch.channels_last) == (kind == "channels last")
+        assert torch.equal(value, weight.detach()) and not value.requires_grad
+        assert not value.numel() or value.data_ptr() != weight.data_ptr()
+        assert kind == "every second" or value.stride() == weight.stride()
         close = unit.get(weight.dtype, 2.0**-21)
+        close = max(close, 2.0**-21) if kind == "mixed" else close  # the norm is as exact as its least exact part
         torch.testing.assert_close(value.to(was.dtype), was + move, rtol=close, atol=close)
     backup.restore()
     assert same(some.weights, before)
