@@ -91,10 +91,12 @@ def ascend(
 def _ascend_adaptive(block: Block, factor: float, targets: list[Tensor]) -> None:
     """Write ``w + factor T^2 d`` with ``T = |w| + eta``."""
     for weights, directions, places in _small_groups(block, targets):
-        start = _join(weights)
-        t = start.abs().add_(block.eta)
-        moved = torch.addcmul(start, _join(directions).mul(t), t, value=factor)  # T^2 alone may underflow
-        torch._foreach_copy_(places, torch._C._nn.unflatten_dense_tensors(moved, places))
+        t = _join(weights).abs().add_(block.eta)
+        move = _join(directions).mul(t).mul_(t).mul_(factor)  # T^2 alone may underflow
+        if targets is not block.weights:
+            torch._foreach_copy_(places, weights)
+        # Added and not assigned: weights that share memory move by the sum of their moves.
+        torch._foreach_add_(places, torch._C._nn.unflatten_dense_tensors(move, places))
     room = _scratch(block, 2)
     for weight, direction, target in _pieces(block, targets):
         t = torch.abs(weight, out=room[0, : len(weight)]).add_(block.eta)

@@ -148,6 +148,32 @@ def test_parameters_that_share_memory_are_displaced_apart():
     assert same(weights, before)
 
 
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+@pytest.mark.parametrize("geometry", [Euclidean(), Fisher()], ids=lambda geometry: geometry.name)
+def test_parameters_that_share_memory_move_by_the_sum_of_their_moves(geometry, backend):
+    memory = randn(4, 6)
+    weights, directions = [nn.Parameter(memory), nn.Parameter(memory)], [randn(4, 6, seed=1), randn(4, 6, seed=2)]
+    before = memory.double()
+    backend = "auto" if geometry.name == "fisher" else backend
+    perturbation = Perturbation([Targets(Region(0.3, ETA, 1), weights, directions)], geometry, backend=backend)
+    perturbation.move()
+    t = [geometry.scale(before, d.double(), ETA) for d in directions]
+    norm = float(sum((s * d).square().sum() for s, d in zip(t, directions, strict=True)) ** 0.5)
+    move = sum(0.3 * s * s * d.double() / norm for s, d in zip(t, directions, strict=True))
+    torch.testing.assert_close(memory.double(), before + move, rtol=1e-6, atol=1e-6)
+
+
+def test_small_parameters_that_share_memory_move_by_the_sum_of_their_moves_in_an_adaptive_ball():
+    memory = randn(4, 6)
+    weights, directions = [nn.Parameter(memory), nn.Parameter(memory)], [randn(4, 6, seed=1), randn(4, 6, seed=2)]
+    before = memory.double()
+    Perturbation([Targets(Region(0.3, ETA, 1), weights, directions)], Adaptive()).move()
+    t = before.abs() + ETA
+    norm = float(sum((t * d).square().sum() for d in directions) ** 0.5)
+    move = 0.3 * t * t * (directions[0].double() + directions[1]) / norm
+    torch.testing.assert_close(memory.double(), before + move, rtol=1e-6, atol=1e-6)
+
+
 def test_the_radius_is_made_of_the_norm_and_the_largest_is_told():
     weights = [nn.Parameter(randn(3)), nn.Parameter(randn(4))]
     directions = [torch.full((3,), 2.0), torch.zeros(4)]
