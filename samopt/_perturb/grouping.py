@@ -1,4 +1,4 @@
-"""Sort the tensors that move into blocks that one kernel call can treat alike, each with the backend that runs it."""
+"""Sort the tensors that move into blocks that one kernel call can treat in one way, each with its backend."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def descend(parameters: Sequence[Tensor], directions: Sequence[Tensor], rate: fl
         parameters: Parameters.
         directions: One for each; this rank's part of it, where the parameter is sharded.
         rate: A learning rate, a number or 0-dim.
-        factor: 0-dim; 0 moves nothing, whatever the directions hold.
+        factor: 0-dim; 0 moves nothing, even where a direction is not finite.
     """
     with torch.no_grad():
         for parameter, direction in zip(parameters, directions, strict=True):

@@ -1,4 +1,4 @@
-"""The way back: saved weights, and how they return to their parameters whatever a forward did meanwhile."""
+"""Saved weights, and how they return to their parameters after a forward that gave these other memory."""
 
 from __future__ import annotations
 

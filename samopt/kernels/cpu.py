@@ -18,7 +18,7 @@ _PIECE = 1 << 18  # elements; 1 MiB in fp32: with its scratch it stays in the ca
 _PIECE_PER_THREAD = 1 << 15  # torch gives no thread less than that
 _SMALL = 1 << 15  # elements; up to here calls cost more than joining the values, so small tensors are joined
 _FEW = 1 << 17  # elements; up to here one sum in fp64 is faster than the calls that it takes to add up rows
-_ROW = 512  # elements summed in fp32; longer sums lose digits when all terms are alike
+_ROW = 512  # elements summed in fp32; longer sums lose digits when all terms are equal
 _GEOMETRIES = {"adaptive"}
 
 
