@@ -21,7 +21,7 @@ from benchmarks.updates.measure import Measurement, in_turns, measurement
 
 __all__ = ["ONE_PASS", "measure_alone", "name_at", "parse_name"]
 
-ONE_PASS = {"samopt-one-pass": "auto", "samopt-one-pass-swap": "swap"}
+ONE_PASS = {"samopt-one-pass": "auto"}
 """The one-pass form on its backends, by name."""
 
 _WARM_UP = 2  # steps before the round that is not counted: the first has no momentum, and memory is handed out anew

@@ -169,43 +169,16 @@ class _Ours:
         self._optimizer.zero_grad()
 
 
-class _OursInOneCall(_Ours):
-    """A backend of samopt in closure form, which is where restore and step may be one."""
-
-    def ascend(self) -> None:
-        self._first = [parameter.grad for parameter in self._parameters]
-
-    def descend(self) -> None:
-        passes = [[parameter.grad for parameter in self._parameters], self._first]
-        self._first = []
-
-        def closure() -> Tensor:
-            gradients = passes.pop()
-            for parameter in reversed(self._parameters):
-                parameter.grad = gradients.pop()  # nobody else may hold it, as after a backward pass
-            return self._loss
-
-        self._optimizer.step(closure)
-
-    def _try(self, parameter: Tensor) -> None:
-        super()._try(parameter)
-        self._loss = torch.zeros((), device=parameter.device)
-
-
 def _base(parameters: Sequence[Tensor]) -> Optimizer:
     return AdamW(parameters, **OPTIONS)
 
 
 def _ours(backend: str, **options: Any) -> Callable[[Sequence[Tensor], str], Update]:
-    kind = _OursInOneCall if backend == "triton-fused" else _Ours
-    return lambda parameters, metric: kind(backend, parameters, metric, **options)
+    return lambda parameters, metric: _Ours(backend, parameters, metric, **options)
 
 
 _MOVED: dict[str, tuple[int, int]] = {
-    "swap": (16, 20),
     "triton": (28, 32),
-    "triton-fused": (20, 24),
-    "triton-swap": (16, 20),
 }
 
 CONTENDERS = {
@@ -217,7 +190,6 @@ CONTENDERS = {
         Contender("pytorch_optimizer", _Package, None),
         *(Contender(f"samopt-{name}", _ours(name), _MOVED.get(name)) for name in BACKENDS),
         Contender("samopt-lean", _ours("auto", measure_grad_norms=False), None),
-        Contender("samopt-swap-lean", _ours("swap", measure_grad_norms=False), _MOVED["swap"]),
     )
 }
 """By name. Every samopt backend measures gradient norms for ``last_step``, as by default; those called lean do not."""

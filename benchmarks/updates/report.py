@@ -178,12 +178,11 @@ def _draw_batches(ax: Axes, groups: Sequence[Sequence[Measurement]]) -> None:
             if one.contender in ONE_PASS:
                 lines.setdefault((case, one.contender), []).append((times, _ratio(one, _named(group, "base"))))
     cases = list(dict.fromkeys(case for case, _ in lines))
-    for (case, name), points in lines.items():
-        colour, swaps = COLOURS[cases.index(case)], ONE_PASS[name] == "swap"
+    for (case, _), points in lines.items():
+        colour = COLOURS[cases.index(case)]
         low, middle, high = (np.array([getattr(s, part) for _, s in points]) for part in ("low", "median", "high"))
-        style, label = ("--", f"{case}, swap") if swaps else ("-", case)
         spread = [middle - low, high - middle]
-        ax.errorbar([x for x, _ in points], middle, spread, color=colour, marker="o", linestyle=style, label=label)
+        ax.errorbar([x for x, _ in points], middle, spread, color=colour, marker="o", label=case)
     ax.axhline(1.0, color="0.6", linewidth=1)
     ax.set_xscale("log", base=2)
     ax.set_xlabel("batch, in small ones", fontsize=11)

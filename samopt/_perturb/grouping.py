@@ -1,8 +1,8 @@
-"""Sort the tensors that move into blocks that one kernel call can treat alike, each with the backend that runs it."""
+"""Sort the tensors that move into blocks that one kernel call can treat in one way, each with its backend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -72,22 +72,23 @@ def moving_blocks(targets: Iterable[Targets], geometry: Geometry, *, linf: bool,
 
 def _split_by_geometry(
     region: Region, weights: list[Tensor], directions: list[Tensor], geometry: Geometry | None, linf: bool
-) -> Iterator[tuple[Block, list[Tensor], None]]:
-    """Yield uniform tensors that the geometry applies to and the others."""
+) -> list[tuple[Block, list[Tensor], Shards | None]]:
+    """Return uniform tensors that the geometry applies to and the others."""
     if geometry is None:
-        yield Block(weights, directions, None, region.eta, linf), weights, None
-        return
-    applies = [geometry.applies_to(weight) for weight in weights]
+        return [(Block(weights, directions, None, region.eta, linf), weights, None)]
+    applies = list(map(geometry.applies_to, weights))
+    found: list[tuple[Block, list[Tensor], Shards | None]] = []
     for does in dict.fromkeys(applies):
         chosen = [each is does for each in applies]
-        some = list(compress(weights, chosen))
-        yield Block(some, list(compress(directions, chosen)), geometry if does else None, region.eta, linf), some, None
+        some, along = list(compress(weights, chosen)), list(compress(directions, chosen))
+        found.append((Block(some, along, geometry if does else None, region.eta, linf), some, None))
+    return found
 
 
 def _split_by_kind(
     region: Region, weights: list[Tensor], directions: list[Tensor], geometry: Geometry | None, linf: bool
-) -> Iterator[tuple[Block, list[Tensor], Shards | None]]:
-    """Yield tensors of one dtype, device, layout, geometry and placement at a time."""
+) -> list[tuple[Block, list[Tensor], Shards | None]]:
+    """Return tensors of one dtype, device, layout, geometry and placement at a time."""
     found: dict[tuple[Any, ...], tuple[Block, list[Tensor], Shards | None]] = {}
     for parameter, direction in zip(weights, directions, strict=True):
         weight, shards = parameter, None
@@ -104,7 +105,7 @@ def _split_by_kind(
         block.weights.append(weight)
         block.directions.append(direction)
         parameters.append(parameter)
-    yield from found.values()
+    return list(found.values())
 
 
 def _is_uniform(weights: list[Tensor], directions: list[Tensor]) -> bool:

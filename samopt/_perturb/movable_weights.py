@@ -55,8 +55,8 @@ class MovableWeights:
         block = Block([weight], [offset], None, 0.0, False)
         self.put(index, self.origin[index])
         with torch.no_grad():
-            one = torch.ones((), dtype=torch.float64 if offset.device.type != "mps" else torch.float32)
-            one = one.to(weight.device, non_blocking=True)
+            wide = torch.float32 if weight.device.type == "mps" else torch.float64
+            one = torch.ones((), dtype=wide, device=weight.device)
             kernels.select(block, "auto").ascend(block, StepSize(one, 1.0, 1, False), one, noise, into=None)
 
     def undo(self) -> None:

@@ -51,9 +51,11 @@ class Perturbation:
         blocks = moving_blocks(targets, geometry, linf=linf, backend=backend)
         self._blocks = blocks
         self._linf = linf
-        self._on_host = all([some.backend.on_host for some in blocks])
         self.is_empty = not blocks
-        self.is_sharded = any([some.shards is not None for some in blocks])
+        self.is_sharded, self._on_host = False, True
+        for some in blocks:
+            self.is_sharded = self.is_sharded or some.shards is not None
+            self._on_host = self._on_host and some.backend.on_host
         with torch.no_grad():
             self._norms = self._measure()
             self.norm = self._norms.norm
@@ -172,6 +174,8 @@ class Perturbation:
 
     def _combine(self, lengths: list[Tensor], *, largest: bool = False) -> Tensor:
         """Return the norm of everything from the norm of each block."""
+        if len(lengths) == 1 and not self.is_sharded:
+            return lengths[0]
         if not self.is_sharded:
             return _joint(lengths, largest=largest, on_host=self._on_host)
         # The cut into blocks may differ between ranks, but not the placements, so every rank joins in every exchange.
@@ -192,7 +196,7 @@ def descend(parameters: Sequence[Tensor], directions: Sequence[Tensor], rate: fl
         parameters: Parameters.
         directions: One for each; this rank's part of it, where the parameter is sharded.
         rate: A learning rate, a number or 0-dim.
-        factor: 0-dim; 0 moves nothing, whatever the directions hold.
+        factor: 0-dim; 0 moves nothing, even where a direction is not finite.
     """
     with torch.no_grad():
         for parameter, direction in zip(parameters, directions, strict=True):

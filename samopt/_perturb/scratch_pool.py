@@ -42,16 +42,17 @@ class ScratchPool:
         known, found = self._buffers, []
         for owner, tensor in zip(owners, tensors, strict=True):
             buffer = known.get(id(owner))
+            kind = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
             # An id may be used again after its tensor is gone, so the reference has the last word.
-            if buffer is None or buffer.owner() is not owner or buffer.kind != _kind(tensor):
-                buffer = known[id(owner)] = self._new_buffer(owner, tensor)
+            if buffer is None or buffer.kind != kind or buffer.owner() is not owner:
+                buffer = known[id(owner)] = self._new_buffer(owner, tensor, kind)
             found.append(buffer.memory)
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ScratchPool, ()
 
-    def _new_buffer(self, owner: Tensor, tensor: Tensor) -> _Buffer:
+    def _new_buffer(self, owner: Tensor, tensor: Tensor, kind: tuple[Any, ...]) -> _Buffer:
         """Return a buffer that leaves the pool when its owner is deleted."""
         key, known = id(owner), self._buffers
 
@@ -59,17 +60,12 @@ class ScratchPool:
             if key in known and known[key].owner is reference:
                 del known[key]
 
-        return _Buffer(weakref.ref(owner, forget), _kind(tensor), torch.empty_like(tensor, requires_grad=False))
+        return _Buffer(weakref.ref(owner, forget), kind, torch.empty_like(tensor, requires_grad=False))
 
 
 class _Buffer(NamedTuple):
-    """Memory with its owner and what it looked like when the memory was made."""
+    """Memory, the parameter that it belongs to, and the shape, strides, dtype and device that it was made for."""
 
     owner: weakref.ref[Tensor]
     kind: tuple[Any, ...]
     memory: Tensor
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors must have in common to share a buffer."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device

@@ -1,4 +1,4 @@
-"""The way back: saved weights, and how they return to their parameters whatever a forward did meanwhile."""
+"""Saved weights, and how they return to their parameters after a forward that gave these other memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class SavedWeights:
             the version counter of the weight, so a write through them is seen by autograd.
         values: The old values of each.
         rows: For weights of which only some rows are saved, which ones; None is all of each weight.
-        places: Where and how the weights lay when they were saved.
+        addresses: Where their storages were when they were saved.
+        layouts: Their shapes, strides and dtypes then.
         kernel: The backend that fills ``values`` while it moves the weights; None where they are copies already.
         kernel_backup: Its backup.
     """
@@ -59,7 +60,8 @@ class SavedWeights:
     originals: list[Tensor]
     values: list[Tensor]
     rows: list[tuple[Tensor, ...]] | None
-    places: list[Any]
+    addresses: list[int]
+    layouts: list[Any]
     kernel: Backend | None = None
     kernel_backup: Any = None
 
@@ -67,7 +69,7 @@ class SavedWeights:
     def empty(cls, weights: list[Tensor], values: list[Tensor]) -> SavedWeights:
         """Return a backup whose ``values`` are filled later; autograd is off."""
         # detach() and not .data, which would have a version counter of its own
-        return cls(weights, list(map(Tensor.detach, weights)), values, None, _places(weights))
+        return cls(weights, list(map(Tensor.detach, weights)), values, None, _addresses(weights), _layouts(weights))
 
     @classmethod
     def save(cls, weights: list[Tensor], values: list[Tensor]) -> SavedWeights:
@@ -85,7 +87,7 @@ class SavedWeights:
     def restore(self) -> None:
         """Write the values back; may be called any number of times."""
         originals = self.originals
-        has_moved = self.places != _places(originals)  # a forward has resized the storage itself
+        has_moved = _addresses(originals) != self.addresses  # a forward has resized the storage itself
         if has_moved:
             list(map(_make_room, originals))
         # A kernel writes to the addresses of the past. Where they are no longer valid, a forward has run, so the kernel
@@ -97,23 +99,21 @@ class SavedWeights:
         else:
             for original, rows, values in zip(originals, self.rows, self.values, strict=True):
                 original[rows] = values
-        if has_moved or self.places != _places(self.weights):
-            for weight, original in zip(self.weights, originals, strict=True):
-                if _places([weight]) != _places([original]):
-                    weight.data = original
+        weights = self.weights
+        if has_moved or _addresses(weights) != self.addresses or _layouts(weights) != self.layouts:
+            for weight, original in zip(weights, originals, strict=True):
+                weight.data = original
 
 
-def _places(tensors: list[Tensor]) -> list[Any]:
-    """Return address, shape, strides and dtype of each tensor; nothing where a tensor has no memory of its own."""
-    if not _PLAIN.issuperset(map(type, tensors)):
-        return []
-    # map over C functions: this runs in every step, and a loop in Python takes three times as long.
-    return [
-        *map(Tensor.data_ptr, tensors),
-        *map(Tensor.size, tensors),
-        *map(Tensor.stride, tensors),
-        *map(_DTYPE, tensors),
-    ]
+# The next two run in every step: map over C functions takes a third of the time of a loop in Python.
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    """Return the address of each tensor; nothing where a tensor has no memory of its own, as a ``DTensor``."""
+    return list(map(Tensor.data_ptr, tensors)) if _PLAIN.issuperset(map(type, tensors)) else []
+
+
+def _layouts(tensors: list[Tensor]) -> list[Any]:
+    """Return shapes, strides and dtypes of the tensors."""
+    return [*map(Tensor.size, tensors), *map(Tensor.stride, tensors), *map(_DTYPE, tensors)]
 
 
 def _make_room(tensor: Tensor) -> None:

@@ -111,8 +111,4 @@ class StepSize(NamedTuple):
         Args:
             length: ``||T d||_2`` of the block, 0-dim.
         """
-        if length.is_cpu and self.norm.is_cpu:  # one tensor instead of a dozen operations on tensors of one number
-            number = float(length)
-            by = float(number > 0) if self.linf else number if math.isfinite(number) else 0.0
-            return torch.tensor(abs(self.factor()) * by, dtype=torch.float64)
         return self.scale(length.device).abs() * (length > 0 if self.linf else length.nan_to_num(0, 0, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ __all__ = ["ascend", "norm", "supports"]
 
 _PIECE = 1 << 18  # elements; 1 MiB in fp32: with its scratch it stays in the cache, and calls cost little beside it
 _PIECE_PER_THREAD = 1 << 15  # torch gives no thread less than that
-_SMALL = 1 << 14  # elements; up to here a call costs about as much as reading the values, so small tensors are joined
+_SMALL = 1 << 15  # elements; up to here calls cost more than joining the values, so small tensors are joined
 _FEW = 1 << 17  # elements; up to here one sum in fp64 is faster than the calls that it takes to add up rows
-_ROW = 512  # elements summed in fp32; longer sums lose digits when all terms are alike
+_ROW = 512  # elements summed in fp32; longer sums lose digits when all terms are equal
 _GEOMETRIES = {"adaptive"}
 
 
@@ -56,9 +56,7 @@ def norm(block: Block) -> Tensor:
     is_joined = block.geometry is None or max(block.sizes) <= _SMALL
     if is_joined and elements <= _FEW and dtype is torch.float32:
         # The square of every finite fp32 number is a normal fp64 number or 0, so this needs no second try.
-        directions = block.directions
-        joined = torch._C._nn.flatten_dense_tensors(directions) if block.geometry is None else _join_scaled(block)
-        length = torch.linalg.vector_norm(joined, dtype=torch.float64)
+        length = torch.linalg.vector_norm(_join_scaled(block, block.weights, block.directions), dtype=torch.float64)
         return length
     rows = [norms for uphill in _scaled_directions(block) for norms in _row_norms(uphill)]
     lengths = torch.cat(rows).double()
@@ -71,33 +69,34 @@ def norm(block: Block) -> Tensor:
 
 def ascend(
     block: Block, step: StepSize, length: Tensor, noise: NoiseSource | None, *, into: list[Tensor] | None = None
-) -> None:
-    """Write ``w + scale T^2 d`` into the weights or ``into``; arguments as for ``reference.ascend``."""
-    factor = step.factor()
-    targets: list[Tensor] = block.weights if into is None else into
+) -> Tensor:
+    """Write ``w + scale T^2 d`` as ``reference.ascend`` does; return the norm of the move."""
+    factor, number = step.factor(), float(length)
+    targets = block.weights if into is None else into
+    is_small = max(block.sizes, default=0) <= _SMALL
+    if into is not None and (factor == 0 or (block.geometry is None and is_small)):
+        torch._foreach_copy_(into, block.weights)
     if factor == 0:  # the directions may hold infinities, and 0 times infinity is nan
-        if into is not None:
-            torch._foreach_copy_(into, block.weights)
-    elif block.geometry is not None:
+        return torch.zeros((), dtype=torch.float64)
+    if block.geometry is not None:
         _ascend_adaptive(block, factor, targets)
-    elif into is None or max(block.sizes, default=0) <= _SMALL:
-        if into is not None:
-            torch._foreach_copy_(into, block.weights)
+    elif into is None or is_small:
         torch._foreach_add_(targets, block.directions, alpha=factor)
-    else:  # one pass over memory where the lines above take two, for one call to torch per tensor
+    else:  # one pass over memory instead of two; for small tensors, a call per tensor would cost more than the pass
         for weight, direction, target in zip(block.weights, block.directions, targets, strict=True):
             torch.add(weight, direction, alpha=factor, out=target)
+    return torch.tensor(abs(factor) * number, dtype=torch.float64)
 
 
 def _ascend_adaptive(block: Block, factor: float, targets: list[Tensor]) -> None:
     """Write ``w + factor T^2 d`` with ``T = |w| + eta``."""
-    for group in _small_groups(block):
-        places = [flat(targets[index]) for index in group]
-        weights = torch.cat([flat(block.weights[index]) for index in group])
-        directions = torch.cat([flat(block.directions[index]) for index in group])
-        t = weights.abs().add_(block.eta)
-        moved = weights.addcmul_(directions.mul_(t), t, value=factor)  # T^2 alone may underflow
-        torch.split_with_sizes_copy(moved, [block.sizes[index] for index in group], out=places)
+    for weights, directions, places in _small_groups(block, targets):
+        t = _join(weights).abs().add_(block.eta)
+        move = _join(directions).mul(t).mul_(t).mul_(factor)  # T^2 alone may underflow
+        if targets is not block.weights:
+            torch._foreach_copy_(places, weights)
+        # Added and not assigned: weights that share memory move by the sum of their moves.
+        torch._foreach_add_(places, torch._C._nn.unflatten_dense_tensors(move, places))
     room = _scratch(block, 2)
     for weight, direction, target in _pieces(block, targets):
         t = torch.abs(weight, out=room[0, : len(weight)]).add_(block.eta)
@@ -107,39 +106,44 @@ def _ascend_adaptive(block: Block, factor: float, targets: list[Tensor]) -> None
 
 def _scaled_directions(block: Block) -> Iterator[Tensor]:
     """Yield the values of ``T d`` as vectors; the next one overwrites the last."""
+    for weights, directions, _ in _small_groups(block, block.weights):
+        yield _join_scaled(block, weights, directions)
     if block.geometry is None:
-        for group in _small_groups(block):
-            yield torch._C._nn.flatten_dense_tensors([block.directions[index] for index in group])
         for size, direction in zip(block.sizes, block.directions, strict=True):
             if size > _SMALL:
                 yield flat(direction)
         return
-    for group in _small_groups(block):
-        yield _join_scaled(block, group)
     room = _scratch(block, 1)
     for weight, direction, _ in _pieces(block, block.weights):
         yield torch.abs(weight, out=room[0, : len(weight)]).add_(block.eta).mul_(direction)
 
 
-def _join_scaled(block: Block, group: Collection[int] | None = None) -> Tensor:
-    """Return ``T d`` with ``T = |w| + eta`` of several tensors of the block, or of all, as one vector."""
-    places = range(len(block.sizes)) if group is None else group
-    t = torch.cat([flat(block.weights[index]) for index in places]).abs_().add_(block.eta)
-    return t.mul_(torch.cat([flat(block.directions[index]) for index in places]))
+def _join_scaled(block: Block, weights: list[Tensor], directions: list[Tensor]) -> Tensor:
+    """Return ``T d`` of several tensors as one vector, to be read only."""
+    joined = _join(directions)
+    return joined if block.geometry is None else _join(weights).abs().add_(block.eta).mul_(joined)
 
 
-def _small_groups(block: Block) -> Iterator[list[int]]:
-    """Yield the places of the small weights in the block, in groups whose values fit the cache."""
-    group: list[int] = []
+def _join(tensors: list[Tensor]) -> Tensor:
+    """Return the values of several tensors as one vector, to be read only: that of one tensor shares its memory."""
+    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
+    return vector
+
+
+def _small_groups(block: Block, targets: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Yield the small weights, their directions and targets, in groups whose values fit the cache."""
+    group: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
     total, limit = 0, _piece_size()
-    for index, size in enumerate(block.sizes):
-        if 0 < size <= _SMALL:
-            if group and total + size > limit:
-                yield group
-                group, total = [], 0
-            group.append(index)
-            total += size
-    if group:
+    for size, *tensors in zip(block.sizes, block.weights, block.directions, targets, strict=True):
+        if not 0 < size <= _SMALL:
+            continue
+        if total and total + size > limit:
+            yield group
+            group, total = ([], [], []), 0
+        for members, tensor in zip(group, tensors, strict=True):
+            members.append(tensor)
+        total += size
+    if total:
         yield group
 
 

@@ -43,7 +43,7 @@ def norm(block: Block) -> Tensor:
 def ascend(
     block: Block, step: StepSize, length: Tensor, noise: NoiseSource | None, *, into: list[Tensor] | None = None
 ) -> None:
-    """Write ``w + scale T^2 d`` into the weights or ``into``; arguments as for ``reference.ascend``."""
+    """Write ``w + scale T^2 d`` as ``reference.ascend`` does."""
     targets: list[Tensor] = block.weights
     if into is not None:
         torch._foreach_copy_(into, block.weights)

@@ -31,7 +31,6 @@ RUNNABLE = [
     "script",
     *(f"samopt-{name}" for name in BACKENDS if not name.startswith("triton")),
     "samopt-lean",
-    "samopt-swap-lean",
 ]
 
 
@@ -259,12 +258,12 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_the_table_shows_ratios_bytes_and_what_was_left_out() -> None:
-    times = {"base": 1, "textbook": 5, "script": 6, "samopt-swap": 2}
+    times = {"base": 1, "textbook": 5, "script": 6, "samopt-cpu": 2}
     rows = [measurement(name, *[time] * 3) for name, time in times.items()]
     text = markdown(rows, ["samopt-triton is left out: no GPU"])
     assert "**Update alone, tiny500, SAM: 500,000 parameters in 500 tensors**" in text
     assert (
-        "| samopt-swap | 3 | 2.00 (2.00 to 2.00) | 1.00 (1.00 to 1.00) | 0.25 (0.25 to 0.25) | 0.20 (0.20 to 0.20) "
+        "| samopt-cpu | 3 | 2.00 (2.00 to 2.00) | 1.00 (1.00 to 1.00) | 0.25 (0.25 to 0.25) | 0.20 (0.20 to 0.20) "
         "| 16.0 | 11.0 | 4.00 |" in text
     )
     assert text.endswith("- samopt-triton is left out: no GPU\n")
@@ -315,7 +314,6 @@ def test_measured_cases_are_not_measured_again(tmp_path: Path, capsys: pytest.Ca
 def test_contenders_cover_every_backend() -> None:
     assert {name for name in CONTENDERS if name.startswith("samopt-")} == {f"samopt-{n}" for n in BACKENDS} | {
         "samopt-lean",
-        "samopt-swap-lean",
     }
     parameters = [nn.Parameter(torch.randn(3))]
     assert isinstance(CONTENDERS["samopt-cpu"].build(parameters, "asam")._optimizer, samopt.ASAM)

@@ -215,12 +215,6 @@ def same_bits(model: nn.Module, before: Sequence[Tensor]) -> bool:
     return all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
-def last_launches(backend: str, base: str) -> set[str]:
-    """Names of the Triton kernels that end a step, around a base whose name begins with its kind."""
-    fused = "sgd_chunk" if base.startswith("sgd") else "adam_chunk"
-    return {"triton": {"restore_chunk"}, "triton-fused": {fused}, "triton-swap": set()}[backend]
-
-
 def second_gradient(
     parameters: Sequence[Tensor], backward: Callable[[], Tensor], epsilon: Epsilon, radius: float
 ) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,12 @@ from tests.helpers.apart import run_apart
     "arguments",
     [
         ["tests/kernels/test_triton_interpreted.py"],
-        ["tests/kernels/test_triton_fused.py"],
         ["tests/kernels/test_triton_memory.py"],
         ["tests/kernels/test_triton_graphs.py"],
-        ["tests/kernels/test_kernels.py", "-k", "triton and agree_with_fp64"],
-        ["tests/kernels/test_kernels.py", "-k", "triton and not agree_with_fp64"],
+        ["tests/kernels/test_kernels.py", "-k", "triton and (agree_with_fp64 or every_bit_back)"],
+        ["tests/kernels/test_kernels.py", "-k", "triton and not agree_with_fp64 and not every_bit_back"],
     ],
-    ids=["steps", "fused", "memory", "graphs", "layouts", "edges"],
+    ids=["steps", "memory", "graphs", "layouts", "edges"],
 )
 def test_in_the_interpreter(arguments):
     pytest.importorskip("triton", minversion="3.5")

@@ -10,7 +10,7 @@ from tests.helpers.compiled import BLOCK, TARGETS, bytes_per_element, compiled, 
 
 pytest.importorskip("triton", minversion="3.5")
 
-METRICS = ["none", "adaptive", "fisher"]
+GEOMETRIES = ["none", "adaptive", "fisher"]
 DTYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CHUNK = 1 << 14
 POINTERS = {"table", "sums", "bounds", "lengths", "norm", "own_length", "written", "applied", "sizes"}
@@ -22,15 +22,15 @@ def dtype(name):
     return {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16, "u32": tl.uint32, "u16": tl.uint16}[name]
 
 
-def sum_chunk(kind, metric):
-    return "stages.sum_chunk", {"DTYPE": dtype(kind), "METRIC": metric, "BLOCK": BLOCK}
+def sum_chunk(kind, geometry):
+    return "stages.sum_chunk", {"DTYPE": dtype(kind), "GEOMETRY": geometry, "BLOCK": BLOCK}
 
 
-def ascend_chunk(kind, metric, linf=False, on_device=False, away=False):
+def ascend_chunk(kind, geometry, linf=False, on_device=False, into=False):
     low = kind != "fp32"
     constants = {
-        "DTYPE": dtype(kind), "METRIC": metric, "LINF": linf, "SCALED": False, "ON_DEVICE": on_device,
-        "SAVES": not away, "AWAY": away,
+        "DTYPE": dtype(kind), "GEOMETRY": geometry, "LINF": linf, "ON_DEVICE": on_device,
+        "SAVES": not into, "INTO": into,
         "STOCHASTIC": low, "MEASURED": low, "INTERPRETED": False, "CHUNK": CHUNK, "BLOCK": BLOCK,
     }  # fmt: skip
     return "stages.ascend_chunk", constants
@@ -40,40 +40,17 @@ def restore_chunk(kind):
     return "stages.restore_chunk", {"DTYPE": dtype(kind), "BLOCK": BLOCK}
 
 
-def sgd_chunk(kind, momentum=True, first=False, on_device=False):
-    constants = {
-        "DTYPE": dtype(kind), "ON_DEVICE": on_device, "MOMENTUM": momentum, "FIRST": first, "NESTEROV": momentum,
-        "DECAY": True, "MAXIMIZE": True, "INTERPRETED": False, "BLOCK": BLOCK,
-    }  # fmt: skip
-    return "base_steps.sgd_chunk", constants
-
-
-def adam_chunk(kind, amsgrad=False, on_device=False, decay="decoupled"):
-    constants = {
-        "DTYPE": dtype(kind), "ON_DEVICE": on_device, "COUNTED": on_device, "AMSGRAD": amsgrad, "DECAY": decay,
-        "MAXIMIZE": False, "INTERPRETED": False, "BLOCK": BLOCK,
-    }  # fmt: skip
-    return "base_steps.adam_chunk", constants
-
-
 def wide_kernels():
     """Every kernel that passes over elements, with its widest use of registers."""
     for kind in DTYPES:
-        for metric in METRICS:
-            yield f"sum-{kind}-{metric}", (sum_chunk, kind, metric)
-            yield f"ascend-{kind}-{metric}", (ascend_chunk, kind, metric)
-            yield f"ascend-away-{kind}-{metric}", (ascend_chunk, kind, metric, False, False, True)
+        for geometry in GEOMETRIES:
+            yield f"sum-{kind}-{geometry}", (sum_chunk, kind, geometry)
+            yield f"ascend-{kind}-{geometry}", (ascend_chunk, kind, geometry)
+            yield f"ascend-into-{kind}-{geometry}", (ascend_chunk, kind, geometry, False, False, True)
     yield "ascend-fp32-adaptive-linf-device", (ascend_chunk, "fp32", "adaptive", True, True)
     yield "ascend-bf16-fisher-linf", (ascend_chunk, "bf16", "fisher", True)
     yield "ascend-bf16-none-linf-device", (ascend_chunk, "bf16", "none", True, True)
     yield "ascend-fp16-adaptive-linf", (ascend_chunk, "fp16", "adaptive", True)
-    for kind in DTYPES:
-        yield f"sgd-{kind}", (sgd_chunk, kind)
-        yield f"adamw-{kind}", (adam_chunk, kind)
-    yield "sgd-fp32-plain", (sgd_chunk, "fp32", False)
-    yield "sgd-fp32-first-device", (sgd_chunk, "fp32", True, True, True)
-    yield "adam-fp32-amsgrad-device", (adam_chunk, "fp32", True, True, "l2")
-    yield "adam-bf16-amsgrad-device", (adam_chunk, "bf16", True, True, "l2")
     for kind in ("u32", "u16"):
         yield f"restore-{kind}", (restore_chunk, kind)
 
@@ -123,12 +100,9 @@ def test_a_step_moves_the_bytes_of_the_table(kind):
             "adaptive norm": sum_chunk(kind, "adaptive"),
             "ascend": ascend_chunk(kind, "none"),
             "adaptive ascend": ascend_chunk(kind, "adaptive"),
-            "ascend away": ascend_chunk(kind, "none", away=True),
-            "adaptive ascend away": ascend_chunk(kind, "adaptive", away=True),
+            "ascend into": ascend_chunk(kind, "none", into=True),
+            "adaptive ascend into": ascend_chunk(kind, "adaptive", into=True),
             "restore": restore_chunk(bits),
-            "sgd": sgd_chunk(kind, momentum=False),
-            "sgd with momentum": sgd_chunk(kind),
-            "adamw": adam_chunk(kind),
         }.items()
     }
     assert moved == {
@@ -136,22 +110,20 @@ def test_a_step_moves_the_bytes_of_the_table(kind):
         "adaptive norm": 2 * width,
         "ascend": 4 * width,
         "adaptive ascend": 4 * width,
-        "ascend away": 3 * width,
-        "adaptive ascend away": 3 * width,
+        "ascend into": 3 * width,
+        "adaptive ascend into": 3 * width,
         "restore": 2 * width,
-        # The backup is read in the place of the weight, so these are what torch's own fused steps move.
-        "sgd": 3 * width,
-        "sgd with momentum": 5 * width,
-        "adamw": 7 * width,
     }
-    assert (moved["norm"] + moved["ascend"]) / width == 5  # 20 bytes in fp32
-    assert (moved["adaptive norm"] + moved["adaptive ascend"]) / width == 6  # 24
+    two_passes, one_pass = ("norm", "ascend", "restore"), ("norm", "ascend into")
+    assert sum(moved[name] for name in two_passes) / width == 7  # 28 bytes in fp32
+    assert sum(moved[name.replace("norm", "adaptive norm")] for name in two_passes) / width == 8  # 32
+    assert sum(moved[name] for name in one_pass) / width == 4  # 16
 
 
 def test_no_number_that_changes_is_compiled_into_a_kernel():
-    from samopt.kernels.triton import base_steps, stages
+    from samopt.kernels.triton import stages
 
-    kernels = [base_steps.adam_chunk, base_steps.sgd_chunk, stages.ascend_chunk, stages.join_moves, stages.join_sums]
+    kernels = [stages.ascend_chunk, stages.join_moves, stages.join_sums]
     for kernel in [*kernels, stages.restore_chunk, stages.sum_chunk]:
         for parameter in kernel.params:
             pointer = parameter.name in POINTERS or parameter.name.endswith("_at")

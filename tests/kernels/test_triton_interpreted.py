@@ -14,8 +14,9 @@ import torch
 import samopt
 from samopt._numerics.stochastic_rounding import RoundingNoise
 from samopt._perturb.perturbation import Perturbation
+from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.targets import Region, Targets
-from samopt.kernels import BACKENDS, Block, select
+from samopt.kernels import BACKENDS, Block, StepSize, select
 from samopt.parts.geometry import Adaptive, Euclidean, Fisher
 from tests.helpers.cases import (
     VARIANTS,
@@ -32,7 +33,7 @@ from tests.helpers.cases import (
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="tests/kernels/test_triton.py runs these with the interpreter"
 )
-METRICS = {"sam": Euclidean(), "asam": Adaptive(), "fisher": Fisher()}
+GEOMETRIES = {"sam": Euclidean(), "asam": Adaptive(), "fisher": Fisher()}
 ETA = 0.1
 
 
@@ -65,26 +66,26 @@ def test_auto_leaves_the_cpu_to_its_own_backend():
     assert select(block, "triton").name == "triton"
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton-swap"])
 @pytest.mark.parametrize("linf", [False, True], ids=["l2", "linf"])
-@pytest.mark.parametrize("metric", METRICS)
-def test_groups_and_dtypes_share_one_norm_and_move_as_the_reference_moves_them(metric, linf, backend):
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_groups_and_dtypes_share_one_norm_and_move_as_the_reference_moves_them(geometry, linf):
     kinds = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
     ours, theirs = targets(kinds), targets(kinds)
     before = copies(weights_of(ours))
     perturbations = [
-        Perturbation(some, METRICS[metric], linf=linf, backend=name)
-        for some, name in ((ours, backend), (theirs, "reference"))
+        Perturbation(some, GEOMETRIES[geometry], linf=linf, backend=name)
+        for some, name in ((ours, "triton"), (theirs, "reference"))
     ]
     assert float(perturbations[0].norm) == pytest.approx(float(perturbations[1].norm), rel=1e-7)
     plain = [float(p.gradient_norm()) for p in perturbations]
     assert plain[0] == pytest.approx(plain[1], rel=1e-7)
-    applied = [float(p.apply(None, consume=True)()) for p in perturbations]
+    backups = [p.backup(ScratchPool()) for p in perturbations]
+    applied = [float(p.move(None, backup)) for p, backup in zip(perturbations, backups, strict=True)]
     assert applied[0] == pytest.approx(applied[1], rel=1e-5)
     for mine, other in zip(weights_of(ours), weights_of(theirs), strict=True):
         unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[mine.dtype]
         torch.testing.assert_close(mine.float(), other.float(), rtol=unit, atol=1e-7)
-    perturbations[0].undo()
+    backups[0].restore()
     assert all(torch.equal(w, b) for w, b in zip(weights_of(ours), before, strict=True))
 
 
@@ -93,7 +94,7 @@ def test_the_radius_is_a_number_or_a_tensor_of_any_dtype(radius):
     some = targets([torch.float32], radii=(radius, 0.0))
     before = copies(weights_of(some))
     perturbation = Perturbation(some, Euclidean(), backend="triton")
-    perturbation.apply()
+    perturbation.move()
     norm = sum(float(d.double().square().sum()) for d in directions_of(some)) ** 0.5
     for weight, direction, was in zip(weights_of(some), directions_of(some), before, strict=True):
         want = was.double() + 0.3 * direction.double() / norm
@@ -107,34 +108,52 @@ def test_a_norm_that_cannot_be_used_moves_nothing(value):
         direction.fill_(value)
     before = copies(weights_of(some))
     perturbation = Perturbation(some, Adaptive(), backend="triton")
-    assert float(perturbation.apply(RoundingNoise(0).next())()) == 0.0
+    assert float(perturbation.move(RoundingNoise(0).next())) == 0.0
     assert all(torch.equal(w, b) for w, b in zip(weights_of(some), before, strict=True))
 
 
-def test_restoring_what_no_ascent_has_saved_writes_nothing():
-    weight, direction = torch.randn(6, 4), torch.randn(6, 4)
-    block = Block([weight], [direction], None, 0.0, False)
-    backend = BACKENDS["triton"]
-    before = weight.clone()
-    backend.restore(backend.save(block, consume=True))  # as after an interrupt between the two
-    assert torch.equal(weight, before)
+def test_a_backup_is_restored_only_once_the_kernel_has_filled_it():
+    (some,) = targets([torch.float32], radii=(0.5, 0.0))[:1]
+    before, pool = copies(some.weights), ScratchPool()
+    for weight in some.weights:
+        pool.like(weight).fill_(float("nan"))
+    perturbation = Perturbation([some], Euclidean(), backend="triton")
+    perturbation.backup(pool).restore()  # as after an interrupt between backup and move
+    assert all(torch.equal(w, b) for w, b in zip(some.weights, before, strict=True))
+    backup = perturbation.backup(pool)
+    perturbation.move(None, backup)
+    assert all(torch.equal(pool.like(w), b) for w, b in zip(some.weights, before, strict=True))
+    backup.restore()
+    assert all(torch.equal(w, b) for w, b in zip(some.weights, before, strict=True))
 
 
-def test_the_gradients_memory_takes_the_weights_only_where_nobody_else_can_reach_it():
-    bucket = torch.randn(12)
-    weights = [torch.randn(12), torch.randn(12), torch.randn(12)]
-    held = torch.randn(12)
-    directions = [torch.randn(12), bucket.view(12), held.detach()]
-    fixed = [bucket.clone(), held.clone()]
-    backend = BACKENDS["triton"]
-    block = Block(weights, directions, None, 0.0, False)
-    before = copies(weights)
-    saved = backend.save(block, consume=True)
-    backend.ascend(block, torch.tensor(0.5), None, saved)
-    assert torch.equal(directions[0], before[0])
-    assert torch.equal(bucket, fixed[0]) and torch.equal(held, fixed[1])
-    backend.restore(saved)
-    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_displaced_weights_are_the_moved_ones(geometry, kind):
+    some = targets([kind, kind])
+    before = copies(weights_of(some))
+    perturbation = Perturbation(some, GEOMETRIES[geometry], backend="triton")
+    displaced, applied = perturbation.displaced(ScratchPool(), RoundingNoise(0).next())
+    assert all(torch.equal(w, b) for w, b in zip(weights_of(some), before, strict=True))
+    assert torch.equal(perturbation.move(RoundingNoise(0).next()), applied)
+    assert all(torch.equal(w, displaced[w]) for w in weights_of(some))
+
+
+@pytest.mark.parametrize("resize", [False, True], ids=["assigned", "freed"])
+def test_a_forward_may_give_a_weight_other_memory_while_it_is_moved(resize):
+    (some,) = targets([torch.float32], radii=(0.5, 0.0))[:1]
+    before = copies(some.weights)
+    perturbation = Perturbation([some], Euclidean(), backend="triton")
+    backup = perturbation.backup(ScratchPool())
+    perturbation.move(None, backup)
+    weight, address = some.weights[0], some.weights[0].data_ptr()
+    if resize:
+        weight.untyped_storage().resize_(0)
+    else:
+        weight.data = torch.zeros(3)
+    backup.restore()
+    assert all(torch.equal(w, b) for w, b in zip(some.weights, before, strict=True))
+    assert resize or weight.data_ptr() == address
 
 
 def test_a_table_is_reused_until_an_address_changes():
@@ -155,57 +174,12 @@ def test_a_table_is_reused_until_an_address_changes():
     assert table() is not first and table().data[0, 0] == weights[0].data_ptr()
 
 
-def moving(kind=torch.float32, seed=0):
-    """Weights of which two can leave and one is seen by others, with directions that nobody else holds."""
-    torch.manual_seed(seed)
-    weights = [torch.randn(40, 500).to(kind), torch.randn(33).to(kind), torch.randn(6, 5).to(kind)]
-    return weights, [torch.randn_like(w, dtype=torch.float32).to(kind) for w in weights], weights[2].view(-1)
-
-
-@pytest.mark.parametrize("linf", [False, True], ids=["l2", "linf"])
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("metric", METRICS)
-def test_swap_moves_what_nobody_else_sees_into_the_gradients_memory_and_back(metric, kind, linf):
-    weights, directions, seen = moving(kind)
-    others, towards, _ = moving(kind)
-    before, addresses = copies(weights), [w.data_ptr() for w in weights]
-    rooms = [d.data_ptr() for d in directions]
-    runs = []
-    for some, along, name in ((weights, directions, "triton-swap"), (others, towards, "reference")):
-        targets = Targets(Region(0.5, ETA, 1), some, along)
-        perturbation = Perturbation([targets], METRICS[metric], linf=linf, backend=name)
-        del targets
-        runs.append((perturbation, float(perturbation.apply(None, consume=True)())))
-    assert [w.data_ptr() for w in weights] == [*rooms[:2], addresses[2]]
-    unit = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[kind]
-    for mine, other in zip(weights, others, strict=True):
-        torch.testing.assert_close(mine.float(), other.float(), rtol=unit, atol=1e-6)
-    assert not torch.equal(weights[0], before[0]) and torch.equal(seen, weights[2].view(-1))
-    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
-    runs[0][0].undo()
-    assert [w.data_ptr() for w in weights] == addresses
-    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
-
-
-def test_a_name_taken_while_swapped_follows_its_weight():
-    weights, directions, _ = moving()
-    before = copies(weights)
-    perturbation = Perturbation([Targets(Region(0.5, ETA, 1), weights, directions)], Euclidean(), backend="triton-swap")
-    perturbation.apply(consume=True)
-    name = weights[0].detach().view(-1)
-    perturbation.undo()
-    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
-    weights[0][0, 0] = 7.0
-    assert name[0] == 7.0
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 @pytest.mark.parametrize("form", [closure_form, explicit_form], ids=["closure", "explicit"])
-@pytest.mark.parametrize("backend", ["triton", "triton-swap"])
-def test_training_agrees_with_the_textbook(backend, variant, form):
+def test_training_agrees_with_the_textbook(variant, form):
     model, twin = mlp(), mlp()
     optimizer = variant.wrap(
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=variant.rho, backend=backend
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=variant.rho, backend="triton"
     )
     base = torch.optim.SGD([{"params": list(twin.parameters()), "rho": variant.rho}], lr=0.1, momentum=0.9)
     for seed in range(3):
@@ -215,11 +189,10 @@ def test_training_agrees_with_the_textbook(backend, variant, form):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-7)
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton-swap"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-def test_weights_are_exact_after_an_exception_in_the_second_pass(kind, backend):
+def test_weights_are_exact_after_an_exception_in_the_second_pass(kind):
     model = mlp(kind)
-    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, backend=backend)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, backend="triton")
     before = bits(model)
     model(batch(kind)[0]).float().square().sum().backward()
     with pytest.raises(RuntimeError, match="in between"), optimizer.perturbed():
@@ -254,7 +227,8 @@ def test_the_noise_is_the_references_where_the_numbers_are_the_same(kind):
     moved = []
     for run in (BACKENDS["triton"].ascend, reference.ascend):
         block = Block([weight.clone()], [direction], None, 0.0, False)
-        run(block, torch.tensor(0.01), Ours())
+        one = torch.ones((), dtype=torch.float64)
+        run(block, StepSize(one, 0.01, 1, False), one, Ours())
         moved.append(block.weights[0])
     assert torch.equal(*moved)
     assert not torch.equal(moved[0], (weight.float() + 0.01 * direction.float()).to(kind))
@@ -277,11 +251,10 @@ def test_replicas_and_resumed_runs_round_alike():
         assert torch.equal(value, again[0][name]) and torch.equal(value, resumed[0][name])
 
 
-@pytest.mark.parametrize("ours", ["triton", "triton-swap"])
-def test_the_one_pass_form_ascends_through_the_kernels(ours):
+def test_the_one_pass_form_ascends_through_the_kernels():
     model, twin = mlp(), mlp()
     runs = []
-    for net, backend in ((model, ours), (twin, "reference")):
+    for net, backend in ((model, "triton"), (twin, "reference")):
         base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
         optimizer = samopt.ASAM(base, rho=0.5, direction="momentum", model=net, backend=backend)
         for seed in range(3):

@@ -30,7 +30,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 if torch.version.hip is None:
     OPTIONS["maxnreg"] = 128  # far more than any kernel needs; without it, ptxas saves registers by spilling one
 
-_stamps = itertools.count(secrets.randbits(62))  # unused memory holds none of them, whatever was there before
+_stamps = itertools.count(secrets.randbits(62))  # random, so that unused memory holds none of them by chance
 
 
 def measure(blocks: Sequence[Block]) -> Norms:
