@@ -1,8 +1,8 @@
 """Calls of the modules of a model, followed without hooks in the modules' own registries.
 
 torch has a slot for what runs instead of a module's call: ``module.compile()`` fills ``_compiled_call_impl``. It is
-left out when a module is pickled, copied or saved, so a watched model stays the user's: copies and files hold nothing of
-samopt. A ``finally`` around the call also runs at a ``KeyboardInterrupt``, which forward hooks miss.
+left out when a module is pickled, copied or saved, so a watched model stays the user's: copies and files hold nothing
+of samopt. A ``finally`` around the call also runs at a ``KeyboardInterrupt``, which forward hooks miss.
 """
 
 from __future__ import annotations

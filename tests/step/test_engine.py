@@ -86,7 +86,7 @@ def test_linf_moves_by_the_sign() -> None:
 
 def test_fisher_metric_shrinks_steep_directions() -> None:
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
-    optimizer = samopt.SharpnessAwareOptimizer([w], torch.optim.SGD, metric=Fisher(), rho=0.3, eta=1.0, lr=1.0)
+    optimizer = samopt.SharpnessAwareOptimizer([w], torch.optim.SGD, geometry=Fisher(), rho=0.3, eta=1.0, lr=1.0)
     (w * torch.tensor([2.0, 1.0])).sum().backward()
     optimizer.ascend()
     # T^2 = 1 / (1 + g^2) = (1/5, 1/2); T^2 g = (0.4, 0.5); |T g| = sqrt(4/5 + 1/2).

@@ -130,7 +130,7 @@ def region(name: str) -> object:
     return EMA(decay=DECAY) if name == "ema" else InputNoise(std=0.3) if name == "input_noise" else name
 
 
-@pytest.mark.parametrize("metric", ["adaptive", "euclidean", "fisher"])
+@pytest.mark.parametrize("geometry", ["adaptive", "euclidean", "fisher"])
 @pytest.mark.parametrize("divergence", DISTANCES)
 @pytest.mark.parametrize("name", TRUST_REGIONS)
 def test_radius_and_update_by_hand(name: str, divergence: str, metric: str) -> None:
@@ -139,7 +139,7 @@ def test_radius_and_update_by_hand(name: str, divergence: str, metric: str) -> N
     base = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "rho": 0.5 * SCALE}], lr=LR)
     eta = {"adaptive": 0.02, "euclidean": 0.0, "fisher": 2.0}[metric]
     optimizer = samopt.TRAM(
-        base, model=model, trust_region=region(name), divergence=divergence, scale=SCALE, metric=metric, eta=eta
+        base, model=model, trust_region=region(name), divergence=divergence, scale=SCALE, geometry=metric, eta=eta
     )
     trusted = Trusted(name, weights)
     seen = []

@@ -159,7 +159,7 @@ def test_frozen_parameters_are_not_copied_and_may_thaw() -> None:
     optimizer = samopt.TRAM(
         torch.optim.SGD(model.parameters(), lr=0.5), model=model, trust_region=Pretrained(), scale=1.0
     )
-    assert "0.weight" not in optimizer.state_dict()["samopt"]["trust_region"]["weights"]
+    assert "0.weight" not in optimizer.state_dict()["samopt"]["radius"]["weights"]
     for step in range(4):
         if step == 2:
             model[0].weight.requires_grad_(True)

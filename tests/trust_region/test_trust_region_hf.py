@@ -273,7 +273,7 @@ def test_frozen_embeddings_are_not_held_but_take_noise() -> None:
     model.bert.embeddings.requires_grad_(False)
     previous = optimize(model, trust_region="previous")
     take_step(previous, model, {"input_ids": IDS}, 0)
-    held = previous.state_dict()["samopt"]["trust_region"]["weights"]
+    held = previous.state_dict()["samopt"]["radius"]["weights"]
     assert held and not any("embeddings" in name for name in held)
     noise = optimize(model, trust_region=InputNoise(std=0.5))
     take_step(noise, model, {"input_ids": IDS}, 1)
@@ -292,7 +292,7 @@ def test_an_adapter_is_switched_off_instead_of_copied() -> None:
     model = lora(lora_dropout=0.0)
     base = copy.deepcopy(model)  # its adapters are still the identity
     optimizer = optimize(model, trust_region="pretrained")
-    assert optimizer.state_dict()["samopt"]["trust_region"]["weights"] == {}
+    assert optimizer.state_dict()["samopt"]["radius"]["weights"] == {}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     for step in range(3):
         reference, current = outputs((base, model), BATCH, step)
@@ -319,7 +319,7 @@ def test_trainable_parameters_beside_an_adapter_are_held() -> None:
     norm.requires_grad_(True)
     start = copy.deepcopy(model)
     optimizer = optimize(model, trust_region=Pretrained())
-    held = optimizer.state_dict()["samopt"]["trust_region"]["weights"]
+    held = optimizer.state_dict()["samopt"]["radius"]["weights"]
     assert sorted(name.rpartition(".")[2] for name in held) == ["bias", "weight"]
     assert all("LayerNorm" in name for name in held)
     for step in range(3):

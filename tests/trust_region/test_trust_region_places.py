@@ -164,7 +164,7 @@ def train_on_one_of_two_ranks(rank: int, folder: str) -> None:
                 nn.functional.cross_entropy(model(x[share]), y[share]).backward()
             optimizer.step()
             distances.append(optimizer.last_step.distance)
-        names = list(optimizer.state_dict()["samopt"]["trust_region"].get("weights", {}))
+        names = list(optimizer.state_dict()["samopt"]["radius"].get("weights", {}))
         torch.save((distances, bits(model), names), f"{folder}/{region} {rank}")
     torch.distributed.destroy_process_group()
 

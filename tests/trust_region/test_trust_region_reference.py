@@ -256,7 +256,7 @@ def test_reference_in_another_precision(dtype: torch.dtype) -> None:
     for step in range(3):
         before = bits(model)
         optimizer.step(closure_of(optimizer, model, batch(torch.float64, seed=step)))
-        held = optimizer.state_dict()["samopt"]["trust_region"]["weights"]
+        held = optimizer.state_dict()["samopt"]["radius"]["weights"]
         for kept, weight in zip(held.values(), before, strict=True):
             assert kept.dtype is dtype
             assert torch.equal(kept, weight.to(dtype))
@@ -289,7 +289,7 @@ def test_average_of_a_bf16_model_is_fp32() -> None:
         weights = [p.detach().float() for p in model.parameters()]
         expected = [0.9 * e + 0.1 * w for e, w in zip(expected, weights, strict=True)] if expected else weights
         optimizer.step(closure_of(optimizer, model, batch(torch.bfloat16, seed=step)))
-    held = optimizer.state_dict()["samopt"]["trust_region"]["weights"].values()
+    held = optimizer.state_dict()["samopt"]["radius"]["weights"].values()
     for kept, weight in zip(held, expected, strict=True):
         torch.testing.assert_close(kept, weight, rtol=1e-5, atol=1e-7)
 
@@ -330,7 +330,7 @@ def test_pretrained_without_the_copy_in_the_checkpoint() -> None:
     for step in range(2):
         optimizer.step(closure_of(optimizer, model, batch(seed=step)))
     state = copy.deepcopy(optimizer.state_dict())
-    assert not any(isinstance(value, Tensor) for value in state["samopt"]["trust_region"].values())
+    assert not any(isinstance(value, Tensor) for value in state["samopt"]["radius"].values())
 
     resumed_model, resumed = build_run()
     resumed_model.load_state_dict(model.state_dict())
