@@ -283,7 +283,8 @@ class OnePass:
     def _watch(self) -> None:
         watcher = self._shifted or self._shards
         assert watcher is not None
-        self._stop_watching = watch(self._models, watcher)
+        # Sharded modules gather copies for the whole of a model, so parts called on their own are not followed there.
+        self._stop_watching = watch(self._models, watcher, only_these=self._shards is not None)
 
     def _steps(self) -> Generator[Any, Any, None]:
         """Move the weights, wait for the block, put them back: the generator behind ``perturbed``."""
