@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from samopt.distributed import is_fully_sharded
+
 __all__ = ["ModuleState", "every_module", "sample"]
 
 _OWN_TO_TORCH = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
@@ -111,8 +113,11 @@ class ModuleState:
         seen: set[int] = set()
         pending: list[Any] = []
         namespaces = [vars(each) for each in self._others]
-        for module in every_module(self._models):
-            for registry in (module._parameters, module._buffers):
+        modules = every_module(self._models)
+        # FSDP registers shards and gathered parameters in turn, and frees the memory of the latter itself.
+        is_sharded = is_fully_sharded(modules)
+        for module in modules:
+            for registry in (module._buffers,) if is_sharded else (module._parameters, module._buffers):
                 if registry:
                     found.registries.append((registry, registry.copy()))
                     pending.extend(registry.values())

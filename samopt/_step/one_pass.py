@@ -16,7 +16,7 @@ from samopt._perturb.perturbation import Perturbation, gradient_norm
 from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.weight_backup import WeightBackup
 from samopt._replay.call_watch import watch
-from samopt._replay.module_state import ModuleState
+from samopt._replay.module_state import ModuleState, every_module
 from samopt._replay.random_state import RngState
 from samopt._step.ascent import Ascent
 from samopt._step.clearing_check import ClearingCheck
@@ -67,7 +67,9 @@ class OnePass:
         self._loss: Any = None
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
-        self._shards = MovedShards(models, self._enter_forward, self._leave) if is_fully_sharded(models) else None
+        self._shards = (
+            MovedShards(models, self._enter_forward, self._leave) if is_fully_sharded(every_module(models)) else None
+        )
         self._shifted = ShiftedParameters(self._displaced) if models and self._shards is None else None
         self._stop_watching: Callable[[], None] | None = None
         self._is_retired = False
