@@ -55,7 +55,7 @@ def draw(history, path):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     axes.set(xlabel="step", ylabel="sharpness: rise of the loss", ylim=(0, None))
-    axes.legend()
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
