@@ -61,6 +61,24 @@ def test_every_public_name_is_on_one_page_of_the_reference():
     assert sorted(entries) == sorted(PUBLIC)
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "samopt.parts",
+        "samopt.sharpness",
+        "samopt.trust_region",
+        "samopt.integrations.accelerate",
+        "samopt.integrations.lightning",
+        "samopt.integrations.transformers",
+    ],
+)
+def test_every_name_of_a_public_module_is_in_the_reference(module):
+    folder = module.replace("samopt.integrations", "integrations").replace(".", "/")
+    pages = "".join(page.read_text(encoding="utf-8") for page in REPOSITORY.glob("docs/api/*.md"))
+    entries = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", pages, flags=re.MULTILINE)
+    assert sorted(entries) == sorted(exported(REPOSITORY / folder / "__init__.py"))
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_has_an_example_that_runs(name, monkeypatch):
     """A class may have its example in its own docstring or in that of a method."""
@@ -79,8 +97,13 @@ def test_a_public_name_has_an_example_that_runs(name, monkeypatch):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_docstring_is_complete(name):
+    """An argument has an entry of its own, or the entry of ``**options`` names it in double backticks."""
     public = getattr(samopt, name)
     docstring = inspect.getdoc(public) or ""
     assert re.match(r"\S.*\.$", docstring.partition("\n")[0]), f"{name}: the first line is no sentence"
     described = set(re.findall(r"^ {4}\*{0,2}(\w+)(?: \(.+\))?:", docstring, flags=re.MULTILINE))
-    assert set(inspect.signature(public).parameters) <= described, f"{name}: an argument is not described"
+    others = re.search(r"^ {4}\*\*\w+: ((?:.+\n?)(?: {8}.+\n?)*)", docstring, flags=re.MULTILINE)
+    described |= set(re.findall(r"``(\w+)``", others[1])) if others else set()
+    parameters = inspect.signature(public).parameters.values()
+    missing = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD} - described
+    assert missing == set(), f"{name}: not described"
