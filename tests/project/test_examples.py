@@ -16,6 +16,7 @@ CASES = [
     ("image_classifier.py", [], ["--epochs", "3", "--label-noise", "0.4"], r"test accuracy ([\d.]+)$", 0.85),
     ("gan.py", [], ["--steps", "400"], r"modes (\d) of 8", 6),
     ("language_model.py", [], ["--steps", "60"], r"validation loss ([\d.]+)", -3.2),
+    ("sharpness_curve.py", [], ["--epochs", "8"], r"as a share of SGD's: ([\d.]+)", -0.8),
     ("hf_classifier.py", [], ["--output_dir", "out", "--use_cpu", "true"], r"test accuracy ([\d.]+)", 0.8),
     ("lightning_cli.py", [], ["fit", "--config", EXAMPLES / "lightning_cli.yaml"], r"test accuracy ([\d.]+)", 0.9),
     ("with_accelerate.py", [], ["--cpu"], r"test accuracy ([\d.]+)", 0.8),
@@ -31,7 +32,7 @@ def test_every_example_is_run():
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "launcher", "options", "pattern", "least"), CASES, ids=[case[0] for case in CASES])
 def test_an_example_learns(script, launcher, options, pattern, least, tmp_path):
-    """``least`` is far above chance; a negative one bounds a loss from above."""
+    """``least`` is far above chance; a negative one bounds the value from above."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
     command = [sys.executable, *launcher, EXAMPLES / script, *options]
