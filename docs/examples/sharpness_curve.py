@@ -16,7 +16,7 @@ from samopt import sharpness
 
 
 def train(rho, epochs, images, labels):
-    """Train one network; return its sharpness after each epoch, on the same four batches in the same mode and radius."""
+    """Train one network; return its sharpness after each epoch, on the same four batches and radius."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
