@@ -47,7 +47,8 @@ def test_the_public_names_are_the_listed_ones():
 
 @pytest.mark.parametrize("name", MEASURES + RESULTS + OTHERS)
 def test_every_name_is_in_the_reference(name):
-    assert re.search(rf"`{name}[`(]", (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8"))
+    page = (REPOSITORY / "docs" / "api" / "sharpness.md").read_text(encoding="utf-8")
+    assert re.search(rf"^::: samopt\.sharpness\.{name}$", page, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", MEASURES)
