@@ -33,7 +33,7 @@ package: $(VENV)/.installed-dev ## Build the sdist and the wheel, install each, 
 lint: $(VENV)/.installed-dev ## Run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy samopt integrations
+	$(BIN)/mypy samopt
 
 clean: ## Remove the environment, builds and caches; results/ stays
 	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -33,7 +33,7 @@ def training_loss(trainer: Trainer, module: LightningModule) -> Callable[[nn.Mod
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         state = ModuleState([module], ignored=REPORTS)
-        state.save()
+        state.save(moving=module.parameters())  # the measure moves them, and the graph holds them
         arguments = (independent_copy(batch), 0) if takes_index else (independent_copy(batch),)
         try:
             with quiet(trainer, module), trainer.precision_plugin.train_step_context(), _uncompiled():

@@ -24,7 +24,7 @@ class SAM(SharpnessAwareOptimizer):
     The base optimizer gets the gradient at ``w + rho g / ||g||_2``. Source: Foret et al. 2021, "Sharpness-Aware
     Minimization for Efficiently Improving Generalization", algorithm 1.
 
-    Cost: two forward-backward passes a step and one transient copy of the weights. ``rho=0`` is the base alone, at its
+    Cost: two forward-backward passes a step and one copy of the weights, kept between steps. ``rho=0`` is the base alone, at its
     cost.
 
     Args:
