@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from samopt import SharpnessAwareOptimizer
 
 __all__ = [
-    "refuse_scaled_metric",
+    "refuse_missing_optimizer",
+    "refuse_scaled_geometry",
     "refuse_sharded_measurement",
     "refuse_unsupported_optimizer",
     "refuse_unsupported_run",
@@ -63,8 +64,26 @@ def refuse_unsupported_run(trainer: Trainer, module: LightningModule) -> None:
             )
 
 
+def refuse_missing_optimizer(trainer: Trainer, module: LightningModule) -> None:
+    """Raise if ``configure_optimizers`` returned no optimizer.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it is about to fit.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not trainer.optimizers:
+        raise ValueError(
+            f"SharpnessAwareTraining needs an optimizer to put a second pass before, but "
+            f"{type(module).__name__}.configure_optimizers returned None; return one, such as "
+            "torch.optim.SGD(self.parameters(), lr=0.1), or leave the callback out"
+        )
+
+
 def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
-    """Raise if the optimizer that ``configure_optimizers`` returned cannot be driven by the callback.
+    """Raise if the callback cannot drive the optimizer that ``configure_optimizers`` returned.
 
     Args:
         optimizer: The optimizer.
@@ -72,11 +91,6 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: If it cannot.
     """
-    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.is_one_pass:
-        raise ValueError(
-            f"SharpnessAwareTraining runs a second pass, which {type(optimizer).__name__}(direction=...) does not "
-            "need; leave the callback out, and return the optimizer from configure_optimizers"
-        )
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if isinstance(base, torch.optim.LBFGS):
         raise ValueError(
@@ -85,8 +99,8 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -> None:
-    """Raise if the metric is made of gradients that a ``GradScaler`` has multiplied.
+def refuse_scaled_geometry(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -> None:
+    """Raise if the geometry is made of gradients that a ``GradScaler`` has multiplied.
 
     Args:
         trainer: The trainer.
@@ -103,7 +117,7 @@ def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -
         and getattr(trainer.precision_plugin, "scaler", None) is not None
     ):
         raise ValueError(
-            f"the Fisher metric depends on the size of the gradients, which the GradScaler multiplies and a fused "
+            f"the Fisher geometry depends on the size of the gradients, which the GradScaler multiplies and a fused "
             f'{type(base).__name__} divides only in its step; use fused=False, or Trainer(precision="bf16-mixed")'
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,26 @@ class ModuleState:
         ignored: Iterable[str] = (),
     ) -> None:
         self._models = models
+        self._more_models: tuple[nn.Module, ...] = ()
         self._owned = set(owned)
-        self._others = others
+        self._others: list[tuple[object, frozenset[str]]] = [(each, frozenset()) for each in others]
         self._ignored = _OWN_TO_TORCH.union(ignored)
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
         self._bound: _Found | None = None
         self._at_start: _Found | None = None
-        self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._at_end: _Found | None = None
+        self._copies: list[_Copy] = []
+
+    def include(self, models: Iterable[nn.Module] = (), objects: Iterable[tuple[object, Collection[str]]] = ()) -> None:
+        """Set what else is looked after, in place of what was set before.
+
+        Args:
+            models: Further modules.
+            objects: Objects whose attributes are kept, each with the names of attributes to leave alone.
+        """
+        self._more_models = tuple(models)
+        self._others = [(each, frozenset(left_alone)) for each, left_alone in objects]
 
     def begin(self) -> None:
         """Note the tensors there are before the first pass, and what plain attributes are bound to."""
@@ -70,6 +82,20 @@ class ModuleState:
             if tensor.numel() > _SMALL and not (tensor.requires_grad and tensor in self._owned):
                 self._samples.append((tensor, sample(tensor)))
         self._at_start = found
+        self._at_end = None
+
+    def end_micro_batch(self) -> None:
+        """Note what names are bound to after a micro-batch of the first pass that another will follow."""
+        self._at_end = self._look()
+
+    def changes_between(self) -> Callable[[], None]:
+        """Return what binds names as code between two micro-batches did, since ``end_micro_batch``.
+
+        A training loop may set an attribute of the model before each micro-batch. The second pass repeats that; what
+        the forward itself keeps from one micro-batch to the next is the second pass's own.
+        """
+        before, self._at_end = self._at_end, None
+        return (lambda: None) if before is None else self._look().changes_since(before)
 
     def save(self, moving: Iterable[Tensor] = ()) -> None:
         """Copy what the first pass changed, and note what every name is bound to.
@@ -79,7 +105,7 @@ class ModuleState:
         Args:
             moving: Parameters that are moved, and put back with the perturbation.
         """
-        if not self._models and not self._others:
+        if not (self._models or self._more_models or self._others):
             return
         self._bound = found = self._look()
         changed = self._silently_changed()
@@ -91,20 +117,20 @@ class ModuleState:
                 known = self._known.get(id(tensor))
                 is_small = tensor.numel() <= _SMALL and not (tensor.requires_grad and tensor in self._owned)
                 if is_small or known is None or known[1] != _mark(tensor) or id(tensor) in changed:
-                    self._copies.append((tensor, tensor.data, tensor.detach().clone()))
+                    self._copies.append(_Copy(tensor, tensor.data, tensor.detach().clone(), tensor._version))
         if self._at_start is not None:
-            self._at_start.bind(self._ignored)
+            self._at_start.bind()
             self._at_start = None
 
     def restore(self) -> None:
         """Put everything back; may be called again after an interrupt, and does nothing without ``save``."""
         if self._bound is None:
             return
-        self._bound.bind(self._ignored, registries=True)
+        self._bound.bind(registries=True)
         with torch.no_grad():
-            for tensor, memory, values in self._copies:
-                _put_back(tensor, memory, values)
-        self._bound, self._at_start, self._copies = None, None, []
+            for copy in self._copies:
+                copy.put_back()
+        self._bound, self._at_start, self._at_end, self._copies = None, None, None, []
         self._known, self._samples = {}, []
 
     def _look(self) -> _Found:
@@ -112,8 +138,8 @@ class ModuleState:
         found = _Found([], [], [], [])
         seen: set[int] = set()
         pending: list[Any] = []
-        namespaces = [vars(each) for each in self._others]
-        modules = every_module(self._models)
+        namespaces = [(vars(each), self._ignored | left_alone) for each, left_alone in self._others]
+        modules = every_module([*self._models, *self._more_models])
         # FSDP registers shards and gathered parameters in turn, and frees the memory of the latter itself.
         is_sharded = is_fully_sharded(modules)
         for module in modules:
@@ -122,13 +148,13 @@ class ModuleState:
                     found.registries.append((registry, registry.copy()))
                     pending.extend(registry.values())
             if not type(module).__module__.startswith("torch."):  # torch's own modules keep no state in attributes
-                namespaces.append(vars(module))
-        for namespace in namespaces:
+                namespaces.append((vars(module), self._ignored))
+        for namespace, ignored in namespaces:
             attributes = {}
             for name, value in namespace.items():
-                if name not in self._ignored:
+                if name not in ignored:
                     attributes[name] = value
-            found.namespaces.append((namespace, attributes))
+            found.namespaces.append((namespace, attributes, ignored))
             pending.extend(attributes.values())
         while pending:
             value = pending.pop()
@@ -159,31 +185,89 @@ class _Found:
     Attributes:
         tensors: Every tensor that a forward may write into, once.
         registries: Of parameters and of buffers, with their content.
-        namespaces: Attributes of modules that users wrote, and of other objects, with their plain content.
+        namespaces: Attributes of modules that users wrote, and of other objects, with their plain content and the names
+            to leave alone.
         containers: Lists, dicts, sets and deques in attributes, with their content.
     """
 
     tensors: list[Tensor]
     registries: list[tuple[Any, Any]]
-    namespaces: list[tuple[dict[str, Any], dict[str, Any]]]
+    namespaces: list[tuple[dict[str, Any], dict[str, Any], frozenset[str]]]
     containers: list[tuple[Any, Any]]
 
-    def bind(self, ignored: frozenset[str], *, registries: bool = False) -> None:
+    def bind(self, *, registries: bool = False) -> None:
         """Make names and containers hold again what they held.
 
         Args:
-            ignored: Names to leave alone.
             registries: Whether those of parameters and buffers are included.
         """
         if registries:
             for registry, content in self.registries:
                 _refill(registry, content)
-        for namespace, attributes in self.namespaces:
+        for namespace, attributes, ignored in self.namespaces:
             for name in namespace.keys() - attributes.keys() - ignored:
                 del namespace[name]
             namespace.update(attributes)
         for container, content in self.containers:
             _refill(container, content)
+
+    def changes_since(self, before: _Found) -> Callable[[], None]:
+        """Return what binds the names and fills the containers that have changed since an earlier look.
+
+        Args:
+            before: The earlier look.
+        """
+        earlier = {id(namespace): attributes for namespace, attributes, _ in before.namespaces}
+        changes = []
+        for namespace, attributes, _ in self.namespaces:
+            old = earlier.get(id(namespace), attributes)
+            new = {name: value for name, value in attributes.items() if name not in old or old[name] is not value}
+            gone = old.keys() - attributes.keys()
+            if new or gone:
+                changes.append((namespace, new, gone))
+        filled = {id(container): content for container, content in before.containers}
+        refills = [(each, now) for each, now in self.containers if not _holds(now, filled.get(id(each), now))]
+
+        def repeat() -> None:
+            for namespace, new, gone in changes:
+                namespace.update(new)
+                for name in gone:
+                    namespace.pop(name, None)
+            for container, content in refills:
+                _refill(container, content)
+
+        return repeat
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A tensor as the first pass left it.
+
+    Attributes:
+        tensor: The tensor.
+        memory: What gave it its memory.
+        values: Its values, in memory of their own.
+        version: Its version counter.
+    """
+
+    tensor: Tensor
+    memory: Tensor
+    values: Tensor
+    version: int
+
+    def put_back(self) -> None:
+        """Give the tensor its former memory and values, whatever a forward did to them."""
+        tensor, memory, values = self.tensor, self.memory, self.values
+        if tensor.layout is not torch.strided:
+            tensor.data = values
+        elif tensor.shape == values.shape and tensor.dtype is values.dtype and _mark(tensor)[0] == _mark(memory)[0]:
+            # Where nothing has counted as a write, this does not either: a graph that needs the values stays usable.
+            (tensor.data if tensor._version == self.version else tensor).copy_(values)
+        elif memory.shape == values.shape and memory.dtype is values.dtype:
+            memory.copy_(values)
+            tensor.data = memory
+        else:
+            tensor.data = values
 
 
 def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
@@ -234,31 +318,21 @@ def _cannot_change(tensor: Tensor) -> bool:
     return False
 
 
-def _put_back(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
-    """Give a tensor its former memory and values, whatever a forward did to them."""
-    if tensor.layout is not torch.strided:
-        tensor.data = values
-    elif tensor.shape == values.shape and tensor.dtype is values.dtype and _mark(tensor)[0] == _mark(memory)[0]:
-        tensor.copy_(values)
-    elif memory.shape == values.shape and memory.dtype is values.dtype:
-        memory.copy_(values)
-        tensor.data = memory
-    else:
-        tensor.data = values
-
-
 def _refill(container: Any, content: Any) -> None:
     """Give a container its former content, unless it has it: some classes forbid to write."""
-    if isinstance(container, dict):
-        if list(map(id, container)) != list(map(id, content)) or list(map(id, container.values())) != list(
-            map(id, content.values())
-        ):
-            container.clear()
-            container.update(content)
-    elif isinstance(container, set):
-        if container != content:
-            container.clear()
-            container.update(content)
-    elif list(map(id, container)) != list(map(id, content)):
-        container.clear()
+    if _holds(container, content):
+        return
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(content)
+    else:
         container.extend(content)
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Return whether a container holds the very same objects as another, in the same order."""
+    if isinstance(container, set):
+        return bool(container == content)
+    if list(map(id, container)) != list(map(id, content)):
+        return False
+    return not isinstance(container, dict) or list(map(id, container.values())) == list(map(id, content.values()))

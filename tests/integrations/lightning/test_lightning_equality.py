@@ -46,7 +46,7 @@ def test_schedules(scheduler, tmp_path):
 VARIANTS = {
     "sam": ({"rho": 0.2}, functools.partial(samopt.SAM, rho=0.2)),
     "asam": ({"rho": 0.7, "eta": 0.1}, functools.partial(samopt.ASAM, rho=0.7, eta=0.1)),
-    "fisher": ({"rho": 0.2, "norm": "linf"}, functools.partial(samopt.FisherSAM, rho=0.2, norm="linf")),
+    "fisher-sam": ({"rho": 0.2, "norm": "linf"}, functools.partial(samopt.FisherSAM, rho=0.2, norm="linf")),
     "tram": ({"scale": 20.0, "trust_region": "ema"}, functools.partial(samopt.TRAM, scale=20.0, trust_region="ema")),
 }
 

@@ -1,4 +1,4 @@
-"""A training step that nobody counts: not logged, not profiled, not printed."""
+"""A training step that leaves no trace in reports: not logged, not profiled, not printed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.profilers import PassThroughProfiler
 
-__all__ = ["REPORTS", "quiet"]
+__all__ = ["REPORTS", "unreported"]
 
 REPORTS = ("log", "log_dict", "print")
 """Methods of a module that report something."""
 
 
 @contextmanager
-def quiet(trainer: Trainer, module: LightningModule) -> Generator[None]:
-    """Let what the module logs, prints and profiles inside this context come to nothing.
+def unreported(trainer: Trainer, module: LightningModule) -> Generator[None]:
+    """Discard what the module logs, prints and profiles inside this context.
 
     Args:
         trainer: The trainer; its loggers and its profiler are exchanged meanwhile.
