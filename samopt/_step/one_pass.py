@@ -19,7 +19,6 @@ from samopt._replay.call_watch import watch
 from samopt._replay.module_state import ModuleState, every_module
 from samopt._replay.random_state import RngState
 from samopt._step.ascent import Ascent
-from samopt._step.clearing_check import ClearingCheck
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.exact_exit import ExactExit
 from samopt._step.moved_shards import MovedShards
@@ -207,10 +206,8 @@ class OnePass:
             if self.needs_first_pass:
                 with self.first_pass():
                     (ascent_closure or closure)()
-            check = ClearingCheck(self._ascent.parameters())
             with self._moved_without_model():
                 results.append(closure())
-            check.verify()
         self._loss = results[-1]
         self._measure()
         return results[-1]

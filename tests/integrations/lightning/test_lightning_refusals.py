@@ -15,7 +15,12 @@ pytestmark = pytest.mark.lightning
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (("sharp",), {}, ValueError, "variant must be one of sam, asam, fisher-sam, momentum-sam, friendly-sam, looksam, gsam, wsam, le-sam, tram, got 'sharp'"),
+        (
+            ("sharp",),
+            {},
+            ValueError,
+            "variant must be one of sam, asam, fisher-sam, momentum-sam, friendly-sam, looksam, gsam, wsam, le-sam, tram, got 'sharp'",
+        ),
         (("sam",), {"rho": -0.1}, ValueError, "rho must be >= 0"),
         (("asam",), {"eta": float("nan")}, ValueError, "eta must be"),
         (("sam",), {"norm": "l1"}, ValueError, 'norm must be "l2" or "linf"'),
