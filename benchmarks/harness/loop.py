@@ -1,0 +1,61 @@
+"""One training step in the form that samopt 1.0 documents, for every optimizer.
+
+Temporary: ``optimizer.backward``, ``direction="momentum-uphill"`` and ``geometry=`` come with 1.0. The fallbacks below
+serve the package before that; delete ``_CLOSURE``, ``AHEAD``, ``UPHILL`` and ``GEOMETRY`` when they are there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import samopt
+
+__all__ = ["AHEAD", "GEOMETRY", "UPHILL", "take_step"]
+
+_CLOSURE = not hasattr(samopt.SharpnessAwareOptimizer, "backward")
+_OLD_MOMENTUM = "ahead" in inspect.signature(samopt.MomentumSAM).parameters
+AHEAD: dict[str, Any] = {"ahead": True} if _OLD_MOMENTUM else {}
+"""Options that make ``momentum-sam`` move to ``w - rho m / ||m||``, as its authors do."""
+UPHILL: dict[str, Any] = {} if _OLD_MOMENTUM else {"direction": "momentum-uphill"}
+"""Options that make ``momentum-sam`` move to ``w + rho m / ||m||``."""
+GEOMETRY = "geometry" if "geometry" in inspect.signature(samopt.TRAM).parameters else "metric"
+"""Name of the option that chooses T."""
+
+
+def take_step(
+    optimizer: Optimizer, compute_loss: Callable[[], Tensor], ascent_loss: Callable[[], Tensor] | None = None
+) -> Tensor:
+    """Take one step and return the loss before it, at ``w`` (in one pass: where the gradient was taken).
+
+    Args:
+        optimizer: Any optimizer.
+        compute_loss: Runs the model and returns the loss.
+        ascent_loss: The loss of the first pass, where it is of part of the batch.
+    """
+
+    def closure(compute: Callable[[], Tensor] = compute_loss) -> Tensor:
+        optimizer.zero_grad()
+        loss = compute()
+        loss.backward()  # torch leaves it unannotated
+        return loss
+
+    if ascent_loss is not None:
+        loss: Any = optimizer.step(closure, lambda: closure(ascent_loss))
+    elif hasattr(optimizer, "backward"):
+        optimizer.zero_grad()
+        loss = optimizer.backward(compute_loss)
+        optimizer.step()
+    elif isinstance(optimizer, samopt.SharpnessAwareOptimizer) and _CLOSURE:
+        loss = optimizer.step(closure)
+    elif type(optimizer).__module__.startswith("torch.optim"):
+        loss = closure()
+        optimizer.step()
+    else:  # a user's own variant: torch's closure contract
+        loss = optimizer.step(closure)
+    return torch.as_tensor(loss).detach()
