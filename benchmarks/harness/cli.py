@@ -18,8 +18,6 @@ from jsonargparse.typing import restricted_number_type
 
 from benchmarks.harness.errors import BenchmarkError, choose, suggestion
 
-__all__ = ["INTERRUPTED", "Fraction", "main", "studies"]
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -57,11 +55,7 @@ def studies() -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a study and return the exit code: 0, 2 after a mistake that is explained, 130 after Ctrl-C.
-
-    Args:
-        arguments: As typed after ``python -m benchmarks``; None for the process's own.
-    """
+    """Run a study and return the exit code: 0, 2 after a mistake that is explained, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     known = studies()
     if not words or words[0] in ("-h", "--help"):

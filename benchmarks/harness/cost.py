@@ -12,10 +12,8 @@ from benchmarks.harness.data import Split, make_split
 from benchmarks.harness.environment import describe
 from benchmarks.harness.optimizers import Choice
 from benchmarks.harness.tasks import TASKS, Task
-from benchmarks.harness.training import Run
+from benchmarks.harness.training import Experiment, Run
 from benchmarks.harness.tuning import TUNING_SEED, name_of
-
-__all__ = ["Cost", "measure"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Cost:
     Attributes:
         task: The task's name.
         method: The method's name; "base" for the base.
-        ratio: Its time divided by the base's, the median over the repetitions.
+        ratio: Its time divided by the base's, the median over the repetitions, times the multiple of its epochs.
         low: The 20% quantile.
         high: The 80% quantile.
         milliseconds: Of a step, mean over a run, the median over the repetitions.
@@ -50,17 +48,11 @@ def measure(task_name: str, choices: Sequence[Choice], *, steps: int, repetition
 
     Every repetition starts a short run of each and has them take one step in turns, so that all meet the same state of
     the machine; the first repetition, which warms up, is dropped.
-
-    Args:
-        task_name: The task.
-        choices: The optimizers, the base first.
-        steps: Steps of each run, > 0.
-        repetitions: How many repetitions count, > 0.
     """
     task = TASKS[task_name]
     split = make_split(task.load(None), TUNING_SEED, classes=task.classes, train_size=steps * task.batch_size)
     seconds = np.array([_take_turns(task, choices, split, start) for start in range(repetitions + 1)])[1:]
-    ratios = seconds / seconds[:, :1]
+    ratios = seconds / seconds[:, :1] * [choice.compute for choice in choices]
     costs = []
     for index, choice in enumerate(choices):
         low, middle, high = np.quantile(ratios[:, index], (0.2, 0.5, 0.8)).tolist()
@@ -72,8 +64,8 @@ def measure(task_name: str, choices: Sequence[Choice], *, steps: int, repetition
 
 def _take_turns(task: Task, choices: Sequence[Choice], split: Split, start: int) -> list[float]:
     """Return the seconds of a short run of each choice; the ``start``-th, modulo their number, begins each round."""
-    how = {"epochs": 1, "batch_size": task.batch_size, "clock": time.process_time}
-    runs = [Run(task.build_model, choice, split, TUNING_SEED, **how) for choice in choices]
+    experiment = Experiment(task, choices, TUNING_SEED, 0.0, epochs=1, batch_size=task.batch_size)
+    runs = [Run(experiment, choice, split, time.process_time) for choice in choices]
     first = start % len(runs)
     iterators = [run.steps() for run in (*runs[first:], *runs[:first])]
     for _ in range(len(split.labels) // task.batch_size):

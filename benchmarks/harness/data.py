@@ -1,7 +1,11 @@
-"""From a pool of labelled examples to what one run trains on and is measured on."""
+"""From a pool of labelled examples to what one run trains on and is measured on; and random streams.
+
+Every purpose has a stream of its own, so that no choice depends on how many draws came before.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,9 +14,6 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from benchmarks.harness.errors import BenchmarkError
-from benchmarks.harness.seeds import stream, stream_seed
-
-__all__ = ["EvaluationSet", "Pool", "Split", "make_split", "randomise_labels"]
 
 EvaluationSet = Literal["test", "validation"]
 _HELD_OUT = 0.2
@@ -138,3 +139,13 @@ def _keep(indices: Tensor, labels: Tensor, seed: int, count: int, classes: int) 
         random_state=stream_seed(seed, "train size"),
     )
     return torch.from_numpy(kept)
+
+
+def stream_seed(seed: int, purpose: str) -> int:
+    """Return the seed of the stream for ``purpose``, in [0, 2^32)."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}: {seed}".encode()).digest()[:4], "big")
+
+
+def stream(seed: int, purpose: str) -> torch.Generator:
+    """Return a new generator for ``purpose``."""
+    return torch.Generator().manual_seed(stream_seed(seed, purpose))

@@ -13,8 +13,6 @@ import torch
 import samopt
 from benchmarks.harness.errors import BenchmarkError
 
-__all__ = ["commit", "describe", "now", "select_device"]
-
 CPU = torch.device("cpu")
 _REPOSITORY = Path(__file__).parents[2]
 _MEASURED = ("samopt", "integrations", "benchmarks")
@@ -52,11 +50,7 @@ def commit(repository: Path = _REPOSITORY) -> str:
 
 
 def select_device(name: str) -> torch.device:
-    """Return the device called ``name`` after trying it.
-
-    Raises:
-        BenchmarkError: If it cannot be used.
-    """
+    """Return the device called ``name`` after trying it."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

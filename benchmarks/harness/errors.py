@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-__all__ = ["BenchmarkError", "choose", "suggestion"]
-
 T = TypeVar("T")
 
 

@@ -20,13 +20,12 @@ from benchmarks.harness.tasks import TASKS
 from benchmarks.harness.training import Experiment, run_experiment
 from benchmarks.harness.tuning import Method, Place, compare, name_of
 
-__all__ = ["ARENAS", "BASE", "Arena", "Outcome", "Scene", "advise", "gain_of", "overall", "render", "run", "scenes"]
-
 BUDGETS = (1.0, 1.25, 1.5, 2.0)
 SLACK = 0.05
 """How far over its budget a method may be, as a fraction: timings are no better than that."""
 
 BASE = Method("base", "SGD or AdamW alone; its learning rate, which all use, is chosen")
+BASE_TWICE = Method("base-twice", "the base with twice the epochs, and a learning rate of its own", compute=2.0)
 _RENAMED = {
     "momentum-sam": "momentum-uphill",
     "momentum-sam-ahead": "momentum-ahead",
@@ -108,26 +107,14 @@ def run(
     quick: bool,
     timed: tuple[int, int],
 ) -> None:
-    """Make the runs that a folder lacks, then time the methods of every task that lacks some.
-
-    Args:
-        arenas: Where.
-        methods: The base first.
-        seeds: Of the tests.
-        label_noise: Fractions of the training labels to randomise.
-        folder: For runs.jsonl and costs.jsonl.
-        quick: Whether to start again and choose nothing.
-        timed: Steps and repetitions of the timing.
-
-    Raises:
-        BenchmarkError: If the folder holds runs of another size.
-    """
+    """Make the runs that a folder lacks, then time the methods of every task that lacks some."""
     log = open_log(folder, restart=quick)
     by_task = {arena.place.task: arena for arena in arenas}
 
     def size(row: Row) -> tuple[float, int | None]:
         every = row.task in by_task and by_task[row.task].train_size is None
-        return row.settings["epochs"], None if every else row.examples["train"]
+        epochs = round(row.settings["epochs"] / row.settings.get("compute", 1))
+        return epochs, None if every else row.examples["train"]
 
     log.check(
         "(epochs, training examples)",
@@ -137,10 +124,9 @@ def run(
 
     def experiment(place: Place, choice: Choice, seed: int = 0, evaluate_on: str = "test") -> Experiment:
         arena, task = by_task[place.task], TASKS[place.task]
-        return Experiment(
-            task, [choice], seed, place.label_noise, arena.epochs, task.batch_size, arena.train_size,
-            evaluate_on=evaluate_on, curves=False,
-        )  # fmt: skip
+        epochs, noise = round(arena.epochs * choice.compute), place.label_noise
+        how = {"train_size": arena.train_size, "evaluate_on": evaluate_on, "curves": False}
+        return Experiment(task, [choice], seed, noise, epochs, task.batch_size, **how)
 
     chosen = compare(
         log,
@@ -209,12 +195,7 @@ def gain_of(outcome: Outcome, base: Outcome) -> Estimate:
 
 
 def advise(scene: Scene, budget: float) -> tuple[Outcome | None, Estimate | None, int]:
-    """Return the most accurate affordable method, its gain over the base, and from how many methods it was picked.
-
-    Args:
-        scene: Where.
-        budget: Training cost as a multiple of the base's.
-    """
+    """Return the most accurate affordable method, its gain over the base, and from how many methods it was picked."""
     base, *others = scene.outcomes
     affordable = [outcome for outcome in others if outcome.cost <= budget * (1 + SLACK)]
     if not affordable:
@@ -229,14 +210,7 @@ def render(
     summaries: Mapping[str, str],
     notes: Sequence[str],
 ) -> None:
-    """Write a folder's tables and its picture of accuracy against cost.
-
-    Args:
-        folder: Holds runs.jsonl and costs.jsonl.
-        output: Where to write; None for the same folder.
-        summaries: What each method does, by name.
-        notes: About the choice of settings.
-    """
+    """Write a folder's tables and its picture of accuracy against cost."""
     rows = Log(folder / "runs.jsonl", must_exist=True).rows
     costs = Log(folder / "costs.jsonl", Cost, must_exist=True).rows
     found = scenes(rows, costs)

@@ -16,8 +16,6 @@ from torch.optim import Optimizer
 
 import samopt
 
-__all__ = ["AHEAD", "GEOMETRY", "UPHILL", "take_step"]
-
 _CLOSURE = not hasattr(samopt.SharpnessAwareOptimizer, "backward")
 _OLD_MOMENTUM = "ahead" in inspect.signature(samopt.MomentumSAM).parameters
 AHEAD: dict[str, Any] = {"ahead": True} if _OLD_MOMENTUM else {}

@@ -15,8 +15,6 @@ from benchmarks.harness.report import say
 from benchmarks.harness.timing import Clock, Copy, in_turns, peak_bytes, seconds
 from benchmarks.harness.updates import UPDATES, Update, make_step
 
-__all__ = ["Measurement", "measure_steps", "measure_updates", "name_at"]
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -53,17 +51,7 @@ class Measurement:
 def measure_updates(
     kind: str, case: Case, geometry: str, names: Sequence[str], rounds: int, device: torch.device, clock: Clock
 ) -> Iterator[Measurement]:
-    """Yield what each contender's own part of a step costs; those that cannot run here are left out, with a line.
-
-    Args:
-        kind: For the rows; memory is measured for "update" only.
-        case: Whose parameters; all contenders share them and one state of the base.
-        geometry: "sam" or "asam".
-        names: Contenders, the base first.
-        rounds: Turns that are counted.
-        device: Where.
-        clock: What steps are timed by.
-    """
+    """Yield what each contender's own part of a step costs; those that cannot run here are left out, with a line."""
     torch.manual_seed(0)
     parameters = [p for p in case.build().to(device).parameters() if p.requires_grad]
     sources = [torch.randn_like(p).mul_(0.01) for p in parameters]
@@ -113,17 +101,7 @@ def measure_updates(
 def measure_steps(
     case: Case, times: int, geometry: str, forms: Sequence[str], rounds: int, device: torch.device, clock: Clock
 ) -> Iterator[Measurement]:
-    """Yield what a whole step costs in each form, each on a model of its own; the base's state is shared.
-
-    Args:
-        case: Whose model; it has a batch.
-        times: How many smallest batches' worth of examples.
-        geometry: "sam" or "asam".
-        forms: Names in ``STEPS``, the base first.
-        rounds: Turns that are counted.
-        device: Where.
-        clock: What steps are timed by.
-    """
+    """Yield what a whole step costs in each form, each on a model of its own; the base's state is shared."""
     steps: dict[str, Callable[[], None]] = {}
     memory: dict[str, tuple[int, int]] = {}
     first: tuple[nn.Module, Optimizer] | None = None

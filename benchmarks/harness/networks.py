@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 
 from benchmarks.harness.tasks import conv_net
 
-__all__ = ["CASES", "Case", "growth"]
-
 _ADAMW = partial(torch.optim.AdamW, lr=1e-4, fused=True)
 _SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=5e-4)
 
@@ -149,11 +147,7 @@ images; 500 tensors of 1,000 elements; a decoder of 1.2 billion parameters."""
 
 
 def growth(quick: bool) -> dict[str, list[Case]]:
-    """Return cases that grow in one thing: "parameters" in 64 tensors, or "tensors" of 4 million parameters.
-
-    Args:
-        quick: Whether to return two of each only, the tensors of 65,536 parameters.
-    """
+    """Return cases that grow in one thing: "parameters" in 64 tensors, or "tensors" of 4 million parameters."""
     sizes, counts, shared = [1_000, 10_000, 100_000, 400_000], [1, 16, 256, 4096], 2**16 if quick else 2**22
     shapes = {
         "parameters": [[(size,)] * 64 for size in sizes[: 2 if quick else 4]],

@@ -18,11 +18,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 import samopt
 from benchmarks.harness.errors import BenchmarkError, suggestion
 
-__all__ = ["BASES", "SCHEDULE", "Choice", "parse_choice", "parse_choices"]
-
 BASES: dict[str, dict[str, float]] = {
     "sgd": {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4},
     "adamw": {"lr": 1e-3, "weight_decay": 0.01},
+    "adam": {"lr": 1e-3},
 }
 """The bases with their defaults.
 
@@ -47,7 +46,7 @@ class Choice:
         base_settings: The base's settings.
         variant: A name for ``samopt.create``, or "module:Class"; None for the base alone.
         options: Of the variant; a function is called for each optimizer and returns the option (parts with state).
-        schedule: See ``SCHEDULE``.
+        schedule: See ``SCHEDULE``; "compute" is the multiple of the epochs that a study gives this choice.
         defaults: Settings that the variant took because no other was given.
     """
 
@@ -65,13 +64,14 @@ class Choice:
         plain = {name: value for name, value in self.options.items() if isinstance(value, (int, float, str))}
         return {**self.base_settings, **self.defaults, **plain, **self.schedule}
 
-    def build(self, model: nn.Module) -> Optimizer:
-        """Make the optimizer for a model.
+    @property
+    def compute(self) -> float:
+        """How many times the study's epochs it trains."""
+        return self.schedule.get("compute", 1.0)
 
-        Raises:
-            BenchmarkError: If the package refuses a setting.
-        """
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.base]
+    def build(self, model: nn.Module) -> Optimizer:
+        """Make the optimizer for a model."""
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[self.base]
         try:
             base: Optimizer = kind(model.parameters(), **self.base_settings)
             if self.variant is None:
@@ -85,12 +85,7 @@ class Choice:
             raise BenchmarkError(f"optimizer {self.label!r} cannot be made: {error}") from error
 
     def schedulers(self, optimizer: Optimizer, steps: int) -> list[LRScheduler | samopt.RhoScheduler]:
-        """Return the learning rate's half cosine to 0, and the schedule of rho if there is one.
-
-        Args:
-            optimizer: What ``build`` returned.
-            steps: Number of steps of the run.
-        """
+        """Return the learning rate's half cosine to 0, and the schedule of rho if there is one."""
         schedulers: list[LRScheduler | samopt.RhoScheduler] = [CosineAnnealingLR(optimizer, max(steps, 1))]
         warmup, first = (round(self.schedule.get(name, 0.0) * steps) for name in ("rho_warmup", "rho_from"))
         every = int(self.schedule.get("rho_every", 1))
@@ -114,9 +109,6 @@ def parse_choice(text: str) -> Choice:
 
     The optimizer is made once for a small model, so that a mistake shows before anything trains, and its default
     radius is kept among the settings.
-
-    Raises:
-        BenchmarkError: If a name, a setting or a value is wrong.
     """
     head, *parts = text.split(":")
     base, plus, name = head.rpartition("+")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.rows import Row
-
-__all__ = [
-    "CONSOLE", "Table", "band", "colour", "figure", "labels_text", "legend", "machines", "panel_title", "progress",
-    "publish", "say",
-]  # fmt: skip
 
 matplotlib.style.use(Path(__file__).parent / "style.mplstyle")
 CONSOLE = Console(highlight=False)
@@ -72,38 +65,10 @@ def say(text: str) -> None:
     CONSOLE.print(text, markup=False, soft_wrap=True)
 
 
-@contextlib.contextmanager
-def progress(total: int) -> Generator[Callable[[str], None]]:
-    """Show a bar on a terminal; yields a function that begins the next of ``total`` units with a description.
-
-    Args:
-        total: Number of units.
-    """
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=CONSOLE, disable=not CONSOLE.is_terminal) as bar:
-        task, begun = bar.add_task("", total=total), iter(range(total + 1))
-        yield lambda description: bar.update(task, description=description, completed=next(begun, total))
-
-
 def publish(
     folder: Path, tables: Sequence[Table], notes: Sequence[str], figures: Mapping[str, Figure] | None = None
 ) -> None:
-    """Show tables and notes, and write table.md and the figures.
-
-    Args:
-        folder: Where to write; made if there is none.
-        tables: The tables.
-        notes: What a reader must know to read them.
-        figures: By file name.
-
-    Raises:
-        BenchmarkError: If the folder cannot be written.
-    """
+    """Show tables and notes, and write table.md and the figures."""
     for table in tables:
         CONSOLE.print()
         CONSOLE.print(table.rich())

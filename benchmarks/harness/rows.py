@@ -11,8 +11,6 @@ from typing import Any, Generic, TypeVar
 
 from benchmarks.harness.errors import BenchmarkError
 
-__all__ = ["SCHEMA", "Log", "Row", "open_log"]
-
 SCHEMA = 1
 T = TypeVar("T")
 
@@ -132,17 +130,7 @@ class Log(Generic[T]):
 
 
 def open_log(folder: Path, name: str = "runs.jsonl", kind: type[T] = Row, *, restart: bool = False) -> Log[T]:
-    """Return the log in a study's output folder, which is made.
-
-    Args:
-        folder: What ``--output`` names.
-        name: The file.
-        kind: The rows' dataclass.
-        restart: Whether to delete earlier rows, as ``--quick`` does.
-
-    Raises:
-        BenchmarkError: If the folder cannot be written, or holds something else.
-    """
+    """Return the log in a study's output folder, which is made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if restart:

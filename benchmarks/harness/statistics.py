@@ -13,8 +13,6 @@ from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.rows import Row
 from benchmarks.harness.training import SHARED_SETTINGS
 
-__all__ = ["Estimate", "Panel", "base_runs", "estimate", "gain", "over", "pairs", "panels"]
-
 _CONFIDENCE = 0.95
 
 
@@ -33,11 +31,7 @@ class Estimate:
     n: int
 
     def half_width(self, picked_from: int = 1) -> float:
-        """Return half the width of the mean's 95 % confidence interval by Student's t; nan for a single seed.
-
-        Args:
-            picked_from: Among how many it was the best: Bonferroni's correction widens the interval for that.
-        """
+        """Return half the width of the mean's 95 % confidence interval by Student's t; nan for a single seed."""
         if self.n < 2:
             return math.nan
         tail = (1 - _CONFIDENCE) / 2 / picked_from
@@ -111,11 +105,7 @@ def gain(
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
-    """Return the rows in panels, in the order in which they first appear, least noise first for each task.
-
-    Raises:
-        BenchmarkError: If they are not comparable: other data or settings, or a seed twice.
-    """
+    """Return the rows in panels, in the order in which they first appear, least noise first for each task."""
     found: dict[tuple[str, str, float], Panel] = {}
     for row in rows:
         key = (row.task, row.evaluated_on, row.label_noise)

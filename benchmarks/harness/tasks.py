@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from benchmarks.harness.data import Pool
 from benchmarks.harness.errors import BenchmarkError
 
-__all__ = ["TASKS", "Task", "VisionTransformer", "conv_net", "load_fashion", "read_idx"]
-
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _HOW_TO_GET = (
     "On Debian: apt-get install dataset-fashion-mnist (found without --data). Elsewhere: put the four files, .gz or "
     "unpacked, into a folder and pass --data FOLDER; they are at https://github.com/zalandoresearch/fashion-mnist, and "
@@ -56,14 +53,7 @@ class Task:
 
 
 def conv_net(image_size: int, classes: int, width: int = 8, stride: int = 1) -> nn.Sequential:
-    """Return three 3x3 convolutions with BatchNorm and ReLU, two halvings of the image, and a linear layer.
-
-    Args:
-        image_size: Height and width of the one-channel input, divisible by ``stride``.
-        classes: Number of outputs.
-        width: Channels of the first convolution; the others have twice and four times as many.
-        stride: Of the first convolution: 2 quarters the work.
-    """
+    """Return three 3x3 convolutions with BatchNorm and ReLU, two halvings of the image, and a linear layer."""
 
     def block(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, ...]:
         convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
@@ -124,11 +114,7 @@ def load_digits_pool(data: Path | None = None) -> Pool:
 
 @functools.cache
 def load_fashion(data: Path | None = None) -> Pool:
-    """Return Fashion-MNIST from four IDX files, plain or gzipped; pixels in [0, 1].
-
-    Raises:
-        BenchmarkError: If the folder or a file is missing or damaged; says what was found and how to get them.
-    """
+    """Return Fashion-MNIST from four IDX files, plain or gzipped; pixels in [0, 1]."""
     folder = DEBIAN_FOLDER if data is None else data
     if not folder.is_dir():
         found = "a file, not a folder" if folder.exists() else "no such folder"
@@ -158,13 +144,10 @@ def load_fashion(data: Path | None = None) -> Pool:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Return the array in an IDX file, the format of MNIST and its relatives, plain or gzipped.
+    """Return the bytes in an IDX file, the format of MNIST and its relatives, plain or gzipped.
 
-    The file starts with two zero bytes, a byte for the element type, a byte for the number of dimensions, and each
-    dimension as a big-endian 32-bit integer; the elements follow, the last index running fastest.
-
-    Raises:
-        BenchmarkError: If the file cannot be read, is no IDX file, or is shorter or longer than it says.
+    The file starts with 0, 0, 8 (for bytes), the number of dimensions, and each dimension as a big-endian 32-bit
+    integer; the elements follow, the last index running fastest.
     """
     try:
         content = path.read_bytes()
@@ -172,18 +155,18 @@ def read_idx(path: Path) -> np.ndarray:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise BenchmarkError(f"{path} cannot be read: {error}; get the file again") from error
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _DTYPES:
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
         start = content[:4].hex(" ") or "(none)"
         raise BenchmarkError(f"{path} is not an IDX file: it starts with the bytes {start}; get the file again")
-    dtype, begin = np.dtype(_DTYPES[content[2]]), 4 + 4 * content[3]
+    begin = 4 + 4 * content[3]
     shape = [int(size) for size in np.frombuffer(content[4:begin].ljust(begin - 4, b"\0"), dtype=">u4")]
-    expected = begin + dtype.itemsize * math.prod(shape)
+    expected = begin + math.prod(shape)
     if len(content) != expected:
         raise BenchmarkError(
             f"{path} is {'truncated' if len(content) < expected else 'too long'}: expected {expected} bytes for sizes "
             f"{shape}, found {len(content)}; get the file again"
         )
-    return np.frombuffer(content, dtype=dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="))
+    return np.frombuffer(content, dtype=np.uint8, offset=begin).reshape(shape).copy()
 
 
 TASKS = {

@@ -14,8 +14,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CLOCKS", "Clock", "Copy", "Memory", "in_turns", "peak_bytes", "seconds"]
-
 Clock = Literal["wall", "cpu"]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """Seconds that pass; or that this process computes, for a machine that is busy with other work."""
@@ -117,14 +115,7 @@ class Memory(TorchDispatchMode):
 
 
 def peak_bytes(device: torch.device, action: Callable[[], object], known: Sequence[Tensor]) -> tuple[int, int]:
-    """Return the most bytes of tensors alive at once during an action, and those still alive after it.
-
-    Args:
-        device: Where it works.
-        action: What to run.
-        known: Tensors that do not count.
-    """
-    gc.collect()
+    """Return the most bytes of tensors alive at once during an action, and those still alive after it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -134,5 +125,5 @@ def peak_bytes(device: torch.device, action: Callable[[], object], known: Sequen
         return torch.cuda.max_memory_allocated(device) - before, after
     with Memory(known) as memory:
         action()
-        gc.collect()
+        gc.collect(1)  # what the action left in circles
         return memory.peak, memory.alive()

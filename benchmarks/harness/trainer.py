@@ -16,12 +16,11 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from benchmarks.harness.data import Split
+from benchmarks.harness.data import Split, stream_seed
 from benchmarks.harness.environment import describe, now
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.optimizers import Choice, parse_choice
 from benchmarks.harness.rows import Row
-from benchmarks.harness.seeds import stream_seed
 from benchmarks.harness.tasks import TASKS
 from benchmarks.harness.training import build_model, epoch_order
 
@@ -32,7 +31,6 @@ try:
 except ImportError as missing:
     raise BenchmarkError(str(missing)) from missing
 
-__all__ = ["MEASURES", "METHODS", "SHARPNESS_BATCHES", "TASK", "train"]
 
 MEASURES: dict[str, dict[str, Any]] = {
     "worst_case": {"rho": 0.5, "steps": 5},
@@ -120,17 +118,7 @@ class _Watch(pl.Callback):
 def train(
     name: str, split: Split, seed: int, label_noise: float, epochs: int, batch_size: int, plot: Path | None = None
 ) -> Row:
-    """Train a network, monitored, and return its row.
-
-    Args:
-        name: A name in ``METHODS``.
-        split: The data.
-        seed: Decides everything random.
-        label_noise: Of the split, for the row.
-        epochs: How many; the learning rate falls to 0 along half a cosine.
-        batch_size: Examples a step.
-        plot: Where the monitor's own picture goes, or None.
-    """
+    """Train a network, monitored, and return its row."""
     base_name, variant, options = METHODS[name]
     base = parse_choice(base_name)
     batches = _Batches(split, seed, batch_size)

@@ -15,17 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.harness.data import EvaluationSet, Split, make_split
+from benchmarks.harness.data import EvaluationSet, Split, make_split, stream, stream_seed
 from benchmarks.harness.environment import CPU, describe, now
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.loop import take_step
 from benchmarks.harness.optimizers import Choice
 from benchmarks.harness.rows import Row
-from benchmarks.harness.seeds import stream, stream_seed
 from benchmarks.harness.tasks import Task
 from samopt import sharpness
-
-__all__ = ["SHARED_SETTINGS", "Experiment", "Run", "build_model", "epoch_order", "one_step_sharpness", "run_experiment"]
 
 SHARED_SETTINGS = ("epochs", "batch_size", "sharpness_rho")
 """What every run that is compared has in common, with any optimizer."""
@@ -35,21 +32,65 @@ _EVALUATION_BATCH = 1000
 _CURVE_DIGITS = 6
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What to train.
+
+    Attributes:
+        task: The task.
+        choices: The optimizers.
+        seed: Of every run.
+        label_noise: Fraction of the training labels to randomise.
+        epochs: Passes over the training data.
+        batch_size: Examples a step.
+        train_size: Training examples; None for all.
+        data: Folder of the task's data; None for its default place.
+        evaluate_on: "test" or "validation".
+        sharpness_rho: Radius of the sharpness measure.
+        device: Where to train.
+        curves: Whether to measure after every epoch, or after the last one only.
+    """
+
+    task: Task
+    choices: Sequence[Choice]
+    seed: int
+    label_noise: float
+    epochs: int
+    batch_size: int
+    train_size: int | None = None
+    data: Path | None = None
+    evaluate_on: EvaluationSet = "test"
+    sharpness_rho: float = 0.05
+    device: torch.device = CPU
+    curves: bool = True
+
+    def settings(self, choice: Choice) -> dict[str, Any]:
+        """Return what a row of that choice says about its settings."""
+        return {**choice.settings, **{name: getattr(self, name) for name in SHARED_SETTINGS}}
+
+    def split(self) -> Split:
+        """Return the data of the runs."""
+        pool = self.task.load(self.data)
+        return make_split(
+            pool,
+            self.seed,
+            classes=self.task.classes,
+            train_size=self.train_size,
+            label_noise=self.label_noise,
+            evaluate_on=self.evaluate_on,
+        ).to(self.device)
+
+
 class Run:
     """A model in training.
 
-    Two runs with the same split and seed start from the same weights and see the same batches in the same order, no
-    matter what their optimizers draw: each epoch starts from its own random state, and the caller's is left alone.
+    Two runs of an experiment start from the same weights and see the same batches in the same order, no matter what
+    their optimizers draw: each epoch starts from its own random state, and the caller's is left alone.
 
     Args:
-        make_model: Makes the model.
+        experiment: Task, seed, epochs and the rest.
         choice: The optimizer, its settings and schedules.
-        split: The data, moved to ``device``.
-        seed: Decides everything random.
-        epochs: How many epochs there will be.
-        batch_size: Examples a step; an incomplete last batch of an epoch is left out.
-        sharpness_rho: Radius of the sharpness measure.
-        device: Where to train.
+        split: The data; an incomplete last batch of an epoch is left out.
         clock: What steps are timed by.
 
     Raises:
@@ -63,34 +104,25 @@ class Run:
     """
 
     def __init__(
-        self,
-        make_model: Callable[[], nn.Module],
-        choice: Choice,
-        split: Split,
-        seed: int,
-        *,
-        epochs: int,
-        batch_size: int,
-        sharpness_rho: float = 0.05,
-        device: torch.device = CPU,
-        clock: Callable[[], float] = time.perf_counter,
+        self, experiment: Experiment, choice: Choice, split: Split, clock: Callable[[], float] = time.perf_counter
     ) -> None:
+        self._batch_size = batch_size = experiment.batch_size
         if not 1 <= batch_size <= len(split.labels):
             raise BenchmarkError(
                 f"--batch-size must be between 1 and the {len(split.labels)} training examples, got {batch_size}; "
                 "choose a smaller one"
             )
-        self.choice, self.seed = choice, seed
+        self.choice, self.seed = choice, experiment.seed
         self.curves: dict[str, list[float]] = {"accuracy": [], "train_loss": [], "sharpness": []}
         self.step_seconds: list[float] = []
         self.warnings: list[str] = []
-        self._split, self._batch_size, self._device, self._clock = split, batch_size, device, clock
-        self._sharpness_rho = sharpness_rho
+        self._split, self._device, self._clock = split, experiment.device, clock
+        self._sharpness_rho = experiment.sharpness_rho
         self._steps_per_epoch = len(split.labels) // batch_size
         self._epoch = 0
-        self.model = build_model(make_model, seed).to(device)
+        self.model = build_model(experiment.task.build_model, self.seed).to(self._device)
         self.optimizer = choice.build(self.model)
-        self._schedulers = choice.schedulers(self.optimizer, epochs * self._steps_per_epoch)
+        self._schedulers = choice.schedulers(self.optimizer, experiment.epochs * self._steps_per_epoch)
 
     def train_epoch(self, *, measure: bool = True) -> None:
         """Train for one epoch, then measure accuracy and sharpness if asked to, which leave the training as it is."""
@@ -146,88 +178,17 @@ class Run:
         return [(self._split.inputs[part], self._split.labels[part]) for part in torch.split(chosen, self._batch_size)]
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """What to train.
-
-    Attributes:
-        task: The task.
-        choices: The optimizers.
-        seed: Of every run.
-        label_noise: Fraction of the training labels to randomise.
-        epochs: Passes over the training data.
-        batch_size: Examples a step.
-        train_size: Training examples; None for all.
-        data: Folder of the task's data; None for its default place.
-        evaluate_on: "test" or "validation".
-        sharpness_rho: Radius of the sharpness measure.
-        device: Where to train.
-        curves: Whether to measure after every epoch, or after the last one only.
-    """
-
-    task: Task
-    choices: Sequence[Choice]
-    seed: int
-    label_noise: float
-    epochs: int
-    batch_size: int
-    train_size: int | None = None
-    data: Path | None = None
-    evaluate_on: EvaluationSet = "test"
-    sharpness_rho: float = 0.05
-    device: torch.device = CPU
-    curves: bool = True
-
-    def settings(self, choice: Choice) -> dict[str, Any]:
-        """Return what a row of that choice says about its settings."""
-        return {**choice.settings, **{name: getattr(self, name) for name in SHARED_SETTINGS}}
-
-    def split(self) -> Split:
-        """Return the data of the runs."""
-        pool = self.task.load(self.data)
-        return make_split(
-            pool,
-            self.seed,
-            classes=self.task.classes,
-            train_size=self.train_size,
-            label_noise=self.label_noise,
-            evaluate_on=self.evaluate_on,
-        ).to(self.device)
-
-
-def run_experiment(
-    experiment: Experiment, *, on_epoch: Callable[[str], None] = lambda text: None
-) -> Iterator[tuple[Row, Run]]:
+def run_experiment(experiment: Experiment) -> Iterator[tuple[Row, Run]]:
     """Train every choice, and yield each with its row.
 
     They take turns epoch by epoch, so that their times are measured under the same conditions even where the machine's
     speed changes.
-
-    Args:
-        experiment: What to train.
-        on_epoch: Told before each epoch which one it is.
-
-    Raises:
-        BenchmarkError: If something asked for is not possible.
     """
     split = experiment.split()
-    runs = [
-        Run(
-            experiment.task.build_model,
-            choice,
-            split,
-            experiment.seed,
-            epochs=experiment.epochs,
-            batch_size=experiment.batch_size,
-            sharpness_rho=experiment.sharpness_rho,
-            device=experiment.device,
-        )
-        for choice in experiment.choices
-    ]
+    runs = [Run(experiment, choice, split) for choice in experiment.choices]
     for epoch in range(experiment.epochs):
         first = epoch % len(runs)
         for run in (*runs[first:], *runs[:first]):
-            on_epoch(f"epoch {epoch + 1} of {experiment.epochs}: {run.choice.label}")
             run.train_epoch(measure=experiment.curves or epoch == experiment.epochs - 1)
     for run in runs:
         low, median, high = np.quantile(run.step_seconds, (0.2, 0.5, 0.8)).tolist()

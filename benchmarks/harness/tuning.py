@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.harness.optimizers import BASES, Choice
 from benchmarks.harness.report import labels_text, say
 from benchmarks.harness.rows import Log, Row
-
-__all__ = ["TUNING_SEED", "Method", "Place", "compare", "name_of", "thirds"]
 
 TUNING_SEED = 1000
 """Seed of the runs that choose settings; no result is from it."""
@@ -25,12 +23,13 @@ class Method:
     Attributes:
         name: Its name at the command line and in rows.
         summary: What it does, in a few words.
-        variant: A name for ``samopt.create``; None for the base alone.
+        variant: See ``Choice``; None for the base alone.
         values: What its setting is chosen from, smallest first; for the base the learning rates come from the place.
         setting: The setting that is chosen.
         options: Further options; see ``Choice``.
         schedule: Of rho; see ``optimizers.SCHEDULE``.
         bases: The bases that it can wrap.
+        compute: How many times the epochs it trains: 2 for the base makes a row of the same compute as two passes.
     """
 
     name: str
@@ -41,6 +40,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, float] = field(default_factory=dict)
     bases: tuple[str, ...] = tuple(BASES)
+    compute: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,13 @@ class Place:
     joint: bool = False
 
     def candidates(self, method: Method, base_lr: float) -> list[Choice]:
-        """Return what a method's settings are chosen from, smallest first.
-
-        Args:
-            method: The method.
-            base_lr: The learning rate that the base chose.
-        """
+        """Return what a method's settings are chosen from, smallest first."""
         defaults = BASES[self.base] if self.base_settings is None else self.base_settings
+        extra = {} if method.compute == 1 else {"compute": method.compute}
         if method.variant is None:
-            return [Choice(f"{self.base}:lr={lr:g}", self.base, {**defaults, "lr": lr}) for lr in self.learning_rates]
+            name = method.name if extra else self.base
+            rates = self.learning_rates
+            return [Choice(f"{name}:lr={lr:g}", self.base, {**defaults, "lr": lr}, schedule=extra) for lr in rates]
         values = [float(f"{value * self.scale:.3g}") for value in method.values]
         rates = thin(self.learning_rates, len(values)) if self.joint else [base_lr]
         return [
@@ -85,7 +83,7 @@ class Place:
                 {**defaults, "lr": lr},
                 method.variant,
                 {**method.options, method.setting: value},
-                method.schedule,
+                {**method.schedule, **extra},
             )
             for lr in rates
             for value in values
@@ -157,7 +155,7 @@ def compare(
                 scores = [score(place, choice) for choice in candidates] if tune else []
                 best = candidates[scores.index(max(scores)) if tune else len(candidates) // 2]
                 choices.append(best)
-                base_lr = best.base_settings["lr"] if method.variant is None else base_lr
+                base_lr = best.base_settings["lr"] if math.isnan(base_lr) else base_lr
         chosen.append((place, choices))
     for seed in seeds:
         for place, choices in chosen:
@@ -181,8 +179,3 @@ def thin(values: Sequence[float], count: int) -> list[float]:
     """Return ``count`` of the values, evenly spaced, the middle one among them."""
     step = max(1, len(values) // count)
     return list(values[step // 2 :: step])[:count]
-
-
-def with_noise(places: Sequence[Place], label_noise: Sequence[float]) -> list[Place]:
-    """Return every place with every amount of label noise."""
-    return [replace(place, label_noise=noise) for place in places for noise in label_noise]

@@ -15,8 +15,6 @@ from benchmarks.harness.loop import UPHILL
 from benchmarks.harness.networks import loss_of
 from samopt.kernels import BACKENDS
 
-__all__ = ["BAREST", "ETA", "RHO", "STEPS", "UPDATES", "Update", "make_step"]
-
 RHO, ETA = 0.05, 0.01
 BAREST = "one-pass-barest"
 """What one pass in whole steps is measured against."""
@@ -152,18 +150,7 @@ by hand (norm, copies, one foreach addition, copies back); samopt in one pass.""
 
 
 def make_step(form: str, module: nn.Module, inputs: Tensor, base: Optimizer, geometry: str) -> Callable[[], None]:
-    """Return a function that takes a whole step.
-
-    Args:
-        form: A name in ``STEPS``.
-        module: The model.
-        inputs: The batch.
-        base: The base optimizer over the model's parameters.
-        geometry: "sam" or "asam".
-
-    Raises:
-        RuntimeError: If the package does not have this form.
-    """
+    """Return a function that takes a whole step."""
 
     def loss() -> Tensor:
         return loss_of(module, inputs)

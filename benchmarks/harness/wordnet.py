@@ -1,4 +1,4 @@
-"""WordNet's supersenses: definitions to train on, definitions and usage examples to test on, and an encoder.
+"""WordNet's supersenses: definitions to train on, definitions and usage examples to test on; a fine-tune.
 
 Every synset has a definition, perhaps usage examples, and one of 45 supersenses, which is its label. A usage example
 is a shifted domain of the same task.
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import re
+import time
+import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 
+import samopt
+from benchmarks.harness.data import stream, stream_seed
 from benchmarks.harness.errors import BenchmarkError
-from benchmarks.harness.seeds import stream, stream_seed
-
-__all__ = [
-    "DEBIAN_FOLDER", "SUPERSENSES", "Classifier", "Encoded", "Encoder", "Example", "Synset", "TextSplit",
-    "packaged_encoder", "read_lexicon", "split_lexicon",
-]  # fmt: skip
+from benchmarks.harness.loop import take_step
+from benchmarks.harness.optimizers import Choice
 
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 SUPERSENSES = (
@@ -52,6 +56,8 @@ _HOW_TO_GET_ENCODER = (
 _LENGTH = 20  # tokens; longer texts are cut
 _BATCH = 256
 _DROPOUT = 0.1
+_WARMUP = 0.1
+_EVALUATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -103,11 +109,7 @@ class TextSplit:
 
 
 def read_lexicon(folder: Path) -> list[Synset]:
-    """Return every synset with a definition, in the order of the files (format: wndb(5WN)).
-
-    Raises:
-        BenchmarkError: If a file is missing or is something else; says how to get them.
-    """
+    """Return every synset with a definition, in the order of the files (format: wndb(5WN))."""
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         found = "a folder without" if folder.is_dir() else "no folder, so not"
@@ -122,15 +124,6 @@ def split_lexicon(synsets: Sequence[Synset], seed: int, *, train_size: int, test
 
     Every part takes the supersenses in turn, so that each has as many examples as it can in equal shares. Test and
     validation are the same for all seeds; the training examples are drawn by seed from what is left.
-
-    Args:
-        synsets: The lexicon.
-        seed: The run's seed.
-        train_size: Number of training examples.
-        test_size: Number of examples in each test, and in the validation set.
-
-    Raises:
-        BenchmarkError: If the lexicon has too few synsets.
     """
     order = _shuffled(range(len(synsets)), 0, "wordnet held out")
     with_usage = [index for index in order if synsets[index].examples]
@@ -259,12 +252,83 @@ class Classifier(nn.Module):
         return logits
 
 
-def packaged_encoder() -> Path:
-    """Return the folder of the encoder that comes as a package.
+class FineTune:
+    """A classifier in training; equal seeds give equal weights, batches and dropout masks with every optimizer.
+
+    Args:
+        model: The classifier.
+        choice: The optimizer; its learning rate rises in the first tenth of the steps and falls linearly to 0.
+        train: Training examples.
+        seed: Decides everything random.
+        steps: How many there will be.
+        batch_size: Examples a step.
 
     Raises:
-        BenchmarkError: If the package is missing; says how to get it.
+        BenchmarkError: If there are fewer training examples than one batch needs.
+
+    Attributes:
+        curves: For each step "train_loss" and, where the optimizer has them, "distance" and "radius".
+        step_seconds: How long each step took.
+        warnings: Texts of the warnings given.
     """
+
+    def __init__(self, model: Any, choice: Choice, train: Encoded, seed: int, steps: int, batch_size: int) -> None:
+        count = len(train.labels)
+        if batch_size > count:
+            raise BenchmarkError(f"--batch-size must be at most the {count} training examples, got {batch_size}")
+        self.model = model
+        self.curves: defaultdict[str, list[float]] = defaultdict(list)
+        self.step_seconds: list[float] = []
+        self.warnings: list[str] = []
+        self._train, self._seed = train, seed
+        self.optimizer = choice.build(model)
+        warmup = max(1, round(_WARMUP * steps))
+        self._schedule = LambdaLR(
+            self.optimizer,
+            lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup))),
+        )
+        per_epoch = count // batch_size
+        orders = [
+            torch.randperm(count, generator=stream(seed, f"wordnet order of epoch {epoch}"))[: per_epoch * batch_size]
+            for epoch in range(math.ceil(steps / per_epoch))
+        ]
+        self._batches = [batch for order in orders for batch in torch.split(order, batch_size)]
+
+    def step(self) -> None:
+        """Take the next step, from a random state of its own; the caller's is left alone."""
+        number = len(self.step_seconds)
+        batch = self._train.take(self._batches[number])
+        self.model.train()
+
+        def compute_loss() -> Tensor:
+            return functional.cross_entropy(self.model(batch.hidden, batch.attention_mask), batch.labels)
+
+        with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("default")
+            torch.manual_seed(stream_seed(self._seed, f"wordnet step {number}"))
+            start = time.perf_counter()
+            self.curves["train_loss"].append(float(take_step(self.optimizer, compute_loss)))
+            self.step_seconds.append(time.perf_counter() - start)
+            self._schedule.step()
+        self.warnings += [text for warning in caught if (text := str(warning.message)) not in self.warnings]
+        if isinstance(self.optimizer, samopt.SharpnessAwareOptimizer):
+            measured = self.optimizer.last_step.to_dict()
+            for name in {"distance", "radius"} & measured.keys():
+                self.curves[name].append(measured[name])
+
+    @torch.no_grad()
+    def accuracy(self, examples: Encoded) -> float:
+        """Return the fraction of examples classified rightly, without dropout."""
+        self.model.eval()
+        right = 0
+        for part in torch.split(torch.arange(len(examples.labels)), _EVALUATION_BATCH):
+            batch = examples.take(part)
+            right += int((self.model(batch.hidden, batch.attention_mask).argmax(1) == batch.labels).sum())
+        return right / len(examples.labels)
+
+
+def packaged_encoder() -> Path:
+    """Return the folder of the encoder that comes as a package."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise BenchmarkError(

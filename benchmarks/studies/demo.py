@@ -9,8 +9,6 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from benchmarks.harness.rows import open_log
 from benchmarks.studies import train
 
-__all__ = ["study"]
-
 render = train.render
 
 

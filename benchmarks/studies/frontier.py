@@ -11,12 +11,10 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from benchmarks.harness import frontier
 from benchmarks.harness.cli import Fraction
 from benchmarks.harness.errors import choose
-from benchmarks.harness.frontier import ARENAS, BASE
+from benchmarks.harness.frontier import ARENAS, BASE, BASE_TWICE
 from benchmarks.harness.loop import AHEAD, UPHILL
 from benchmarks.harness.tuning import Method, thirds
 from samopt.parts.direction import ReusedGradient
-
-__all__ = ["METHODS", "render", "study"]
 
 _L2, _ADAPTIVE = thirds(0.1), thirds(0.3)
 _LATE, _LAST_QUARTER = {"rho_from": 0.5}, {"rho_from": 0.75}
@@ -25,6 +23,7 @@ METHODS = {
     method.name: method
     for method in (
         BASE,
+        BASE_TWICE,
         Method("sam", "SAM, two passes", "sam", _L2),
         Method("asam", "ASAM, two passes", "asam", _ADAPTIVE),
         Method("momentum-ahead", "momentum SAM: ahead along the momentum, one pass", "momentum-sam", thirds(1.0),

@@ -40,7 +40,6 @@ try:
 except ImportError as missing:
     raise BenchmarkError(str(missing)) from missing
 
-__all__ = ["RunArguments", "TaskArguments", "command"]
 
 _LENGTH = 32  # tokens; longer texts are cut
 _CURVES = (
@@ -95,9 +94,6 @@ class RunArguments(SAMTrainingArguments):
 
 def command(words: Sequence[str]) -> int:
     """Run the fine-tune, print what came out, and write it down.
-
-    Args:
-        words: The command line, read by transformers' own parser: the fields of both classes above.
 
     Returns:
         The exit code.

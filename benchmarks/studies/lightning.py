@@ -19,8 +19,6 @@ from benchmarks.harness.statistics import gain, over
 from benchmarks.harness.tasks import TASKS
 from benchmarks.harness.trainer import MEASURES, METHODS, SHARPNESS_BATCHES, TASK, train
 
-__all__ = ["render", "study"]
-
 _PICTURED = "sgd+sam"
 _QUANTITIES = {
     "accuracy": "test accuracy",

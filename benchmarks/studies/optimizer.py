@@ -23,8 +23,6 @@ from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.timing import Clock
 from benchmarks.harness.updates import BAREST, STEPS, UPDATES
 
-__all__ = ["Spread", "render", "study", "tables"]
-
 _MOVED = {"base": (0, 0), "textbook": (40, 104), "script": (48, 72), "samopt-swap": (16, 20), "samopt-triton": (28, 32)}
 """Bytes that each moves per fp32 element beyond the base's step, with SAM's and ASAM's geometry, where known."""
 _BASE_MOVES = 28  # bytes an element: fused AdamW

@@ -8,8 +8,6 @@ from pathlib import Path
 from benchmarks.harness.cli import studies
 from benchmarks.harness.errors import BenchmarkError, choose
 
-__all__ = ["study"]
-
 
 def study(folder: Path, study: str = "train", output: Path | None = None) -> None:
     """Write a folder's tables and figures.

@@ -28,8 +28,6 @@ from benchmarks.harness.tasks import TASKS
 from benchmarks.harness.training import SHARED_SETTINGS, Experiment, Run, run_experiment, with_measures
 from samopt import sharpness
 
-__all__ = ["MEASURES", "QUANTITIES", "agreement", "measure_model", "render", "study", "tables"]
-
 BATCHES, BATCH_SIZE = 4, 64
 """Measured on: that many batches of that many training examples, with the labels that were trained on."""
 LANDSCAPE_PLACES = [(point - 10) / 20 for point in range(21)]
@@ -126,14 +124,9 @@ def measure_model(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Return every measure of a model in evaluation mode, and the curves behind some of them.
 
-    The numbers are each measure's value and, as ``NAME_error``, its standard error where it has one; ``found``, the
-    share of the first batch's l2 worst case, as a search of 100 steps with 3 restarts finds it, that the search of 20
-    steps found; ``measured_loss``, the loss on the batches; and ``weight_norm``. The curves are ``ascent``, the largest
-    rise of the loss within each number of steps, and ``landscape``, the loss at each place of ``LANDSCAPE_PLACES``.
-
-    Args:
-        model: The model; it comes back bit for bit.
-        batches: Inputs and labels.
+    ``NAME_error`` is a measure's standard error. ``found`` is the share of the first batch's l2 worst case, as a search
+    of 100 steps with 3 restarts finds it, that the search of 20 steps found. ``ascent`` is the largest rise of the loss
+    within each number of steps, ``landscape`` the loss at each place of ``LANDSCAPE_PLACES``.
     """
     results = {each.name: each.compute(model, sharpness.cross_entropy, batches) for each in MEASURES}
     longer = sharpness.worst_case(model, sharpness.cross_entropy, batches[:1], rho=0.05, steps=100, restarts=3)
@@ -198,9 +191,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
 def agreement(panel: Panel, metric: str) -> tuple[float, float]:
     """Return how well a metric orders models by test error, as Kendall's tau-b: 1 for the same order, -1 reversed.
 
-    Returns:
-        Tau over all models of the panel; and, among models of one seed (the same data and initial weights), the mean
-        of tau over the seeds. Nan where there is nothing to order.
+    Over all models of the panel; and the mean over seeds of tau among models of one seed, with the same data and
+    initial weights. Nan where there is nothing to order.
     """
 
     def tau(rows: Sequence[Row]) -> float:

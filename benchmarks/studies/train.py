@@ -16,6 +16,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.progress import track
 
 from benchmarks.harness.cli import Fraction
 from benchmarks.harness.data import EvaluationSet
@@ -23,6 +24,7 @@ from benchmarks.harness.environment import select_device
 from benchmarks.harness.errors import choose
 from benchmarks.harness.optimizers import parse_choices
 from benchmarks.harness.report import (
+    CONSOLE,
     Table,
     band,
     figure,
@@ -30,7 +32,6 @@ from benchmarks.harness.report import (
     legend,
     machines,
     panel_title,
-    progress,
     publish,
     say,
 )
@@ -38,8 +39,6 @@ from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.statistics import Panel, base_runs, gain, over, panels
 from benchmarks.harness.tasks import TASKS
 from benchmarks.harness.training import SHARED_SETTINGS, Experiment, run_experiment
-
-__all__ = ["render", "study", "train_missing"]
 
 _HEADINGS = ("Optimizer", "n", "Accuracy, %", "Gain", "Loss", "ms/step", "x base", "Sharpness")
 _LEAST_SPAN = 0.05  # of accuracy: a closer look would make much of single test examples
@@ -100,14 +99,7 @@ def study(
 
 
 def train_missing(experiment: Experiment, seeds: Sequence[int], label_noise: Sequence[float], log: Log[Row]) -> None:
-    """Train what the log lacks, a group (one seed, one amount of label noise) after the other.
-
-    Args:
-        experiment: What to train; its seed and label noise are replaced.
-        seeds: All seeds.
-        label_noise: All amounts of label noise.
-        log: Where rows go.
-    """
+    """Train what the log lacks, a group (one seed, one amount of label noise) after the other."""
     of_task = {name: getattr(experiment, name) for name in SHARED_SETTINGS}
     log.check(
         f"({', '.join(SHARED_SETTINGS)})",
@@ -126,24 +118,18 @@ def train_missing(experiment: Experiment, seeds: Sequence[int], label_noise: Seq
             ]
             if missing:
                 groups.append(replace(group, choices=missing))
-    with progress(sum(len(group.choices) * group.epochs for group in groups)) as on_epoch:
-        for number, group in enumerate(groups, start=1):
-            start = time.perf_counter()
-            rows = [row for row, _ in run_experiment(group, on_epoch=on_epoch)]
-            for row in rows:
-                log.add(row)
-            accuracies = ", ".join(f"{row.optimizer} {100 * row.metrics['accuracy']:.1f}%" for row in rows)
-            where = f"[{number}/{len(groups)}] seed {group.seed}, {labels_text(group.label_noise)}"
-            say(f"{where}: {accuracies} ({time.perf_counter() - start:.0f} s)")
+    for number, group in enumerate(track(groups, "training", console=CONSOLE, disable=not CONSOLE.is_terminal), 1):
+        start = time.perf_counter()
+        rows = [row for row, _ in run_experiment(group)]
+        for row in rows:
+            log.add(row)
+        accuracies = ", ".join(f"{row.optimizer} {100 * row.metrics['accuracy']:.1f}%" for row in rows)
+        where = f"[{number}/{len(groups)}] seed {group.seed}, {labels_text(group.label_noise)}"
+        say(f"{where}: {accuracies} ({time.perf_counter() - start:.0f} s)")
 
 
 def render(folder: Path, output: Path | None = None) -> None:
-    """Write tables and figures from a folder's rows.
-
-    Args:
-        folder: Holds runs.jsonl.
-        output: Where to write; by default the same folder.
-    """
+    """Write tables and figures from a folder's rows."""
     found = panels(Log(folder / "runs.jsonl", must_exist=True).rows)
     rows = [row for panel in found for row in panel.rows]
     radii = ", ".join(f"{radius:g}" for radius in sorted({row.settings["sharpness_rho"] for row in rows}))

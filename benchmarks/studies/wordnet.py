@@ -14,17 +14,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.environment import describe, now
 from benchmarks.harness.errors import choose
-from benchmarks.harness.finetune import FineTune
 from benchmarks.harness.loop import GEOMETRY
 from benchmarks.harness.optimizers import Choice
 from benchmarks.harness.report import Table, band, figure, legend, machines, publish
 from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.statistics import gain, over
 from benchmarks.harness.tuning import Method, Place, compare, name_of
-from benchmarks.harness.wordnet import DEBIAN_FOLDER, Encoder, Synset, read_lexicon, split_lexicon
+from benchmarks.harness.wordnet import DEBIAN_FOLDER, Encoder, FineTune, Synset, read_lexicon, split_lexicon
 from samopt.trust_region import EMA, InputNoise
-
-__all__ = ["METHODS", "Comparison", "render", "study"]
 
 PLACE = Place("wordnet", "adamw", (5e-4, 1e-3, 2e-3), base_settings={"lr": 1e-3, "weight_decay": 0.01})
 

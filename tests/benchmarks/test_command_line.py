@@ -39,8 +39,11 @@ def test_every_option_of_every_study_is_explained(study, capsys):
             ("train", "--task", "digts"),
             "unknown task 'digts'; did you mean 'digits'? Known: digits, digits_vit, fashion_mnist, fashion_small",
         ),
-        ((*TRAIN, "--optimizers", "sgd,sma"), "unknown optimizer 'sma'; did you mean 'sam'? Known: sgd, adamw, sam"),
-        ((*TRAIN, "--optimizers", "adam+sam"), "unknown base 'adam' in 'adam+sam'; did you mean 'adamw'?"),
+        (
+            (*TRAIN, "--optimizers", "sgd,sma"),
+            "unknown optimizer 'sma'; did you mean 'sam'? Known: sgd, adamw, adam, sam",
+        ),
+        ((*TRAIN, "--optimizers", "adamv+sam"), "unknown base 'adamv' in 'adamv+sam'; did you mean 'adamw'?"),
         ((*TRAIN, "--optimizers", "sam:roh=1"), "optimizer 'sam:roh=1' cannot be made: "),
         ((*TRAIN, "--optimizers", "sgd:roh=1"), "unknown setting of sgd 'roh'; "),
         ((*TRAIN, "--optimizers", "sam:lr=big"), "setting lr of sam must be a number, got 'big'; write sam:lr=0.1"),

@@ -15,7 +15,7 @@ from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.frontier import ARENAS, BASE, Outcome, Scene, advise, gain_of, is_chosen, overall, scenes
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.tasks import TASKS
-from benchmarks.harness.training import Run
+from benchmarks.harness.training import Experiment, Run
 from benchmarks.harness.tuning import TUNING_SEED, Method, Place, compare, thin
 from benchmarks.studies.frontier import METHODS
 
@@ -29,7 +29,7 @@ def test_every_method_has_as_many_trials_over_the_same_relative_grid():
             arena.place.learning_rates
         )
         for method in METHODS.values():
-            if method is not BASE and arena.place.base in method.bases:
+            if method.variant is not None and arena.place.base in method.bases:
                 choices = arena.place.candidates(method, 0.002)
                 values = [choice.settings[method.setting] for choice in choices]
                 assert [value / values[1] for value in values] == pytest.approx([0.3, 1.0, 3.0])
@@ -57,7 +57,7 @@ def test_every_method_builds_around_its_base_and_steps(name, arena):
     aware = isinstance(optimizer, samopt.SharpnessAwareOptimizer)
     base = optimizer.base_optimizer if aware else optimizer
     assert isinstance(base, torch.optim.SGD if arena.place.base == "sgd" else torch.optim.AdamW)
-    assert aware == (METHODS[name] is not BASE)
+    assert aware == (METHODS[name].variant is not None)
     if aware:
         assert base.param_groups[0]["lr"] == 0.002
     size = 28 if arena.place.task.startswith("fashion") else 8
@@ -76,8 +76,8 @@ def test_every_method_builds_around_its_base_and_steps(name, arena):
 
 def test_the_first_pass_may_be_of_part_of_each_batch():
     task, choice = TASKS["digits"], PLACE.candidates(METHODS["asam-quarter"], 0.01)[0]
-    split = frontier.Experiment(task, [], 0, 0.0, 1, 16, train_size=32).split()
-    run = Run(task.build_model, choice, split, 0, epochs=1, batch_size=16)
+    experiment = Experiment(task, [], 0, 0.0, 1, 16, train_size=32)
+    run = Run(experiment, choice, experiment.split())
     sizes = []
     run.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     assert len(list(run.steps())) == 2

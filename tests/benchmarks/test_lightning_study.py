@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-pytestmark = pytest.mark.lightning
-pytest.importorskip("pytorch_lightning")
+from benchmarks.harness.cli import main
+from benchmarks.harness.data import make_split, stream_seed
+from benchmarks.harness.optimizers import parse_choice
+from benchmarks.harness.rows import Log
+from benchmarks.harness.tasks import TASKS
+from benchmarks.harness.training import build_model, epoch_order
+from samopt import SAM, sharpness
 
-from benchmarks.harness import trainer  # noqa: E402
-from benchmarks.harness.cli import main  # noqa: E402
-from benchmarks.harness.data import make_split  # noqa: E402
-from benchmarks.harness.optimizers import parse_choice  # noqa: E402
-from benchmarks.harness.rows import Log  # noqa: E402
-from benchmarks.harness.seeds import stream_seed  # noqa: E402
-from benchmarks.harness.tasks import TASKS  # noqa: E402
-from benchmarks.harness.training import build_model, epoch_order  # noqa: E402
-from samopt import SAM, sharpness  # noqa: E402
+trainer = pytest.importorskip("benchmarks.harness.trainer", reason="needs Lightning", exc_type=Exception)
+pytestmark = pytest.mark.lightning
 
 
 def test_a_run_is_the_loop_in_plain_torch(fashion_folder):

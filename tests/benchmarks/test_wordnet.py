@@ -11,13 +11,13 @@ from torch import Tensor
 import samopt
 from benchmarks.harness.cli import main
 from benchmarks.harness.errors import BenchmarkError
-from benchmarks.harness.finetune import FineTune
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.wordnet import (
     SUPERSENSES,
     Classifier,
     Encoded,
     Example,
+    FineTune,
     Synset,
     read_lexicon,
     split_lexicon,
