@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -255,11 +256,10 @@ def plot(found: Sequence[Scene], costs: Sequence[Cost]) -> Figure:
     tasks = list(dict.fromkeys(scene.task for scene in found))
     columns = max(sum(scene.task == task for scene in found) for task in tasks)
     drawn, axes = figure(len(tasks), columns, width=5.0, height=3.4)
-    names = list(dict.fromkeys(outcome.method for scene in found for outcome in scene.outcomes))
     for index, task in enumerate(tasks):
         of_task = {_renamed(cost.method): cost for cost in costs if cost.task == task}
         for ax, scene in zip(axes[index], [scene for scene in found if scene.task == task], strict=False):
-            _draw(ax, scene, of_task, names)
+            _draw(ax, scene, of_task)
     drawn.suptitle("test accuracy, mean ± standard deviation over seeds, against measured training cost")
     return drawn
 
@@ -270,11 +270,12 @@ def is_chosen(outcome: Outcome, scene: Scene) -> bool:
     return outcome is scene.outcomes[0] or all(each.accuracy.mean < outcome.accuracy.mean for each in cheaper)
 
 
-def _draw(ax: Axes, scene: Scene, costs: Mapping[str, Cost], names: Sequence[str]) -> None:
-    base = scene.outcomes[0].accuracy.mean
-    for outcome in scene.outcomes:
+def _draw(ax: Axes, scene: Scene, costs: Mapping[str, Cost]) -> None:
+    base = scene.outcomes[0]
+    heights = itertools.cycle((5, -13, 17))  # so that names of near points do not cover each other
+    for outcome in sorted(scene.outcomes, key=lambda each: each.cost):
         accuracy = outcome.accuracy
-        if accuracy.mean < base - _NEAR or outcome.method not in costs:
+        if accuracy.mean < base.accuracy.mean - _NEAR or outcome.method not in costs:
             continue
         if not is_chosen(outcome, scene):
             ax.plot(outcome.cost, accuracy.mean, "o", color="0.8", markersize=4, zorder=1)
@@ -286,11 +287,12 @@ def _draw(ax: Axes, scene: Scene, costs: Mapping[str, Cost], names: Sequence[str
             xerr=[[max(0.0, cost.ratio - cost.low)], [max(0.0, cost.high - cost.ratio)]],
             yerr=None if math.isnan(accuracy.sd) else accuracy.sd,
             fmt="o",
-            color=colour(names.index(outcome.method)),
+            color=colour(0 if outcome is base else 1),
             elinewidth=1.0,
         )
-        ax.annotate(outcome.method, (cost.ratio, accuracy.mean), (5, 5), textcoords="offset points", fontsize=9)
-    ax.axhline(base, color="black", linewidth=0.8, linestyle=":")
+        place = (5, next(heights))
+        ax.annotate(outcome.method, (cost.ratio, accuracy.mean), place, textcoords="offset points", fontsize=9)
+    ax.axhline(base.accuracy.mean, color="black", linewidth=0.8, linestyle=":")
     ax.set(title=scene.title, xlabel="training cost, x base", ylabel="test accuracy")
     ax.margins(x=0.25)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))

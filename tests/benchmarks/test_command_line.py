@@ -43,7 +43,7 @@ def test_every_option_of_every_study_is_explained(study, capsys):
             (*TRAIN, "--optimizers", "sgd,sma"),
             "unknown optimizer 'sma'; did you mean 'sam'? Known: sgd, adamw, adam, sam",
         ),
-        ((*TRAIN, "--optimizers", "adamv+sam"), "unknown base 'adamv' in 'adamv+sam'; did you mean 'adamw'?"),
+        ((*TRAIN, "--optimizers", "adamww+sam"), "unknown base 'adamww' in 'adamww+sam'; did you mean 'adamw'?"),
         ((*TRAIN, "--optimizers", "sam:roh=1"), "optimizer 'sam:roh=1' cannot be made: "),
         ((*TRAIN, "--optimizers", "sgd:roh=1"), "unknown setting of sgd 'roh'; "),
         ((*TRAIN, "--optimizers", "sam:lr=big"), "setting lr of sam must be a number, got 'big'; write sam:lr=0.1"),

@@ -18,6 +18,7 @@ import samopt
 from benchmarks.harness import environment, tasks
 from benchmarks.harness.data import Pool, make_split, randomise_labels
 from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.loop import take_step
 from benchmarks.harness.optimizers import parse_choice, parse_choices
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.statistics import base_runs, estimate, gain, panels
@@ -227,6 +228,31 @@ def test_epochs_equal_a_loop_by_hand_bit_for_bit(digits, name):
         right = model(split.test_inputs).argmax(1) == split.test_labels
     assert run.curves["accuracy"][-1] == float(right.double().mean())
     assert len(run.step_seconds) == 2 * (1437 // 64)
+
+
+def test_an_optimizer_with_backward_is_stepped_in_the_documented_form():
+    """The loop of samopt 1.0: clear the gradients, ``backward`` the function of the loss, step."""
+    weight, calls = torch.nn.Parameter(torch.tensor([2.0])), []
+
+    class New(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            calls.append("zero_grad")
+            super().zero_grad(set_to_none)
+
+        def backward(self, compute_loss):
+            calls.append("backward")
+            loss = compute_loss()
+            loss.backward()
+            return loss
+
+        def step(self, closure=None):
+            calls.append("step")
+            assert closure is None
+            return super().step()
+
+    loss = take_step(New([weight], lr=0.5), lambda: weight.square().sum())
+    assert calls == ["zero_grad", "backward", "step"]
+    assert (loss.item(), loss.requires_grad, weight.item()) == (4.0, False, 0.0)
 
 
 def test_a_published_row_comes_out_again(digits):
