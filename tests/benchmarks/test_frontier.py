@@ -214,6 +214,21 @@ def test_the_quick_form_of_the_command(tmp_path, capsys):
     assert "(epochs, training examples) = (1, None), and (2, None) is asked for" in capsys.readouterr().err
 
 
+def test_real_rows_are_found_again(tmp_path, monkeypatch):
+    arguments = ["frontier", "--tasks", "digits", "--methods", "wsam-coupled,base-twice,sam-every-2", "--seeds", "0"]
+    arguments += ["--label-noise", "0", "--epochs", "1", "--train-size", "128", "--output", str(tmp_path)]
+    monkeypatch.setattr(frontier, "measure", lambda task, choices, **how: [
+        Cost(task, "base" if index == 0 else name, 1.0, 1.0, 1.0, 1.0, 1, 1, {})
+        for index, name in enumerate(choice.label.partition(":")[0] for choice in choices)
+    ])  # fmt: skip
+    assert main(arguments) == 0
+    rows = Log(tmp_path / "runs.jsonl").rows
+    assert len(rows) == 4 * 3 + 4
+    monkeypatch.setattr(frontier, "run_experiment", pytest.fail)
+    assert main(arguments) == 0
+    assert Log(tmp_path / "runs.jsonl").rows == rows
+
+
 def test_other_methods_are_refused_by_name():
     with pytest.raises(BenchmarkError, match="cannot be made"):
         Place("digits", "sgd", (0.1,)).candidates(Method("x", "", "sam", (-1.0,)), 0.1)[0].build(torch.nn.Linear(2, 2))

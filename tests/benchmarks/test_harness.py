@@ -185,7 +185,7 @@ def test_a_class_of_the_users_own_is_compared(tmp_path, monkeypatch):
 
 
 def by_hand(split, epochs, optimizer_of):
-    """The weights after a stock loop, and the losses of each epoch."""
+    """The weights after a plain loop, and the losses of each epoch."""
     model = build_model(TASKS["digits"].build_model, seed=0)
     optimizer = optimizer_of(model)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (1437 // 64))

@@ -80,6 +80,7 @@ def test_what_is_no_such_file_is_explained(tmp_path):
         assert "https://github.com/zhouhaoyi/ETDataset" in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_quick_form_of_the_command_and_its_continuation(series_file, tmp_path, monkeypatch, capsys):
     arguments = ["samformer", "--data", str(series_file), "--output", str(tmp_path)]
     assert main([*arguments, "--quick"]) == 0
@@ -143,6 +144,7 @@ def test_looksam_by_hand_is_sam_in_every_step_and_the_base_without_its_part():
     torch.testing.assert_close(plain, trained(lambda base, model: base), rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_longer_runs_ten_times_the_frontiers_epochs_in_its_quick_form(tmp_path):
     assert main(["longer", "--quick", "--output", str(tmp_path)]) == 0
     rows = Log(tmp_path / "runs.jsonl").rows
