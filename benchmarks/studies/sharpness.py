@@ -68,7 +68,6 @@ QUANTITIES = {
     "norm of the weights": "weight_norm",
     **{each.label: each.name for each in MEASURES},
 }
-"""The lines of a table, with the metric of a row that each shows."""
 
 
 def study(
@@ -133,13 +132,13 @@ def measure_model(
     line = sharpness.landscape(model, sharpness.cross_entropy, batches, points=21, radius=0.5)
     worst = results["worst_case"]
     errors = {f"{name}_error": each.standard_error for name, each in results.items()}
-    weights = [float(weight.detach().double().square().sum()) for weight in model.parameters()]
+    squares = math.fsum(float(weight.detach().double().square().sum()) for weight in model.parameters())
     metrics = {name: each.value for name, each in results.items()}
     metrics |= {name: error for name, error in errors.items() if error is not None}
     metrics |= {
         "found": worst.per_batch[0] / longer.value if longer.value > 0 else 1.0,
         "measured_loss": worst.loss,
-        "weight_norm": math.sqrt(math.fsum(weights)),
+        "weight_norm": math.sqrt(squares),
     }
     return metrics, {"ascent": list(worst.curve), "landscape": list(line.losses)}
 
