@@ -66,11 +66,12 @@ class StallDetector:
         now, spread = float(losses.mean()), float(losses.std(correction=0))
         first, second = losses.chunk(2)
         drift = abs(float(second.mean() - first.mean()))
-        # A trained model's loss differs by batch, a slow descent drifts, near a minimum the perturbation adds much to the
-        # loss, and with an equal gradient the step is the base's own. Comparisons with nan are False.
+        # A trained model's loss differs by batch, a slow descent drifts, near a minimum the perturbation adds much to
+        # the loss, and with an equal gradient the step is the base's own. Comparisons with nan are False.
         is_held = (
             abs(now - start) <= 0.02 * abs(start)
-            and 0 < spread <= 0.03 * abs(now)
+            and spread <= 0.03 * abs(now)
+            and float(losses.min()) < float(losses.max())
             and drift < min(spread, 0.005 * abs(now))
             and rise <= 0.5 * abs(now)
             and abs(perturbed_norm - norm) >= 0.1 * norm > 0

@@ -181,7 +181,7 @@ def make_step(form: str, module: nn.Module, inputs: Tensor, base: Optimizer, geo
         return partial(_barest, parameters, base, geometry, first_pass, [])
     if form == "one-pass":
         one: Any = samopt.create(
-            "momentum-sam", base, rho=RHO, adaptive=geometry == "asam", model=module, warn_on_stall=False
+            "momentum-sam", base, rho=RHO, adaptive=geometry == "asam", uphill=True, model=module, warn_on_stall=False
         )
 
         def in_one_pass() -> None:
@@ -201,8 +201,6 @@ def make_step(form: str, module: nn.Module, inputs: Tensor, base: Optimizer, geo
             two.step()
 
         return by_context
-    if not hasattr(two, "backward"):
-        raise RuntimeError("optimizer.backward comes with samopt 1.0")
 
     def by_backward() -> None:
         two.zero_grad()

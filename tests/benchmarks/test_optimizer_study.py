@@ -186,7 +186,7 @@ def test_updates_are_measured_and_their_memory_is_counted(capsys):
     base, textbook, ours = rows
     assert base.peak == base.retained == textbook.retained == 0
     assert textbook.peak >= 4 * 660  # the copies of the weights
-    assert 4 * 660 <= ours.peak < 4 * 660 + 200 and ours.retained < 100  # one copy, and scalars
+    assert 4 * 660 <= ours.peak < 4 * 660 + 300 and ours.retained < 300  # one copy, and a dozen scalars
 
 
 def test_a_missing_package_is_left_out_with_the_reason(monkeypatch, capsys):
