@@ -91,6 +91,14 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: If it cannot.
     """
+    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.is_one_pass and optimizer.model is None:
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"SharpnessAwareTraining was given {name} in one pass, without model=, so that no forward would run at the "
+            f'perturbed weights; write samopt.{name}(optimizer, direction="momentum", model=self) in '
+            "configure_optimizers, or name the variant, as in "
+            'SharpnessAwareTraining("sam", direction="momentum")'
+        )
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if isinstance(base, torch.optim.LBFGS):
         raise ValueError(
