@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -128,7 +128,8 @@ class SAMArguments:
     )
 
     def __post_init__(self) -> None:
-        self._sam_is_given = self.sam is not None
+        self.sam_is_given = self.sam is not None
+        """Whether an optimizer, or "none", was chosen, and not left to the default."""
         self.sam = self.sam or "none"
         self._check_choices()
         self.sam_options = _parsed(self.sam_options)
@@ -150,12 +151,14 @@ class SAMArguments:
         if hasattr(super(), "__post_init__"):
             super().__post_init__()  # type: ignore[misc]  # TrainingArguments has it, where it comes next
 
-    def build_optimizer(self, base: Optimizer, model: nn.Module, seed: int) -> SharpnessAwareOptimizer:
+    def build_optimizer(
+        self, base: Optimizer, model: nn.Module | Sequence[nn.Module], seed: int
+    ) -> SharpnessAwareOptimizer:
         """Return the sharpness-aware optimizer around ``base``.
 
         Args:
             base: The optimizer to wrap.
-            model: The module that the loop calls.
+            model: The module that the loop calls, or a list of modules.
             seed: Seed of the stochastic rounding and of TRAM's input noise.
 
         Raises:
