@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import FrameType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
@@ -14,6 +16,7 @@ from transformers import TrainingArguments
 
 import samopt
 from samopt import SharpnessAwareOptimizer
+from samopt._callers.user_warnings import warn_user
 from samopt.trust_region import EMA, InputNoise
 from samopt.variants import option_names
 
@@ -128,6 +131,7 @@ class SAMArguments:
     )
 
     def __post_init__(self) -> None:
+        self._has_looked = False
         self.sam_is_given = self.sam is not None
         """Whether an optimizer, or "none", was chosen, and not left to the default."""
         self.sam = self.sam or "none"
@@ -150,6 +154,14 @@ class SAMArguments:
         self._check_effects()
         if hasattr(super(), "__post_init__"):
             super().__post_init__()  # type: ignore[misc]  # TrainingArguments has it, where it comes next
+
+    @property
+    def n_gpu(self) -> int:
+        """As in ``TrainingArguments``. A training step reads it, which tells a Trainer that ignores these fields."""
+        if not self._has_looked and self.sam != "none":
+            self._look_at_trainer(sys._getframe(1))
+        number: int = super().n_gpu  # type: ignore[misc]  # TrainingArguments has it, which comes next
+        return number
 
     def build_optimizer(
         self, base: Optimizer, model: nn.Module | Sequence[nn.Module], seed: int
@@ -187,6 +199,18 @@ class SAMArguments:
             case "proportional_to_lr":
                 return samopt.RhoScheduler.proportional_to_lr(optimizer, max_lr=learning_rate)
         return samopt.RhoScheduler(optimizer, lambda step: 1.0) if self.sam_every > 1 else None
+
+    def _look_at_trainer(self, frame: FrameType) -> None:
+        """Warn if the training step of a Trainer runs that is not sharpness-aware."""
+        if frame.f_code.co_name != "training_step":
+            return
+        self._has_looked = True
+        trainer = type(frame.f_locals.get("self"))
+        if not hasattr(trainer, "sam_arguments"):
+            warn_user(
+                f'{trainer.__name__} ignores sam="{self.sam}" in its arguments, and trains without SAM; use '
+                f"SAMTrainer, class MyTrainer(SAMTrainerMixin, {trainer.__name__}), or make_sharpness_aware(trainer)"
+            )
 
     def _options(self, seed: int) -> dict[str, Any]:
         """Return the options of the optimizer, except its model."""

@@ -32,9 +32,9 @@ class SAMTrainerMixin(_Base):
 
     Put it first. Its arguments are ``SAMTrainingArguments``, or others with the fields of ``SAMArguments``. The loop,
     and all that it logs, counts, saves and schedules, stays the Trainer's; the second pass runs inside the training
-    step of a window's last micro-batch. Attributes of the Trainer, of its ``state`` and of objects that it holds are put
-    back after it, and it logs nothing, so a ``compute_loss`` that keeps statistics counts each batch once. Code that
-    counts elsewhere can ask ``is_second_pass``.
+    step of a window's last micro-batch. Attributes of the Trainer, of its ``state`` and of objects that it holds are
+    put back after it, and it logs nothing, so a ``compute_loss`` that keeps statistics counts each batch once. Code
+    that counts elsewhere can ask ``is_second_pass``.
 
     Cost: two forward-backward passes a step, one transient copy of the weights, and a copy of a window's inputs.
 
