@@ -6,6 +6,7 @@ import pytest
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 
+import samopt
 from samopt.integrations.lightning import SharpnessAwareTraining, is_second_pass
 from tests.helpers import lit
 
