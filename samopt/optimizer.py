@@ -316,7 +316,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 "passes yourself: optimizer.backward(lambda: scaler.scale(criterion(model(x), y))), then "
                 "scaler.step(optimizer)"
             )
-        if is_trainer_closure(closure) and self._passes.follows_calls and not self._ascent.needs_capture():
+        if not self.is_one_pass and is_trainer_closure(closure):
             return self._step_after(closure)
         return self._step_with(closure, ascent_closure)
 
@@ -527,7 +527,6 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
         def prepare() -> Any:
             results.append(closure())
-            self._passes.note_loss(results[-1])
             self.prepare_base_step()
             return results[-1]
 

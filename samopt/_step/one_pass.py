@@ -91,19 +91,6 @@ class OnePass:
         """False: micro-batches add up in one pass."""
         return False
 
-    @property
-    def follows_calls(self) -> bool:
-        """Whether the calls of a model are followed, so that its training forwards run at ``w + epsilon``."""
-        return self._stop_watching is not None
-
-    def note_loss(self, loss: Any) -> None:
-        """Note the loss of this step, for the metrics.
-
-        Args:
-            loss: What a closure returned.
-        """
-        self._loss = loss
-
     def detach(self) -> None:
         """Follow the models' calls no longer."""
         self._leave()

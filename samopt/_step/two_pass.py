@@ -98,14 +98,6 @@ class TwoPass:
             return False
         return any(parameter.grad is waiting for parameter in self._ascent.parameters())
 
-    @property
-    def follows_calls(self) -> bool:
-        """True: a gradient at ``w`` needs no model's calls."""
-        return True
-
-    def note_loss(self, loss: Any) -> None:
-        """Do nothing: the passes have noted both losses."""
-
     def detach(self) -> None:
         """Follow the models' calls no longer."""
         self._replay.detach()
