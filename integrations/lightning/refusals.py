@@ -74,7 +74,9 @@ def refuse_missing_optimizer(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         ValueError: If there is none.
     """
-    if not trainer.optimizers:
+    optimizers = trainer.optimizers
+    # Lightning trains on with a stand-in of this name, which steps nothing.
+    if not optimizers or type(optimizers[0]).__name__ == "_MockOptimizer":
         raise ValueError(
             f"SharpnessAwareTraining needs an optimizer to put a second pass before, but "
             f"{type(module).__name__}.configure_optimizers returned None; return one, such as "
@@ -91,6 +93,14 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: If it cannot.
     """
+    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.is_one_pass and optimizer.model is None:
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"SharpnessAwareTraining was given {name} in one pass, without model=, so that no forward would run at the "
+            f'perturbed weights; write samopt.{name}(optimizer, direction="momentum", model=self) in '
+            "configure_optimizers, or name the variant, as in "
+            'SharpnessAwareTraining("sam", direction="momentum")'
+        )
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if isinstance(base, torch.optim.LBFGS):
         raise ValueError(

@@ -118,6 +118,8 @@ class Run:
         window, self._window = self._window, []
         if self._passes is None:
             self._is_prepared = False
+            if self._scaler is None:  # Lightning steps for sure, and its closure runs after the step's hooks
+                self._before_step()
             return
         if not window or (self._scaler is not None and self._latest is None):
             return  # there is nothing to step, or Lightning will not do so

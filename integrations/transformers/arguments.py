@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import FrameType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
@@ -14,6 +16,7 @@ from transformers import TrainingArguments
 
 import samopt
 from samopt import SharpnessAwareOptimizer
+from samopt._callers.user_warnings import warn_user
 from samopt.trust_region import EMA, InputNoise
 from samopt.variants import option_names
 
@@ -128,7 +131,9 @@ class SAMArguments:
     )
 
     def __post_init__(self) -> None:
-        self._sam_is_given = self.sam is not None
+        self._has_looked = False
+        self.sam_is_given = self.sam is not None
+        """Whether an optimizer, or "none", was chosen, and not left to the default."""
         self.sam = self.sam or "none"
         self._check_choices()
         self.sam_options = _parsed(self.sam_options)
@@ -150,12 +155,22 @@ class SAMArguments:
         if hasattr(super(), "__post_init__"):
             super().__post_init__()  # type: ignore[misc]  # TrainingArguments has it, where it comes next
 
-    def build_optimizer(self, base: Optimizer, model: nn.Module, seed: int) -> SharpnessAwareOptimizer:
+    @property
+    def n_gpu(self) -> int:
+        """As in ``TrainingArguments``. A training step reads it, which tells a Trainer that ignores these fields."""
+        if not self._has_looked and self.sam != "none":
+            self._look_at_trainer(sys._getframe(1))
+        number: int = super().n_gpu  # type: ignore[misc]  # TrainingArguments has it, which comes next
+        return number
+
+    def build_optimizer(
+        self, base: Optimizer, model: nn.Module | Sequence[nn.Module], seed: int
+    ) -> SharpnessAwareOptimizer:
         """Return the sharpness-aware optimizer around ``base``.
 
         Args:
             base: The optimizer to wrap.
-            model: The module that the loop calls.
+            model: The module that the loop calls, or a list of modules.
             seed: Seed of the stochastic rounding and of TRAM's input noise.
 
         Raises:
@@ -184,6 +199,18 @@ class SAMArguments:
             case "proportional_to_lr":
                 return samopt.RhoScheduler.proportional_to_lr(optimizer, max_lr=learning_rate)
         return samopt.RhoScheduler(optimizer, lambda step: 1.0) if self.sam_every > 1 else None
+
+    def _look_at_trainer(self, frame: FrameType) -> None:
+        """Warn if the training step of a Trainer runs that is not sharpness-aware."""
+        if frame.f_code.co_name != "training_step":
+            return
+        self._has_looked = True
+        trainer = type(frame.f_locals.get("self"))
+        if not hasattr(trainer, "sam_arguments"):
+            warn_user(
+                f'{trainer.__name__} ignores sam="{self.sam}" in its arguments, and trains without SAM; use '
+                f"SAMTrainer, class MyTrainer(SAMTrainerMixin, {trainer.__name__}), or make_sharpness_aware(trainer)"
+            )
 
     def _options(self, seed: int) -> dict[str, Any]:
         """Return the options of the optimizer, except its model."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 
 from samopt import SharpnessAwareOptimizer
+from samopt._callers.user_warnings import warn_user
 
 from .._second_pass.batch_copies import independent_copy
 from .arguments import SAMArguments
@@ -31,8 +32,9 @@ class SAMTrainerMixin(_Base):
 
     Put it first. Its arguments are ``SAMTrainingArguments``, or others with the fields of ``SAMArguments``. The loop,
     and all that it logs, counts, saves and schedules, stays the Trainer's; the second pass runs inside the training
-    step of a window's last micro-batch. A ``compute_loss`` that keeps statistics of its own sees every batch twice and
-    can ask ``is_second_pass``.
+    step of a window's last micro-batch. Attributes of the Trainer, of its ``state`` and of objects that it holds are
+    put back after it, and it logs nothing, so a ``compute_loss`` that keeps statistics counts each batch once. Code
+    that counts elsewhere can ask ``is_second_pass``.
 
     Cost: two forward-backward passes a step, one transient copy of the weights, and a copy of a window's inputs.
 
@@ -51,6 +53,11 @@ class SAMTrainerMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_unsupported(self, self.sam_arguments)
+        if not self.sam_arguments.sam_is_given:
+            warn_user(
+                f"{type(self).__name__} trains without SAM, since its arguments do not choose an optimizer; write "
+                'SAMTrainingArguments(..., sam="sam"), or sam="none" if that is meant'
+            )
         _bind_callbacks(self)
 
     @property
@@ -139,6 +146,8 @@ class SAMTrainerMixin(_Base):
             logs: As for ``Trainer.log``.
             start_time: As for ``Trainer.log``.
         """
+        if self.is_second_pass:  # a compute_loss that logs has done so in the first
+            return
         if "loss" in logs and self._run is not None:
             logs.update(self._run.metrics())
         super().log(logs, start_time)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from samopt._replay.own_generators import GENERATORS, position_of, set_position
 from samopt.distributed import is_fully_sharded
 
 __all__ = ["ModuleState", "every_module", "sample"]
 
 _OWN_TO_TORCH = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
+_LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
 
 
@@ -135,7 +137,7 @@ class ModuleState:
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
-        found = _Found([], [], [], [])
+        found = _Found([], [], [], [], [])
         seen: set[int] = set()
         pending: list[Any] = []
         namespaces = [(vars(each), self._ignored | left_alone) for each, left_alone in self._others]
@@ -164,9 +166,14 @@ class ModuleState:
                     found.tensors.append(value)
             elif isinstance(value, list | tuple | dict | set | deque) and id(value) not in seen:
                 seen.add(id(value))
-                pending.extend(value.values() if isinstance(value, dict) else value)
+                if len(value) <= _LARGE:
+                    pending.extend(value.values() if isinstance(value, dict) else value)
                 if not isinstance(value, tuple):
                     found.containers.append((value, value.copy()))
+            elif isinstance(value, GENERATORS) or type(value).__module__.startswith("numpy.random"):
+                position = position_of(value)
+                if position is not None:
+                    found.generators.append((value, position))
         return found
 
     def _silently_changed(self) -> set[int]:
@@ -188,12 +195,14 @@ class _Found:
         namespaces: Attributes of modules that users wrote, and of other objects, with their plain content and the names
             to leave alone.
         containers: Lists, dicts, sets and deques in attributes, with their content.
+        generators: Random generators in attributes, with their positions.
     """
 
     tensors: list[Tensor]
     registries: list[tuple[Any, Any]]
     namespaces: list[tuple[dict[str, Any], dict[str, Any], frozenset[str]]]
     containers: list[tuple[Any, Any]]
+    generators: list[tuple[Any, Any]]
 
     def bind(self, *, registries: bool = False) -> None:
         """Make names and containers hold again what they held.
@@ -210,6 +219,8 @@ class _Found:
             namespace.update(attributes)
         for container, content in self.containers:
             _refill(container, content)
+        for generator, position in self.generators:
+            set_position(generator, position)
 
     def changes_since(self, before: _Found) -> Callable[[], None]:
         """Return what binds the names and fills the containers that have changed since an earlier look.
@@ -235,6 +246,8 @@ class _Found:
                     namespace.pop(name, None)
             for container, content in refills:
                 _refill(container, content)
+            for generator, position in self.generators:
+                set_position(generator, position)
 
         return repeat
 

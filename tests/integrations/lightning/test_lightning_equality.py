@@ -92,9 +92,9 @@ def test_clipping_reaches_what_goes_past_the_base(tmp_path):
     assert not torch.equal(module.net[0].weight, unclipped.net[0].weight)
 
 
-def test_one_pass_is_no_variant(tmp_path):
+def test_one_pass_needs_a_model(tmp_path):
     make = functools.partial(samopt.SAM, direction="momentum")
-    with pytest.raises(ValueError, match=r"SAM\(direction=...\) does not need; leave .* return the optimizer from"):
+    with pytest.raises(ValueError, match=r"SAM in one pass, without model=.*write samopt.SAM\(.*model=self\)"):
         lit.fit(tmp_path, lit.Module(), SharpnessAwareTraining(lambda base: make(base, model=None)))
 
 
