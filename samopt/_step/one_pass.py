@@ -24,7 +24,7 @@ from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.exact_exit import ExactExit
 from samopt._step.moved_shards import MovedShards
 from samopt._step.pass_handle import PassHandle
-from samopt._step.retirement import enlist
+from samopt._step.retirement import enlist, replace_older
 from samopt._step.shifted_parameters import ShiftedParameters
 from samopt._step.two_pass import differentiate
 from samopt.distributed import is_fully_sharded, reshard, unsynced
@@ -75,6 +75,8 @@ class OnePass:
         if models:
             enlist(self, ascent.parameters())
             self._watch()
+        else:
+            replace_older(ascent.parameters())
 
     @property
     def is_perturbed(self) -> bool:

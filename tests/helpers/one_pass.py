@@ -1,4 +1,4 @@
-"""A loop by hand for one pass along the momentum: climb, forward, backward, put back, step."""
+"""A loop by hand for one pass along the momentum: move the weights, forward, backward, put them back, step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,13 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def one_pass(
-    model: nn.Module, base: Any = sgd, *, geometry: str = "sam", direction: Any = "momentum", rho: float = RHO, **more: Any
+    model: nn.Module,
+    base: Any = sgd,
+    *,
+    geometry: str = "sam",
+    direction: Any = "momentum",
+    rho: float = RHO,
+    **more: Any,
 ) -> samopt.SharpnessAwareOptimizer:
     """An optimizer that follows a model, in one pass along the momentum."""
     made = BASES[base](model.parameters()) if isinstance(base, str) else base(model.parameters())
