@@ -91,8 +91,8 @@ class _WatchedCall:
         return self._run(outermost, call, module, args, kwargs) if outermost else call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # nn.Module leaves the slot out of copies; RNNs, and other classes with a __getstate__ of their own, do not. None
-        # is an empty slot.
+        # nn.Module leaves the slot out of copies; RNNs and other classes with their own __getstate__ do not. None is an
+        # empty slot.
         return type(None), ()
 
     def _run(

@@ -84,6 +84,11 @@ class OnePass:
         return self._backup is not None
 
     @property
+    def is_following(self) -> bool:
+        """Whether the models' calls are followed now."""
+        return self._stop_watching is not None
+
+    @property
     def needs_first_pass(self) -> bool:
         """Whether a cached direction must be taken, in a pass of its own, before this step's ascent."""
         return self._ascent.needs_capture()
@@ -315,8 +320,7 @@ class OnePass:
 
     def _moved_without_model(self) -> AbstractContextManager[Any]:
         """Return the context that moves the weights where no model's calls are followed."""
-        follows = self._stop_watching is not None
-        return nullcontext() if follows else cast(Any, self.perturbed(None))
+        return nullcontext() if self.is_following else cast(Any, self.perturbed(None))
 
     def _displaced(self, beside: bool) -> dict[Tensor, Tensor]:
         """Return the values at ``w + epsilon`` by parameter; empty where nothing moves.

@@ -17,6 +17,10 @@ __all__ = ["enlist", "replace_older"]
 
 
 class _Follower(Protocol):
+    @property
+    def is_following(self) -> bool:
+        """Whether it follows the calls of a model now."""
+
     def detach(self) -> None:
         """Follow the calls of a model no longer."""
 
@@ -49,11 +53,12 @@ def replace_older(parameters: Sequence[Tensor]) -> None:
         parameters: The weights.
     """
     older = _over(parameters)
+    were_at_work = any([each.is_following for each in older])
     for each in older:
         each.detach()
     for parameter in parameters:
         _followers.pop(parameter, None)
-    if older:
+    if were_at_work:
         warn_user(
             "a samopt optimizer was made over weights that an older one in one-pass form follows; the older one no "
             "longer perturbs the model. Delete it, or call its detach(), before you make the next one"
