@@ -84,9 +84,9 @@ class OnePass:
         return self._backup is not None
 
     @property
-    def is_following(self) -> bool:
-        """Whether the models' calls are followed now."""
-        return self._stop_watching is not None
+    def is_attached(self) -> bool:
+        """Whether the models' calls are followed, or will be once the optimizer is used again."""
+        return self._stop_watching is not None or self._is_retired
 
     @property
     def needs_first_pass(self) -> bool:
@@ -320,7 +320,8 @@ class OnePass:
 
     def _moved_without_model(self) -> AbstractContextManager[Any]:
         """Return the context that moves the weights where no model's calls are followed."""
-        return nullcontext() if self.is_following else cast(Any, self.perturbed(None))
+        follows = self._stop_watching is not None
+        return nullcontext() if follows else cast(Any, self.perturbed(None))
 
     def _displaced(self, beside: bool) -> dict[Tensor, Tensor]:
         """Return the values at ``w + epsilon`` by parameter; empty where nothing moves.
