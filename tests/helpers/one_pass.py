@@ -28,6 +28,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 def one_pass(
     model: nn.Module,
     base: Any = sgd,
+    /,
     *,
     geometry: str = "sam",
     direction: Any = "momentum",
