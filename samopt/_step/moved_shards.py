@@ -71,7 +71,7 @@ class MovedShards(CallWatcher):
             module: What was called.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
-            output: What it returned; None where it raised.
+            output: What it returned; ``RAISED`` where it raised.
         """
         if not self._trains(module):
             return

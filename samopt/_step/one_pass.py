@@ -23,7 +23,7 @@ from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.exact_exit import ExactExit
 from samopt._step.moved_shards import MovedShards
 from samopt._step.pass_handle import PassHandle
-from samopt._step.retirement import enlist
+from samopt._step.retirement import enlist, replace_older
 from samopt._step.shifted_parameters import ShiftedParameters
 from samopt._step.two_pass import differentiate
 from samopt.distributed import is_fully_sharded, reshard, unsynced
@@ -58,7 +58,8 @@ class OnePass:
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
-        self._memory = ScratchPool()
+        self._memory = ScratchPool()  # for w + epsilon beside the weights
+        self._old_weights = ScratchPool()  # for weights that are moved themselves
         self._backup: WeightBackup | None = None  # of weights that are at w + epsilon now
         self._context: ExactExit[PassHandle] | None = None
         self._has_ascended = False
@@ -75,11 +76,18 @@ class OnePass:
         if models:
             enlist(self, ascent.parameters())
             self._watch()
+        else:
+            replace_older(ascent.parameters())
 
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights themselves are at ``w + epsilon`` now."""
         return self._backup is not None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the models' calls are followed, or will be once the optimizer is used again."""
+        return self._stop_watching is not None or self._is_retired
 
     @property
     def needs_first_pass(self) -> bool:
@@ -218,7 +226,7 @@ class OnePass:
         Args:
             what: What for.
         """
-        self._leave()
+        self.restore()
 
     def check_gradient(self, stage: OptState | None) -> None:
         """Raise if there are gradients, but none was taken at ``w + epsilon``.
@@ -247,6 +255,8 @@ class OnePass:
     def gradients_cleared(self) -> None:
         """Follow the models' calls again, if another optimizer over the same weights ended that: this one is in use."""
         self._was_retired()
+        if self._shifted is not None:
+            self._shifted.gradients_cleared()
 
     def note_unscaling(self) -> None:
         """Do nothing: gradients are scaled and unscaled once."""
@@ -313,8 +323,14 @@ class OnePass:
         follows = self._stop_watching is not None
         return nullcontext() if follows else cast(Any, self.perturbed(None))
 
-    def _displaced(self) -> dict[Tensor, Tensor]:
-        """Return the values at ``w + epsilon`` by parameter; empty where nothing moves."""
+    def _displaced(self, beside: bool) -> dict[Tensor, Tensor]:
+        """Return the values at ``w + epsilon`` by parameter; empty where nothing moves.
+
+        Args:
+            beside: Leave the memory of the last values to the graphs that hold it.
+        """
+        if beside:
+            self._memory = ScratchPool()
         perturbation = self._perturbation()
         if perturbation is None:
             return {}
@@ -329,7 +345,7 @@ class OnePass:
         perturbation = self._perturbation()
         if perturbation is None:
             return
-        self._backup = perturbation.backup(self._memory)
+        self._backup = perturbation.backup(self._old_weights)
         try:
             applied = perturbation.move(self._ascent.rounding_noise(), self._backup)
         except BaseException:
