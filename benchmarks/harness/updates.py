@@ -169,7 +169,8 @@ UPDATES: dict[str, Callable[[Sequence[Tensor], str, MakeBase], Update]] = {
     "samopt-lean": partial(_ours, measure_grad_norms=False),
     "displaced": _Displaced,
 }
-"""By name. "displaced" is one pass's part, whose gradient is handed out once more than in use. Every samopt backend measures gradient norms for ``last_step``, as by default; "lean" does not."""
+"""By name. "displaced" is one pass's part; its gradient is handed out once more than in use. Every samopt backend
+measures gradient norms for ``last_step``, as by default; "lean" does not."""
 
 
 STEPS = ("base", "script", "sam-backward", "sam-perturbed", "sam-closure", BAREST, "one-pass")
