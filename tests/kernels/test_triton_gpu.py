@@ -6,7 +6,6 @@ Without a GPU, ``TRITON_INTERPRET=1`` runs what does not need one on the CPU, so
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import contextmanager
 
 import pytest
@@ -20,13 +19,14 @@ from samopt._perturb.perturbation import Perturbation
 from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.targets import Region, Targets
 from samopt.kernels import Block, select
+from samopt.kernels.triton.availability import missing
 from samopt.parts.geometry import Adaptive, Euclidean, Fisher
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a CUDA device"),
+    pytest.mark.skipif(not CUDA and missing() is not None, reason="needs a CUDA device, or Triton's interpreter"),
 ]
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 
