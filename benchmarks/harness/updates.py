@@ -23,8 +23,7 @@ BAREST = "one-pass-barest"
 """What one pass in whole steps is measured against."""
 
 MOVED = {
-    "base": (0, 0), "textbook": (40, 104), "script": (48, 72), "samopt-swap": (16, 20), "samopt-foreach": (32, 36),
-    "samopt-triton": (28, 32), "displaced": (16, 20),
+    "base": (0, 0), "textbook": (40, 104), "script": (48, 72), "samopt-swap": (16, 20), "samopt-triton": (28, 32),
 }  # fmt: skip
 """Bytes that each moves per fp32 element beyond the base's step, with SAM's and ASAM's geometry, where known;
 "samopt-swap" is gone, but rows of it are published."""

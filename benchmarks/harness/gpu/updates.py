@@ -20,6 +20,7 @@ from samopt._perturb.targets import Region, Targets
 from samopt.parts.geometry import Euclidean
 
 _CASES = ("bert_base", "resnet18", "vit_s", "tiny500", "decoder_1b")
+_MOVED_BY_TRITON = {"samopt-lean": MOVED["samopt-triton"], "displaced": (16, 20)}
 _CONTENDERS = ("base", "textbook", "script", "samopt-foreach", "samopt-triton", "samopt-lean", "displaced")
 
 
@@ -55,7 +56,7 @@ def _measure(options: Options, case: Case, geometry: str, rounds: int, device: t
         name = row.contender
         count = launched[name]
         handed_out = row.tensors * (1 if name == "base" else 2)  # copies of the gradients, which are not its own
-        known = MOVED.get("samopt-triton" if name == "samopt-lean" else name)
+        known = (MOVED | _MOVED_BY_TRITON).get(name)
         row = replace(row, milliseconds=[round(value, 5) for value in row.milliseconds])
         options.write(
             **asdict(row),
