@@ -45,7 +45,7 @@ class Step:
 
 PLAN = (
     Step("environment", 0.05, "versions, device, what is installed"),
-    Step("tests", 0.25, "tests/kernels/test_triton_gpu.py, four processes at once"),
+    Step("tests", 0.25, "tests/kernels/test_triton_gpu.py and the others marked gpu, five processes at once"),
     Step("memcheck", 0.08, "a few of them under compute-sanitizer --tool memcheck"),
     Step("racecheck", 0.08, "a few of them under compute-sanitizer --tool racecheck"),
     Step("updates", 0.18, "the update alone: five sets of parameters, SAM and ASAM, seven contenders"),

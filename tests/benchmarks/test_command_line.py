@@ -156,7 +156,11 @@ def test_report_writes_the_tables_and_figures_of_a_folder(tmp_path, make_row, ca
         ("frontier-again", "frontier", "| momentum-ahead:"),
         ("lightning", "lightning", "| 40% random labels | sgd+sam | 3 | 74.6 ± 1.5 | +0.7 ["),
         ("performance", "optimizer", "| samopt-cpu | 11 | 24.95 (24.70 to 25.18) | 17.64 (17.41 to 18.00) | 1.11 ("),
-        ("performance-again", "optimizer", "| displaced | 9 | 18.77 (18.26 to 19.61) | 10.32 (10.00 to 11.06) | 0.49 ("),
+        (
+            "performance-again",
+            "optimizer",
+            "| displaced | 9 | 18.77 (18.26 to 19.61) | 10.32 (10.00 to 11.06) | 0.49 (",
+        ),
         ("sharpness", "sharpness", "| largest Hessian eigenvalue | "),
         ("wordnet/tuned", "wordnet", "| sam:rho=0.02 | 5 | 34.3 ± 0.5 | +0.1 [-0.0, +0.2] |"),
     ],

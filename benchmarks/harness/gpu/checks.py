@@ -17,6 +17,7 @@ _FILE = "tests/kernels/test_triton_gpu.py"
 _ROOT = Path(__file__).parents[3]
 _GROUPS = ("float32", "bfloat16", "float16 and not bfloat16", "not float")
 """What each process runs: kernels are compiled for each dtype, which takes most of the time."""
+_OTHERS = ("tests/sharpness/test_sharpness_model.py", "tests/trust_region/test_trust_region_places.py")
 _SUBSET = "(reference and sam-l2 and float32) or one_pass"
 _QUICK = "(reference and asam-l2 and bfloat16) or (bucket and one-pass)"
 _RESULT = re.compile(r"^(\S*::\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)", re.MULTILINE)
@@ -31,10 +32,14 @@ def find_sanitizer() -> str | None:
 
 def run(options: Options) -> None:
     """Run the tests, or the few that compute-sanitizer repeats, and write a row for each process."""
-    python = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", _FILE, "-k"]
+    pytest = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    python = [*pytest, _FILE, "-k"]
     if options.step == "tests":
         groups = (_QUICK,) if options.quick else _GROUPS
-        _run_all(options, {group: [*python, group] for group in groups}, {})
+        commands = {group: [*python, group] for group in groups}
+        if not options.quick:
+            commands["other tests"] = [*pytest, *_OTHERS, "-m", "gpu"]
+        _run_all(options, commands, {})
         return
     tool = find_sanitizer()
     if tool is None or options.device != "cuda":
