@@ -7,6 +7,7 @@ of samopt. A ``finally`` around the call also runs at a ``KeyboardInterrupt``, w
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -55,6 +56,14 @@ class _WatchedCall:
         self.module = weakref.ref(module)  # the module holds this object: a strong reference would be a cycle
         self.inner: Callable[..., Any] | None = vars(module).get(_SLOT)  # of module.compile()
         self.watchers: tuple[CallWatcher, ...] = ()
+
+    # A module that copies its whole __dict__, as torch's parametrized ones do, would get this object and with it the
+    # forward of the original. Copies and pickles hold what was there before.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.inner, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module()

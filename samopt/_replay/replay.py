@@ -37,15 +37,12 @@ class Replay:
 
     Args:
         models: The modules that the passes run; empty to look after the random streams only.
-        owned: The parameters of the optimizer.
         observers: Told when passes begin and end.
     """
 
-    def __init__(
-        self, models: Sequence[nn.Module], owned: Iterable[Tensor], observers: Iterable[PassObserver] = ()
-    ) -> None:
+    def __init__(self, models: Sequence[nn.Module], observers: Iterable[PassObserver] = ()) -> None:
         self.models = models
-        self.state = ModuleState(models, owned)
+        self.state = ModuleState(models)
         self._calls = ForwardCalls(self.state.begin)
         self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
         self._end: RngState | None = None

@@ -14,7 +14,6 @@ from torch.amp.grad_scaler import OptState
 from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
-from samopt._replay.module_state import every_module
 from samopt._replay.random_state import RngState
 from samopt._replay.replay import PassObserver, Replay
 from samopt._step.ascent import Ascent
@@ -75,7 +74,7 @@ class TwoPass:
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
-        self._replay = Replay(models, ascent.parameters(), observers)
+        self._replay = Replay(models, observers)
         self._memory = ScratchPool()
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None
@@ -407,14 +406,10 @@ class TwoPass:
 
     def _gradients_of_others(self) -> StashedGradients:
         """Return the parameters of the models that another optimizer trains, with their gradients."""
+        if not self._models:
+            return StashedGradients([], [])
         owned = set(self._ascent.parameters())
-        others: list[Tensor] = [
-            parameter
-            for module in every_module(self._models)
-            for parameter in module._parameters.values()
-            if parameter is not None and parameter.grad is not None and parameter not in owned
-        ]
-        others = list(dict.fromkeys(others))
+        others = [tensor for tensor in self._replay.state.parameters_with_gradients() if tensor not in owned]
         return StashedGradients(others, [parameter.grad for parameter in others])
 
     def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
