@@ -270,10 +270,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 f"backward() takes a function that computes the loss, got {type(compute_loss).__name__}; write "
                 "optimizer.backward(lambda: criterion(model(x), y))"
             )
-        result = self._passes.backward(compute_loss, last=last)
-        if last and not self.is_one_pass:
-            self._watch_for_stall()
-        return result
+        return self._passes.backward(compute_loss, last=last)
 
     @with_step_hooks
     def step(self, closure: Callable[[], Any] | None = None, ascent_closure: Callable[[], Any] | None = None) -> Any:
@@ -550,6 +547,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _prepare(self) -> None:
         """Note that the base is about to be stepped with the present gradients."""
+        if self._passes.waits_for_step:
+            self._watch_for_stall()
         self._passes.reset()
         self._opt_called = True  # what learning rate schedules made for this optimizer look for
         self._ascent.advance()

@@ -22,6 +22,7 @@ from tests.helpers.cases import (
     loss_of,
     mlp,
     parameter_groups,
+    rhos_of,
     same_bits,
 )
 from tests.helpers.published import PRESETS
@@ -186,7 +187,7 @@ def test_second_gradient_is_taken_where_the_formula_says(variant, factors) -> No
     loss_of(model, data).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start = [p.detach().clone() for p in parameters]
-    rhos = [group["rho"] for group in optimizer.param_groups for _ in group["params"]]
+    rhos = rhos_of(optimizer)
     expected = variant.epsilon(start, [p.grad for p in parameters], rhos)
     optimizer.ascend()
     for parameter, before, epsilon in zip(parameters, start, expected, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import samopt
 from samopt.stall_warning import StallDetector
-from samopt.step_metrics import Known, StepMetrics
+from samopt.step_metrics import StepMetrics
 
 REMEDY = r"(?s)still at its starting level.*smaller rho.*linear_warmup.*warn_on_stall=False"
 
@@ -126,8 +126,8 @@ def metrics_of(loss, rise, norm, perturbed_norm):
         perturbed_loss=one * loss + rise,
         grad_norm=one * norm,
         perturbed_grad_norm=one * perturbed_norm,
-        asked=Known(one * 0.5),
-        applied=Known(one * 0.5),
+        radius=one * 0.5,
+        applied_radius=one * 0.5,
     )
 
 
@@ -196,7 +196,7 @@ def test_a_loss_that_is_written_into_the_same_memory_every_step_is_copied(name):
 def test_steps_without_a_perturbation_or_norms_do_not_count():
     held = TRACES["held"][0]
     detector = StallDetector()
-    plain = StepMetrics(loss=torch.tensor(9.0), asked=Known(torch.tensor(0.0)))
+    plain = StepMetrics(loss=torch.tensor(9.0), radius=torch.tensor(0.0))
     assert warned_at(detector, lambda step: plain if step <= 50 else metrics_of(*held(step))) == [150]
     for missing in ("loss", "perturbed_loss", "grad_norm", "perturbed_grad_norm"):
         without = {missing: None}
