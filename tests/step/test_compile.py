@@ -78,7 +78,7 @@ def test_a_compiled_model_is_compiled_once_and_trains_as_a_seeded_loop(backend, 
     dropout = form == "closure" or setup in (
         "compiled",
         "in place",
-    )  # what the explicit form cannot see, it warns about
+    )  # else it warns
     inner = build(dropout)
     counter = CompileCounterWithBackend(backend)
     called, given = compile_it(inner, setup, counter)

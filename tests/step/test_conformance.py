@@ -70,6 +70,15 @@ def explicit_step(
     return loss.detach()
 
 
+def backward_step(
+    optimizer: samopt.SharpnessAwareOptimizer, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = optimizer.backward(lambda: loss_of(model, data))
+    optimizer.step()
+    return loss.detach()
+
+
 def assert_near(model: nn.Module, reference: nn.Module, dtype: torch.dtype) -> None:
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, **TOLERANCE[dtype])
@@ -78,7 +87,7 @@ def assert_near(model: nn.Module, reference: nn.Module, dtype: torch.dtype) -> N
 @each_pairing
 @each_dtype
 @each_grouping
-@pytest.mark.parametrize("form", ["closure", "explicit"])
+@pytest.mark.parametrize("form", ["closure", "explicit", "backward"])
 def test_training_equals_the_textbook_loop(variant, base, dtype, factors, form) -> None:
     model, optimizer = build(variant, base, dtype, factors, stochastic_rounding=False)
     reference = mlp(dtype)
@@ -89,7 +98,7 @@ def test_training_equals_the_textbook_loop(variant, base, dtype, factors, form) 
         if form == "closure":
             loss = optimizer.step(closure_of(optimizer, model, data)).detach()
         else:
-            loss = explicit_step(optimizer, model, data)
+            loss = (backward_step if form == "backward" else explicit_step)(optimizer, model, data)
         expected = by_hand(reference, stock, data)
         torch.testing.assert_close(loss, expected, **TOLERANCE[dtype])
     assert_near(model, reference, dtype)

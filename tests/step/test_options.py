@@ -100,7 +100,7 @@ def constructor_errors() -> list[tuple[Callable[[nn.Module, torch.optim.Optimize
             lambda m, b: samopt.SAM(b, sgd),
             "instance together with <class 'torch.optim.sgd.SGD'>, which SAM does not know.*" + two_forms,
         ),
-        (lambda m, b: samopt.SAM(b, 0.1), "instance together with 0.1, which SAM does not know.*" + two_forms),
+        (lambda m, b: samopt.SAM(b, 0.1), "instance together with 0.1, which SAM does not.*" + two_forms),
         (lambda m, b: samopt.SAM(m.parameters(), b), "parameters together with an instance of SGD; " + two_forms),
         (lambda m, b: samopt.SAM(m.parameters(), lr=0.1), "got generator and None; " + two_forms),
         (lambda m, b: samopt.SAM(m, sgd, lr=0.1), "SAM got a module, Sequential; write SAM\\(model.parameters\\(\\)"),

@@ -306,7 +306,7 @@ def test_previous_with_lbfgs_is_the_evaluation_before() -> None:
             with torch.no_grad():
                 points.append(model(batch(torch.float64)[0]).softmax(1))
         else:
-            distances.append(optimizer._distance.item())
+            distances.append(optimizer.radius.metrics()["distance"].item())
         return closure()
 
     optimizer.step(watched)
