@@ -85,6 +85,8 @@ class Replay:
                 f"{self._names()} draws other masks in the second pass than in the first. Set its rate to 0, or take "
                 "these steps without a graph"
             )
+        if start is not None:  # from there, the streams repeat by themselves, whatever the calls and their order
+            self._calls.clear()
         for observer in self._observers:
             observer.replaying = True
         if start is not None:

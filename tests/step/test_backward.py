@@ -21,8 +21,8 @@ from tests.helpers.cases import (
     bits,
     loss_of,
     mlp,
-    same_bits,
     sam_epsilon,
+    same_bits,
     second_gradient,
 )
 from tests.helpers.published import PRESETS
@@ -69,7 +69,7 @@ def test_windows_equal_the_loop_by_hand(size) -> None:
         torch.manual_seed(step)
         optimizer.zero_grad()
         for i, (x, y) in enumerate(batches):
-            optimizer.backward(lambda: nn.functional.cross_entropy(ours(x).float(), y) / size, last=i + 1 == size)
+            optimizer.backward(lambda: nn.functional.cross_entropy(ours(x).float(), y) / size, last=i + 1 == size)  # noqa: B023  # on purpose
         x, y = None, None  # the batches must have been kept
         optimizer.step()
         first, second = window_by_hand(theirs, base, batches, 0.2, step, 1 / size)
