@@ -162,3 +162,49 @@ def test_an_eager_model_gets_no_such_warning(recwarn):
     with frozen.perturbed():
         loss_of(model.layers[0], data(0)).backward()
     assert not recwarn.list
+
+
+FORMS_OF_A_STEP = ["perturbed", "backward", "closure"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS_OF_A_STEP)
+def test_a_compiled_training_step_is_the_uncompiled_one(form):
+    """The parts that cannot be compiled run as they are: a graph break, and no other result.
+
+    In a compiled step the calls of the model before ``perturbed()`` cannot be seen, so dropout is warned about there.
+    """
+    weights = []
+    for is_compiled in (True, False):
+        model = build(dropout=form != "perturbed").double()
+        optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.3, model=model)
+
+        def train_step(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            if form == "perturbed":
+                loss = loss_of(model, x)
+                loss.backward()
+                with optimizer.perturbed(loss):
+                    loss_of(model, x).backward()
+                optimizer.step()
+            elif form == "backward":
+                loss = optimizer.backward(lambda: loss_of(model, x))
+                optimizer.step()
+            else:
+
+                def closure():
+                    optimizer.zero_grad()
+                    loss = loss_of(model, x)
+                    loss.backward()
+                    return loss
+
+                loss = optimizer.step(closure)
+            return loss
+
+        run = torch.compile(train_step, backend="eager") if is_compiled else train_step
+        for seed in range(3):
+            torch.manual_seed(seed)
+            run(data(seed).double())
+        weights.append([*model.parameters(), *model.buffers()])
+        assert not optimizer.is_perturbed
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""A failure anywhere in a second pass leaves exact weights, an error that says what happened, and a usable optimizer."""
+"""A failure anywhere in a second pass leaves exact weights, a clear error, and a usable optimizer."""
 
 from __future__ import annotations
 
