@@ -21,6 +21,7 @@ _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether t
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (list, tuple, dict, set, deque)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
 
 
@@ -63,7 +64,7 @@ class ModuleState:
         self._ignored_of: dict[type, frozenset[str]] = {}
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
-        self._moved: set[Tensor] = set()  # by the last second pass, and so by the next one, most likely
+        self._moved: set[int] = set()  # ids of what the last second pass moved, and the next one will, most likely
         self._now: _Found | None = None
         self._bound: _Found | None = None
         self._at_start: _Found | None = None
@@ -76,8 +77,8 @@ class ModuleState:
         self._known = {}
         self._samples = []
         for tensor in found.tensors:
-            self._known[id(tensor)] = (tensor, _mark(tensor))
-            if tensor.numel() > _SMALL and tensor not in self._moved:
+            if id(tensor) not in self._moved and tensor.numel() > _SMALL:  # others are copied in any case, or put back
+                self._known[id(tensor)] = (tensor, _mark(tensor))
                 self._samples.append((tensor, sample(tensor)))
         self._at_start = found
 
@@ -96,10 +97,10 @@ class ModuleState:
             return
         self._bound, self._now = self._now or self._look(), None
         changed = self._silently_changed()
-        moved = self._moved = set(moving)
+        moved = self._moved = set(map(id, moving))
         with torch.no_grad():
             for tensor in self._bound.tensors:
-                if tensor in moved:
+                if id(tensor) in moved:
                     continue
                 known = self._known.get(id(tensor))
                 if (
@@ -144,13 +145,19 @@ class ModuleState:
                 ignored = self._ignored_of[kind] = self._ignored | _constants(kind)
             spaces.append((vars(module), ignored))
         for space, ignored in spaces:
-            attributes = {name: space[name] for name in space.keys() - ignored}
+            attributes = {}
+            for name in space.keys() - ignored:
+                attributes[name] = space[name]
             found.namespaces.append((space, attributes, ignored))
             pending.extend(attributes.values())
         while pending:
             value = pending.pop()
             if isinstance(value, Tensor):
-                if id(value) not in seen and value.is_leaf and not _cannot_change(value):
+                if id(value) in seen or not value.is_leaf:
+                    continue
+                is_usual = type(value) in _PLAIN_TENSORS and not value.is_meta and not value.is_inference()
+                # The short way is for most tensors of most models: this runs for each of them, twice a step.
+                if (is_usual and value.layout is torch.strided and value.is_contiguous()) or not _cannot_change(value):
                     seen.add(id(value))
                     found.tensors.append(value)
             elif isinstance(value, _VALUES) or id(value) in seen:
@@ -260,7 +267,7 @@ def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return what changes when a tensor is written into, or gets other memory."""
-    plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
+    plain = tensor.layout is torch.strided and type(tensor) in _PLAIN_TENSORS
     return (tensor.data_ptr() if plain else 0, tensor._version)
 
 

@@ -408,8 +408,8 @@ class TwoPass:
         """Return the parameters of the models that another optimizer trains, with their gradients."""
         if not self._models:
             return StashedGradients([], [])
-        owned = set(self._ascent.parameters())
-        others = [tensor for tensor in self._replay.state.parameters_with_gradients() if tensor not in owned]
+        owned = set(map(id, self._ascent.parameters()))
+        others = [tensor for tensor in self._replay.state.parameters_with_gradients() if id(tensor) not in owned]
         return StashedGradients(others, [parameter.grad for parameter in others])
 
     def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
