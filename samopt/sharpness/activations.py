@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
+from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
 from samopt.sharpness._measuring.weights import unwrap
@@ -101,13 +101,13 @@ def active_units(
     fractions = []
     with measuring(
         model, loss_fn, batches, name="active units", mode=mode, cost_per_batch=FORWARD, progress=progress
-    ) as subject:
+    ) as measured:
         with ExitStack() as hooks:
             for name, module in modules.items():
                 hooks.callback(module.register_forward_hook(counters[name]).remove)
-            for batch in subject.batches:
-                fractions.append(_fraction_of(subject, batch, counters))
-        cost = subject.progress.cost
+            for batch in measured.batches:
+                fractions.append(_fraction_of(measured, batch, counters))
+        cost = measured.progress.cost
     silent = [name for name, counter in counters.items() if counter.seen == 0]
     if silent:
         raise ValueError(f"layers {silent} were never called by loss_fn; leave them out")
@@ -150,10 +150,10 @@ class _Counter:
         return 0.0 if self._ever is None else 1 - float(self._ever.float().mean())
 
 
-def _fraction_of(subject: Subject, batch: Any, counters: dict[str, _Counter]) -> float:
+def _fraction_of(measured: MeasuredModel, batch: Any, counters: dict[str, _Counter]) -> float:
     """Run one batch, and return the fraction active in it."""
     before = [(counter.active, counter.seen) for counter in counters.values()]
-    subject.loss(batch)
+    measured.loss(batch)
     active = sum(counter.active - b for counter, (b, _) in zip(counters.values(), before, strict=True))
     seen = sum(counter.seen - b for counter, (_, b) in zip(counters.values(), before, strict=True))
     return active / seen if seen else 0.0

@@ -196,7 +196,7 @@ def test_loading_runs_no_code_from_the_file(project, tmp_path, capsys):
 
 
 def test_an_interrupt_keeps_what_was_measured(project, monkeypatch, capsys):
-    from samopt.sharpness import requests
+    from samopt.sharpness.cli import requests
 
     def stopped(*arguments, **options):
         raise KeyboardInterrupt

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samopt._replay.forward_calls import RngState
+from samopt.sharpness._measuring.optimizer_parts import RngState
 
 __all__ = ["map_tensors", "read_batches"]
 

@@ -10,23 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt._perturb.perturbation import Placement
-from samopt._replay.forward_calls import RngState, SavedBuffers
-from samopt._replay.unobserved import unobserved
 from samopt.sharpness._measuring.batches import read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
 from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedBuffers, unobserved
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.weights import Selection, select, unwrap
 
-__all__ = ["FORWARD", "GRADIENT", "MODES", "Subject", "measuring"]
+__all__ = ["FORWARD", "GRADIENT", "MODES", "MeasuredModel", "measuring"]
 
 FORWARD = 1 / 3  # the cost of a forward pass alone, in gradients: a backward pass costs about twice a forward pass
 GRADIENT = 1.0
 MODES = ("eval", "train", "keep")
 
 
-class Subject:
+class MeasuredModel:
     """A model, its loss and its batches, in a state that every evaluation starts from anew.
 
     Random numbers (dropout masks) and, in training mode, buffers are the same for every evaluation, so the loss is a
@@ -132,20 +130,20 @@ class Subject:
         return gradient
 
     @contextmanager
-    def placement(self) -> Generator[Placement]:
+    def movable_weights(self) -> Generator[MovableWeights]:
         """Let the weights be moved inside this context; they are put back bit for bit, also after an interrupt.
 
         Yields:
             What moves them.
         """
-        placement = Placement(self.weights)
+        movable = MovableWeights(self.weights)
         try:
             try:
-                yield placement
+                yield movable
             finally:
-                placement.undo()
+                movable.undo()
         finally:
-            placement.undo()  # once more, in case an interrupt hit the first one
+            movable.undo()  # once more, in case an interrupt hit the first one
 
     @staticmethod
     def checked(loss: Tensor, number: int) -> float:
@@ -213,10 +211,10 @@ def measuring(
     frozen: bool = False,
     cost_per_batch: float | None = None,
     progress: ProgressOption = None,
-) -> Generator[Subject]:
+) -> Generator[MeasuredModel]:
     """Make a model ready to be measured, and afterwards put back everything but weights that were moved.
 
-    Modes, buffers, random streams and hooks come back; weights are put back by who moves them (``Placement``), and
+    Modes, buffers, random streams and hooks come back; weights are put back by who moves them (``MovableWeights``), and
     ``.grad`` is never touched.
 
     Args:
@@ -233,7 +231,7 @@ def measuring(
         progress: See ``ProgressOption``.
 
     Yields:
-        The subject.
+        The measured.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -260,7 +258,7 @@ def measuring(
         total = None if cost_per_batch is None else cost_per_batch * len(read)
         counter = Progress(progress, name, total)
         stack.callback(counter.close)
-        yield Subject(model, loss_fn, weights, read, buffers, start, counter)
+        yield MeasuredModel(model, loss_fn, weights, read, buffers, start, counter)
 
 
 @contextmanager

@@ -287,9 +287,9 @@ def _eigenvalues(
         parameters=parameters,
         mode=mode,
         progress=progress,
-    ) as subject:
-        values, residuals = solver.solve(curvature(subject, matrix))
-        cost = subject.progress.cost
+    ) as measured:
+        values, residuals = solver.solve(curvature(measured, matrix))
+        cost = measured.progress.cost
     return Eigenvalues(
         measure=name,
         value=values[0],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.measured_model import Subject, measuring
+from samopt.sharpness._measuring.measured_model import MeasuredModel, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.curvature.eigenvalues import Eigenvalues, Solver
@@ -85,10 +85,10 @@ def preconditioned_eigenvalues(
         parameters=parameters,
         mode=mode,
         progress=progress,
-    ) as subject:
-        preconditioner = preconditioner_of(optimizer, subject.weights)
-        values, residuals = solver.solve(_Sandwich(subject, curvature(subject, "hessian"), preconditioner.scales))
-        cost = subject.progress.cost
+    ) as measured:
+        preconditioner = preconditioner_of(optimizer, measured.weights)
+        values, residuals = solver.solve(_Sandwich(measured, curvature(measured, "hessian"), preconditioner.scales))
+        cost = measured.progress.cost
     return Eigenvalues(
         measure="preconditioned_eigenvalues",
         value=values[0],
@@ -104,13 +104,13 @@ def preconditioned_eigenvalues(
 class _Sandwich(Curvature):
     """``P^-1/2 H P^-1/2``, symmetric and with the eigenvalues of ``P^-1 H``."""
 
-    def __init__(self, subject: Subject, inner: Curvature, scales: Sequence[Tensor | float]) -> None:
+    def __init__(self, measured: MeasuredModel, inner: Curvature, scales: Sequence[Tensor | float]) -> None:
         self.size, self.device, self.dtype = inner.size, inner.device, inner.dtype
         self._inner = inner
         self._root = torch.cat(
             [
                 torch.as_tensor(scale, device=self.device, dtype=self.dtype).expand(weight.shape).reshape(-1)
-                for scale, weight in zip(scales, subject.weights, strict=True)
+                for scale, weight in zip(scales, measured.weights, strict=True)
             ]
         ).sqrt_()
 

@@ -142,14 +142,14 @@ def spectral_density(
         mode=mode,
         cost_per_batch=samples * steps * product_cost(matrix),
         progress=progress,
-    ) as subject:
-        product = curvature(subject, matrix)
+    ) as measured:
+        product = curvature(measured, matrix)
         for sample in range(samples):
             diagonal, beside = tridiagonalize(product, _probe(product, seed, sample), steps, reorthogonalize)
             values, vectors = solve(diagonal, beside)
             nodes += values.tolist()
             weights += (vectors[0] ** 2 / samples).tolist()
-        cost = subject.progress.cost
+        cost = measured.progress.cost
     if width is None:
         width = 0.01 * (max(nodes) - min(nodes)) or 0.01 * max(abs(nodes[0]), 1e-12)
     return SpectralDensity(

@@ -108,8 +108,8 @@ def hessian_trace(
         mode=mode,
         cost_per_batch=samples * product_cost(matrix),
         progress=progress,
-    ) as subject:
-        product = curvature(subject, matrix)
+    ) as measured:
+        product = curvature(measured, matrix)
         estimates = []
         for sample in range(samples):
             generator = stream(product.device, "probe", seed, sample)
@@ -117,7 +117,7 @@ def hessian_trace(
             signs = probe.to(product.dtype).mul_(2).sub_(1)
             del probe
             estimates.append(dot(product(signs), signs))
-        cost = subject.progress.cost
+        cost = measured.progress.cost
     value, error = mean_and_error(estimates)
     return Trace(
         measure="hessian_trace",

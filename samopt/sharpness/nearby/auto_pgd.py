@@ -11,13 +11,13 @@ from torch import Tensor
 
 from samopt._numerics.low_precision import is_low_precision, widen
 from samopt._numerics.stochastic_rounding import Noise, RoundingNoise
-from samopt._perturb.perturbation import Placement
 from samopt.sharpness._measuring.batches import map_tensors
-from samopt.sharpness._measuring.measured_model import Subject
+from samopt.sharpness._measuring.measured_model import MeasuredModel
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.seeds import stream
 from samopt.sharpness.nearby.ball import Ball
 
-__all__ = ["Climb", "checkpoints"]
+__all__ = ["AutoPGD", "checkpoints"]
 
 _MOMENTUM = 0.75  # weight of the new step; the rest goes to the previous one
 _ENOUGH = 0.75  # fraction of steps that must raise the loss for the step size to stay
@@ -37,7 +37,7 @@ def checkpoints(steps: int) -> set[int]:
     return found
 
 
-class Climb:
+class AutoPGD:
     """The search on one batch.
 
     The first step from the centre is SAM's own ascent. Later ones move by ``size`` along the steepest direction,
@@ -45,25 +45,27 @@ class Climb:
     too few steps raised the loss. Unlike in the original the search goes on from where it is then, not from the best
     point, so that no copy of it is needed.
 
-    Memory: besides the saved weights of ``placement``, the gradient and one more copy (low-precision weights: fp32
+    Memory: besides the saved weights of ``movable``, the gradient and one more copy (low-precision weights: fp32
     copies of the last two perturbations instead).
 
     Args:
-        subject: What is measured.
+        measured: What is measured.
         batch: The batch.
         ball: Where to search.
-        placement: Moves the subject's weights; they are anywhere afterwards.
+        movable: Moves the measured's weights; they are anywhere afterwards.
         key: Decides the random starts and the stochastic rounding.
     """
 
-    def __init__(self, subject: Subject, batch: Any, ball: Ball, placement: Placement, key: tuple[int, int]) -> None:
-        self._subject = subject
+    def __init__(
+        self, measured: MeasuredModel, batch: Any, ball: Ball, movable: MovableWeights, key: tuple[int, int]
+    ) -> None:
+        self._measured = measured
         self._batch = batch
         self._ball = ball
-        self._placement = placement
+        self._movable = movable
         self._key = key
         self._noise = RoundingNoise(key[0])
-        self._held: list[Tensor | None] = [None] * len(subject.weights)
+        self._held: list[Tensor | None] = [None] * len(measured.weights)
         self._previous: list[Tensor] | None = None
         self._has_moved = False
         self._foreign: set[int] = set()
@@ -83,8 +85,8 @@ class Climb:
             steps: Steps a restart.
             restarts: The first starts at the centre, the others at random points of the ball.
         """
-        self._placement.undo()
-        self.loss, gradient = self._subject.gradient(self._batch)
+        self._movable.undo()
+        self.loss, gradient = self._measured.gradient(self._batch)
         best = self._search(steps, self._first_from_centre, gradient)
         del gradient
         for restart in range(1, restarts):
@@ -121,20 +123,20 @@ class Climb:
     def _evaluate(self, *, with_gradient: bool) -> tuple[float, list[Tensor | None]]:
         gradient: list[Tensor | None] = []
         if with_gradient:
-            loss, gradient = self._subject.gradient(self._batch)
+            loss, gradient = self._measured.gradient(self._batch)
         else:
-            loss = self._subject.loss_in_graph(self._batch)
+            loss = self._measured.loss_in_graph(self._batch)
         return float(loss - self.loss), gradient
 
     def _first_from_centre(self, gradient: list[Tensor | None]) -> bool:
         self._previous, self._has_moved = None, True
-        ascent = self._ball.first_step(self._subject.weights, gradient)
+        ascent = self._ball.first_step(self._measured.weights, gradient)
         if not 0 < float(ascent.norm) < math.inf:
             return False
         ascent.move(self._next_noise())
-        if any(is_low_precision(weight) for weight in self._subject.weights):
+        if any(is_low_precision(weight) for weight in self._measured.weights):
             offsets = self._take(gradient)
-            self._ball.uphill(offsets, self._placement.origin, self._ball.rho)
+            self._ball.uphill(offsets, self._movable.origin, self._ball.rho)
             self._hold(offsets)
         gradient.clear()  # whoever else holds the list holds no memory
         return True
@@ -146,7 +148,7 @@ class Climb:
     def _random_start(self, restart: int) -> list[Tensor | None]:
         """Move to a random point of the ball, and return the gradient there."""
         offsets = []
-        for index, centre in enumerate(self._placement.origin):
+        for index, centre in enumerate(self._movable.origin):
             generator = stream(centre.device, "restart", *self._key, restart, index)
             offset = torch.randn(centre.shape, generator=generator, device=centre.device, dtype=widen(centre).dtype)
             if self._ball.linf:
@@ -154,14 +156,14 @@ class Climb:
             if (lengths := self._ball.lengths(centre)) is not None:
                 offset.mul_(lengths)
             offsets.append(offset.mul_(self._ball.rho))
-        self._ball.project(offsets, self._placement.origin)
+        self._ball.project(offsets, self._movable.origin)
         self._move(offsets)
         del offsets
-        return self._subject.gradient(self._batch)[1]
+        return self._measured.gradient(self._batch)[1]
 
     def _step(self, gradient: list[Tensor | None], size: float) -> bool:
         """Move to the next point; a gradient that is zero or not finite leads nowhere."""
-        ball, centre = self._ball, self._placement.origin
+        ball, centre = self._ball, self._movable.origin
         offsets = self._take(gradient)
         if not ball.uphill(offsets, centre, size):
             return False
@@ -186,7 +188,7 @@ class Climb:
         """Empty the list into dense tensors, in at least fp32, that share their memory with nothing."""
         taken = []
         seen = set(self._foreign)
-        for index, centre in enumerate(self._placement.origin):
+        for index, centre in enumerate(self._movable.origin):
             g, gradient[index] = gradient[index], None
             if g is None:
                 taken.append(torch.zeros_like(centre, dtype=widen(centre).dtype))
@@ -201,12 +203,12 @@ class Climb:
 
     def _offset(self, index: int) -> Tensor:
         held = self._held[index]
-        return self._subject.weights[index].detach() - self._placement.origin[index] if held is None else held
+        return self._measured.weights[index].detach() - self._movable.origin[index] if held is None else held
 
     def _move(self, offsets: list[Tensor]) -> None:
         noise = self._next_noise()
         for index, offset in enumerate(offsets):
-            self._placement.move(index, offset, noise)
+            self._movable.move(index, offset, noise)
         self._hold(offsets)
 
     def _next_noise(self) -> Noise:
@@ -216,5 +218,5 @@ class Climb:
     def _hold(self, offsets: list[Tensor]) -> None:
         """Keep what rounding would lose; where weights are precise, they hold the perturbation themselves."""
         for index, offset in enumerate(offsets):
-            if is_low_precision(self._subject.weights[index]):
+            if is_low_precision(self._measured.weights[index]):
                 self._held[index] = offset

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
 from samopt._numerics.stochastic_rounding import RoundingNoise
-from samopt._perturb.perturbation import Placement
 from samopt.sharpness._measuring.losses import LossFn
 from samopt.sharpness._measuring.measured_model import FORWARD, measuring
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
 from samopt.sharpness._measuring.seeds import seed_of, stream
@@ -131,20 +131,20 @@ def average_case(
         normalize_logits=normalize_logits,
         cost_per_batch=(2 * samples + 1) * FORWARD,
         progress=progress,
-    ) as subject:
-        with subject.placement() as placement:
-            for number, batch in enumerate(subject.batches):
-                placement.undo()
-                centre = subject.loss(batch)
-                losses.append(subject.checked(centre, number))
+    ) as measured:
+        with measured.movable_weights() as movable:
+            for number, batch in enumerate(measured.batches):
+                movable.undo()
+                centre = measured.loss(batch)
+                losses.append(measured.checked(centre, number))
                 rises.append([])
                 for sample in range(samples):
                     pair = []
                     for sign in (1, -1):
-                        _shake(placement, ball, sign, (seed, number, sample))
-                        pair.append(float(subject.loss(batch) - centre))
+                        _shake(movable, ball, sign, (seed, number, sample))
+                        pair.append(float(measured.loss(batch) - centre))
                     rises[-1].append(math.fsum(pair) / 2)
-        cost = subject.progress.cost
+        cost = measured.progress.cost
     per_batch = [math.fsum(row) / samples for row in rises]
     value, error = mean_and_error(per_batch)
     if len(per_batch) == 1:
@@ -168,14 +168,14 @@ def average_case(
     )
 
 
-def _shake(placement: Placement, ball: Ball, sign: int, key: tuple[int, int, int]) -> None:
+def _shake(movable: MovableWeights, ball: Ball, sign: int, key: tuple[int, int, int]) -> None:
     """Move every weight by ``sign * T u``; equal keys give equal ``u``."""
     rounding = RoundingNoise(seed_of("rounding", *key, sign)).source()
-    for index, centre in enumerate(placement.origin):
+    for index, centre in enumerate(movable.origin):
         noise = _draw(centre, ball, stream(centre.device, "noise", *key, index)).mul_(sign * ball.rho)
         if (lengths := ball.lengths(centre)) is not None:
             noise.mul_(lengths)
-        placement.move(index, noise, rounding)
+        movable.move(index, noise, rounding)
 
 
 def _draw(like: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:

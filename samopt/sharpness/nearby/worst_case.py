@@ -14,7 +14,7 @@ from samopt.sharpness._measuring.measured_model import FORWARD, GRADIENT, measur
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
 from samopt.sharpness._measuring.weights import Selection
-from samopt.sharpness.nearby.auto_pgd import Climb
+from samopt.sharpness.nearby.auto_pgd import AutoPGD
 from samopt.sharpness.nearby.ball import AdaptiveOption, Ball
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def worst_case(
     for name, count in (("steps", steps), ("restarts", restarts)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
-    climbs = []
+    searches = []
     with measuring(
         model,
         loss_fn,
@@ -129,14 +129,14 @@ def worst_case(
         normalize_logits=normalize_logits,
         cost_per_batch=restarts * (steps * GRADIENT + FORWARD),
         progress=progress,
-    ) as subject:
-        with subject.placement() as placement:
-            for number, batch in enumerate(subject.batches):
-                climb = Climb(subject, batch, ball, placement, (seed, number))
-                curve = climb.run(steps, restarts)
-                climbs.append((subject.checked(climb.loss, number), curve))
-        cost = subject.progress.cost
-    per_batch = tuple(curve[-1] for _, curve in climbs)
+    ) as measured:
+        with measured.movable_weights() as movable:
+            for number, batch in enumerate(measured.batches):
+                search = AutoPGD(measured, batch, ball, movable, (seed, number))
+                curve = search.run(steps, restarts)
+                searches.append((measured.checked(search.loss, number), curve))
+        cost = measured.progress.cost
+    per_batch = tuple(curve[-1] for _, curve in searches)
     value, error = mean_and_error(per_batch)
     return WorstCase(
         measure="worst_case",
@@ -152,7 +152,9 @@ def worst_case(
             "mode": mode,
             "seed": seed,
         },
-        loss=math.fsum(loss for loss, _ in climbs) / len(climbs),
+        loss=math.fsum(loss for loss, _ in searches) / len(searches),
         per_batch=per_batch,
-        curve=tuple(math.fsum(column) / len(climbs) for column in zip(*(curve for _, curve in climbs), strict=True)),
+        curve=tuple(
+            math.fsum(column) / len(searches) for column in zip(*(curve for _, curve in searches), strict=True)
+        ),
     )

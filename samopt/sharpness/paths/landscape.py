@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
-from samopt._perturb.perturbation import Placement
-from samopt.kernels.reference import vector_norm
 from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
+from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights, vector_norm
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
@@ -138,17 +137,17 @@ def landscape(
         mode=mode,
         cost_per_batch=points**dimensions * FORWARD,
         progress=progress,
-    ) as subject:
+    ) as measured:
         if directions is None:
-            axes = [_random_direction(subject, normalization, (seed, index)) for index in range(dimensions)]
+            axes = [_random_direction(measured, normalization, (seed, index)) for index in range(dimensions)]
         else:
-            axes = [_checked(subject, direction) for direction in directions]
-        with subject.placement() as placement:
+            axes = [_checked(measured, direction) for direction in directions]
+        with measured.movable_weights() as movable:
             rows = [
-                [_loss_at(subject, placement, axes, (first, second)) for second in (positions if axes[1:] else [0.0])]
+                [_loss_at(measured, movable, axes, (first, second)) for second in (positions if axes[1:] else [0.0])]
                 for first in positions
             ]
-        cost = subject.progress.cost
+        cost = measured.progress.cost
     centre = rows[middle][middle if axes[1:] else 0]
     return Landscape(
         measure="landscape",
@@ -162,18 +161,20 @@ def landscape(
     )
 
 
-def _loss_at(subject: Subject, placement: Placement, axes: Sequence[Sequence[Tensor]], at: Sequence[float]) -> float:
-    for index, origin in enumerate(placement.origin):
+def _loss_at(
+    measured: MeasuredModel, movable: MovableWeights, axes: Sequence[Sequence[Tensor]], at: Sequence[float]
+) -> float:
+    for index, origin in enumerate(movable.origin):
         offset = torch.zeros_like(origin, dtype=widen(origin).dtype)
         for direction, length in zip(axes, at, strict=False):
             offset.add_(direction[index], alpha=length)
-        placement.move(index, offset)
-    return math.fsum(float(subject.loss(batch)) for batch in subject.batches) / len(subject.batches)
+        movable.move(index, offset)
+    return math.fsum(float(measured.loss(batch)) for batch in measured.batches) / len(measured.batches)
 
 
-def _random_direction(subject: Subject, normalization: str, key: tuple[int, int]) -> list[Tensor]:
+def _random_direction(measured: MeasuredModel, normalization: str, key: tuple[int, int]) -> list[Tensor]:
     direction = []
-    for index, weight in enumerate(subject.weights):
+    for index, weight in enumerate(measured.weights):
         own = widen(weight.detach())
         generator = stream(own.device, "direction", *key, index)
         drawn = torch.randn(own.shape, generator=generator, device=own.device, dtype=own.dtype)
@@ -183,7 +184,7 @@ def _random_direction(subject: Subject, normalization: str, key: tuple[int, int]
             drawn.mul_(own.norm() / drawn.norm().clamp_min(torch.finfo(drawn.dtype).tiny))
         direction.append(drawn)
     if normalization == "none":
-        size = math.hypot(*(float(vector_norm(widen(weight.detach()))) for weight in subject.weights))
+        size = math.hypot(*(float(vector_norm(widen(weight.detach()))) for weight in measured.weights))
         drawn_size = math.hypot(*(float(vector_norm(drawn)) for drawn in direction))
         for drawn in direction:
             drawn.mul_(size / drawn_size)
@@ -195,11 +196,11 @@ def _like_filters(drawn: Tensor, own: Tensor) -> Tensor:
     return drawn.mul_(scale.view(-1, *[1] * (own.dim() - 1)))
 
 
-def _checked(subject: Subject, direction: Sequence[Tensor]) -> list[Tensor]:
-    given, wanted = [list(d.shape) for d in direction], [list(w.shape) for w in subject.weights]
+def _checked(measured: MeasuredModel, direction: Sequence[Tensor]) -> list[Tensor]:
+    given, wanted = [list(d.shape) for d in direction], [list(w.shape) for w in measured.weights]
     if given != wanted:
         raise ValueError(
             f"a direction needs a tensor for each of the {len(wanted)} parameters that move, of shapes {wanted[:4]}"
             f"{' ...' if len(wanted) > 4 else ''}; got {given[:4]}{' ...' if len(given) > 4 else ''}"
         )
-    return [d.detach().to(w.device, widen(w).dtype) for d, w in zip(direction, subject.weights, strict=True)]
+    return [d.detach().to(w.device, widen(w).dtype) for d, w in zip(direction, measured.weights, strict=True)]
