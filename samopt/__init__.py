@@ -1,5 +1,8 @@
 """Sharpness-aware training for PyTorch: SAM, ASAM, TRAM and their relatives around any torch optimizer."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from samopt._step.second_pass import SecondPass
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.rho_scheduler import RhoScheduler
@@ -8,6 +11,9 @@ from samopt.variants import available, create
 from samopt.variants.lesam import GSAM, LESAM, WSAM, FriendlySAM, LookSAM, MomentumSAM
 from samopt.variants.sam import ASAM, SAM, FisherSAM
 from samopt.variants.tram import TRAM
+
+if TYPE_CHECKING:
+    from samopt import sharpness
 
 __version__ = "0.1.0"
 
@@ -27,5 +33,17 @@ __all__ = [
     "SharpnessAwareOptimizer",
     "StepMetrics",
     "available",
-    "create",
+    "create", "sharpness",
 ]
+
+_LAZY = ("sharpness",)  # imported at the first use, so that `import samopt` stays quick
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

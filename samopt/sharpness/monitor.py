@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.results import Result, plain, to_json
 from samopt.sharpness._measuring.time_budget import Budget, OverBudget
 from samopt.sharpness.nearby.worst_case import worst_case
@@ -84,7 +84,7 @@ class SharpnessMonitor:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn,
+        loss_fn: Loss,
         batches: Iterable[Any],
         *,
         every: int = 500,
@@ -219,5 +219,5 @@ def _named(measures: Mapping[str, MeasureFn] | Iterable[MeasureFn] | None) -> di
     return named
 
 
-def _one_step(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], **options: Any) -> Result:
+def _one_step(model: nn.Module, loss_fn: Loss, batches: Iterable[Any], **options: Any) -> Result:
     return worst_case(model, loss_fn, batches, rho=0.05, steps=1, **options)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.batches import read_batches
+from samopt.sharpness._measuring.batches import batch_size, read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss, LossFn, as_loss_fn
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedBuffers, unobserved
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
+from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness._measuring.weights import Selection, select, unwrap
 
 __all__ = ["FORWARD", "GRADIENT", "MODES", "MeasuredModel", "measuring"]
@@ -25,7 +26,7 @@ MODES = ("eval", "train", "keep")
 
 
 class MeasuredModel:
-    """A model, its loss and its batches, in a state that every evaluation starts from anew.
+    """A model, its loss and its batches, in the same state at the start of every evaluation.
 
     Random numbers (dropout masks) and, in training mode, buffers are the same for every evaluation, so the loss is a
     function of the weights and the batch.
@@ -54,6 +55,8 @@ class MeasuredModel:
         self.names = list(weights)
         self.weights = list(weights.values())
         self.batches = batches
+        self.sizes = [batch_size(batch) for batch in batches]
+        """Number of examples of each batch: means over batches weigh them by it."""
         self.progress = progress
         self._loss_fn = loss_fn
         self._buffers = buffers
@@ -70,6 +73,18 @@ class MeasuredModel:
             loss = self.call(batch)
         self.progress.advance(FORWARD)
         return loss
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Return the mean over examples of a number that is known for each batch.
+
+        Args:
+            values: One for each batch.
+        """
+        return mean_and_error(values, self.sizes)[0]
+
+    def mean_loss(self) -> float:
+        """Return the mean loss over the examples of all batches; costs a forward pass each."""
+        return self.mean([float(self.loss(batch)) for batch in self.batches])
 
     def evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
         """Return another number that a function computes from the model and one batch; costs a forward pass.
@@ -175,7 +190,15 @@ class MeasuredModel:
             ValueError: If a graph is being built and the loss has none.
         """
         self._rewind()
-        loss = self._loss_fn(self.model, batch)
+        try:
+            loss = self._loss_fn(self.model, batch)
+        except TypeError as error:
+            if "must be Tensor, not" not in str(error):
+                raise
+            raise TypeError(
+                f"{error}. A loss function is called as loss_fn(model, batch); a loss of outputs and labels must name "
+                "its arguments so, as in def loss(outputs, labels)"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
@@ -200,7 +223,7 @@ class MeasuredModel:
 @contextmanager
 def measuring(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     name: str,
@@ -219,7 +242,7 @@ def measuring(
 
     Args:
         model: The module, perhaps compiled or data-parallel.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: See ``as_loss_fn``.
         batches: An iterable of batches.
         name: What is measured, for the progress bar.
         parameters: Which weights the measure is about.
@@ -231,7 +254,7 @@ def measuring(
         progress: See ``ProgressOption``.
 
     Yields:
-        The measured.
+        The model, ready to be measured.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -239,8 +262,7 @@ def measuring(
     """
     if mode not in MODES:
         raise ValueError(f'mode must be "eval", "train" or "keep", got {mode!r}')
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function loss_fn(model, batch), got {type(loss_fn).__name__}")
+    compute_loss = as_loss_fn(loss_fn)
     model = unwrap(model)
     weights = select(model, parameters, frozen=frozen)
     with ExitStack() as stack:
@@ -258,7 +280,7 @@ def measuring(
         total = None if cost_per_batch is None else cost_per_batch * len(read)
         counter = Progress(progress, name, total)
         stack.callback(counter.close)
-        yield MeasuredModel(model, loss_fn, weights, read, buffers, start, counter)
+        yield MeasuredModel(model, compute_loss, weights, read, buffers, start, counter)
 
 
 @contextmanager

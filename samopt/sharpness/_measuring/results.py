@@ -60,17 +60,25 @@ class Result:
         axes.bar([self.measure], [self.value], yerr=self.standard_error)
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_error(values: Sequence[float], sizes: Sequence[float] | None = None) -> tuple[float, float | None]:
     """Return the mean and its standard error; None for fewer than two values.
+
+    With sizes ``n_i``, shares ``p_i = n_i / sum n`` and k values, the mean is ``m = sum p_i x_i`` and its squared error
+    ``k / (k - 1) * sum p_i^2 (x_i - m)^2``; with equal sizes that is the usual formula.
 
     Args:
         values: At least one independent value.
+        sizes: How much each counts, as the number of examples that it is the mean of; None for the same.
     """
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
+    count = len(values)
+    if sizes is None:
+        sizes = [1.0] * count
+    total = math.fsum(sizes)
+    mean = math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / total
+    if count < 2:
         return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    spread = math.fsum(((value - mean) * size / total) ** 2 for value, size in zip(values, sizes, strict=True))
+    return mean, math.sqrt(spread * count / (count - 1))
 
 
 def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:

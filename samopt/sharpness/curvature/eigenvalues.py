@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import measuring
 from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -158,7 +158,7 @@ class Solver:
 
 def hessian_eigenvalues(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     k: int = 1,
@@ -177,8 +177,8 @@ def hessian_eigenvalues(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batches: Batches; read once and kept. Each counts the same.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
+        batches: Batches; read once and kept. Means weigh examples.
         k: How many eigenvalues, >= 1.
         which: "largest", "smallest" (the most negative), or "magnitude".
         tolerance: Relative accuracy, > 0.
@@ -213,7 +213,7 @@ def hessian_eigenvalues(
 
 def gauss_newton_eigenvalues(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     k: int = 1,
@@ -271,7 +271,7 @@ def gauss_newton_eigenvalues(
 def _eigenvalues(
     matrix: str,
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     solver: Solver,
     parameters: Selection,

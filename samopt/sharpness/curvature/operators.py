@@ -43,10 +43,10 @@ class BatchProduct(Protocol):
 
 
 class Curvature:
-    """The mean over batches of a symmetric matrix, as a function of a flat vector.
+    """The mean over examples of a symmetric matrix, as a function of a flat vector.
 
     Vectors are flat, of all weights one after the other, on the first weight's device and in at least fp32. A product
-    evaluates every batch anew, so no graph is kept.
+    evaluates every batch again, so no graph is kept.
 
     Args:
         measured: What is measured.
@@ -82,17 +82,33 @@ class Curvature:
         """
         total: Tensor | None = None  # made after the first product, when the gradient's memory is free again
         parts = self.split(vector)
-        for batch in self._measured.batches:
+        for batch, size in zip(self._measured.batches, self._measured.sizes, strict=True):
             with _twice_differentiable():
                 products = self._product(batch, parts)
             if total is None:
                 total = torch.zeros_like(vector)
             for place, product in zip(torch.split(total, self._sizes), products, strict=True):
                 if product is not None:
-                    place.add_(product.detach().reshape(-1).to(total))
+                    place.add_(product.detach().reshape(-1).to(total), alpha=size)
             self._measured.progress.advance(self._cost)
         assert total is not None  # there is at least one batch
-        return total.div_(len(self._measured.batches))
+        return total.div_(sum(self._measured.sizes))
+
+    def rayleigh_quotients(self, vector: Tensor) -> list[float]:
+        """Return ``v . A_b v`` for the matrix of each batch, whose mean over examples is ``v . A v``; costs a product.
+
+        Args:
+            vector: Shape ``(size,)``.
+        """
+        parts = self.split(vector)
+        quotients: list[float] = []
+        for batch in self._measured.batches:
+            with _twice_differentiable():
+                products = self._product(batch, parts)
+            pairs = [(part, p.detach()) for part, p in zip(parts, products, strict=True) if p is not None]
+            quotients.append(math.fsum(dot(part.reshape(-1), p.reshape(-1).to(part)) for part, p in pairs))
+            self._measured.progress.advance(self._cost)
+        return quotients
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return a flat vector as tensors shaped, placed and typed like the weights.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import MeasuredModel, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.weights import Selection
@@ -21,7 +21,7 @@ __all__ = ["preconditioned_eigenvalues"]
 
 def preconditioned_eigenvalues(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     optimizer: Any,
     *,
@@ -44,7 +44,7 @@ def preconditioned_eigenvalues(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: As for ``hessian_eigenvalues``; the more of the training set, the closer to the theory.
         optimizer: SGD, Adam, AdamW, RMSprop or Adagrad, after its first step; wrappers are looked into. Learning rates
             that differ between groups are part of ``P``, relative to the first group's.

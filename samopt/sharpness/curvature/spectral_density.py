@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import measuring
 from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -72,7 +72,7 @@ class SpectralDensity(Result):
 
 def spectral_density(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     steps: int = 40,
@@ -94,7 +94,7 @@ def spectral_density(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: As for ``hessian_eigenvalues``.
         steps: Lanczos steps a probe, >= 1: the resolution.
         samples: Probes, >= 1: the noise.

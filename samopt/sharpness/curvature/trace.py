@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
@@ -52,7 +52,7 @@ class Trace(Result):
 
 def hessian_trace(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     samples: int = 30,
@@ -71,7 +71,7 @@ def hessian_trace(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: As for ``hessian_eigenvalues``.
         samples: Probes, >= 1.
         matrix: "hessian", or "gauss_newton" for its Gauss-Newton part.

@@ -45,6 +45,9 @@ class AutoPGD:
     too few steps raised the loss. Unlike in the original the search goes on from where it is then, not from the best
     point, so that no copy of it is needed.
 
+    Where the gradient is exactly 0, or no step up to a checkpoint has raised the loss, the next step leads to a random
+    point of the ball: a model whose training loss is 0 in fp32 stands on a plateau.
+
     Memory: besides the saved weights of ``movable``, the gradient and one more copy (low-precision weights: fp32
     copies of the last two perturbations instead).
 
@@ -68,6 +71,7 @@ class AutoPGD:
         self._held: list[Tensor | None] = [None] * len(measured.weights)
         self._previous: list[Tensor] | None = None
         self._has_moved = False
+        self._escapes = 0
         self._foreign: set[int] = set()
         map_tensors(batch, self._note)
         self.loss = torch.zeros(())
@@ -95,16 +99,20 @@ class AutoPGD:
         return best
 
     def _search(
-        self, steps: int, first: Callable[[list[Tensor | None]], bool], gradient: list[Tensor | None]
+        self, steps: int, first: Callable[[list[Tensor | None]], float], gradient: list[Tensor | None]
     ) -> list[float]:
         best: list[float] = []
         highest, last_highest = 0.0, 0.0
         size = last_size = 2 * self._ball.rho
         since, raised, loss_before = 0, 0, 0.0
         checks = checkpoints(steps)
+        is_lost = False
         for step in range(1, steps + 1):
-            moved = first(gradient) if step == 1 else self._step(gradient, size)
-            if not moved:
+            norm = 0.0 if is_lost else first(gradient) if step == 1 else self._step(gradient, size)
+            is_lost = False
+            if norm == 0 and steps > 1 and self._ball.rho > 0:
+                self._escape()
+            elif not 0 < norm < math.inf:
                 break
             rise, gradient = self._evaluate(with_gradient=step < steps)
             if math.isnan(rise):
@@ -117,6 +125,7 @@ class AutoPGD:
                 last_size, last_highest = size, highest
                 size = size / 2 if stalled else size
                 since = raised = 0
+                is_lost = highest == 0
             best.append(highest)
         return best + [highest] * (steps - len(best))
 
@@ -128,28 +137,39 @@ class AutoPGD:
             loss = self._measured.loss_in_graph(self._batch)
         return float(loss - self.loss), gradient
 
-    def _first_from_centre(self, gradient: list[Tensor | None]) -> bool:
+    def _first_from_centre(self, gradient: list[Tensor | None]) -> float:
         self._previous, self._has_moved = None, True
         ascent = self._ball.first_step(self._measured.weights, gradient)
-        if not 0 < float(ascent.norm) < math.inf:
-            return False
+        norm = float(ascent.norm)
+        if not 0 < norm < math.inf:
+            return norm
         ascent.move(self._next_noise())
         if any(is_low_precision(weight) for weight in self._measured.weights):
             offsets = self._take(gradient)
             self._ball.uphill(offsets, self._movable.origin, self._ball.rho)
             self._hold(offsets)
-        gradient.clear()  # whoever else holds the list holds no memory
-        return True
+        gradient.clear()  # other holders of the list hold no memory
+        return norm
 
-    def _first_from_random(self, gradient: list[Tensor | None]) -> bool:
+    def _first_from_random(self, gradient: list[Tensor | None]) -> float:
         self._previous, self._has_moved = None, False
         return self._step(gradient, 2 * self._ball.rho)
 
     def _random_start(self, restart: int) -> list[Tensor | None]:
         """Move to a random point of the ball, and return the gradient there."""
+        self._move(self._random_point("restart", restart))
+        return self._measured.gradient(self._batch)[1]
+
+    def _escape(self) -> None:
+        """Move to a random point of the ball, from where the search goes on as from a start."""
+        self._escapes += 1
+        self._move(self._random_point("escape", self._escapes))
+        self._previous, self._has_moved = None, False
+
+    def _random_point(self, purpose: str, number: int) -> list[Tensor]:
         offsets = []
         for index, centre in enumerate(self._movable.origin):
-            generator = stream(centre.device, "restart", *self._key, restart, index)
+            generator = stream(centre.device, purpose, *self._key, number, index)
             offset = torch.randn(centre.shape, generator=generator, device=centre.device, dtype=widen(centre).dtype)
             if self._ball.linf:
                 offset = torch.erf(offset / math.sqrt(2))  # uniform in [-1, 1]
@@ -157,16 +177,15 @@ class AutoPGD:
                 offset.mul_(lengths)
             offsets.append(offset.mul_(self._ball.rho))
         self._ball.project(offsets, self._movable.origin)
-        self._move(offsets)
-        del offsets
-        return self._measured.gradient(self._batch)[1]
+        return offsets
 
-    def _step(self, gradient: list[Tensor | None], size: float) -> bool:
-        """Move to the next point; a gradient that is zero or not finite leads nowhere."""
+    def _step(self, gradient: list[Tensor | None], size: float) -> float:
+        """Move to the next point, and return the gradient's norm; where it is 0 or not finite, do not move."""
         ball, centre = self._ball, self._movable.origin
         offsets = self._take(gradient)
-        if not ball.uphill(offsets, centre, size):
-            return False
+        norm = ball.uphill(offsets, centre, size)
+        if not 0 < norm < math.inf:
+            return norm
         for index, offset in enumerate(offsets):
             offset.add_(self._offset(index))
         ball.project(offsets, centre)
@@ -182,7 +201,7 @@ class AutoPGD:
         self._previous, self._has_moved = trail, True
         ball.project(offsets, centre)
         self._move(offsets)
-        return True
+        return norm
 
     def _take(self, gradient: list[Tensor | None]) -> list[Tensor]:
         """Empty the list into dense tensors, in at least fp32, that share their memory with nothing."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
 from samopt._numerics.stochastic_rounding import RoundingNoise
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, measuring
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -59,7 +59,7 @@ class AverageCase(Result):
 
 def average_case(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     rho: float = 0.05,
@@ -74,7 +74,7 @@ def average_case(
     seed: int = 0,
     progress: ProgressOption = None,
 ) -> AverageCase:
-    """Return the mean over batches of ``E[L(w + T u)] - L(w)`` with ``u ~ N(0, rho^2)`` elementwise.
+    """Return the mean over examples of ``E[L(w + T u)] - L(w)`` with ``u ~ N(0, rho^2)`` elementwise.
 
     With ``norm="linf"``, ``u`` is uniform in ``[-rho, rho]``. Every ``u`` is used with both signs, which removes the
     gradient's share of the sampling error. Unlike the worst case the value may be negative. Its scale differs, too: the
@@ -84,7 +84,7 @@ def average_case(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: Batches.
         rho: Scale of the noise, >= 0.
         norm: "l2" for normal, "linf" for uniform noise.
@@ -146,7 +146,7 @@ def average_case(
                     rises[-1].append(math.fsum(pair) / 2)
         cost = measured.progress.cost
     per_batch = [math.fsum(row) / samples for row in rises]
-    value, error = mean_and_error(per_batch)
+    value, error = mean_and_error(per_batch, measured.sizes)
     if len(per_batch) == 1:
         _, error = mean_and_error(rises[0])
     return AverageCase(
@@ -162,7 +162,7 @@ def average_case(
             "mode": mode,
             "seed": seed,
         },
-        loss=math.fsum(losses) / len(losses),
+        loss=measured.mean(losses),
         per_batch=tuple(per_batch),
         per_sample=tuple(rise for row in rises for rise in row),
     )

@@ -102,7 +102,7 @@ class Ball:
         with torch.no_grad():
             return Perturbation([targets], self.geometry, linf=self.linf)
 
-    def uphill(self, offsets: list[Tensor], centre: Sequence[Tensor], size: float) -> bool:
+    def uphill(self, offsets: list[Tensor], centre: Sequence[Tensor], size: float) -> float:
         """Turn a gradient, in place, into the steepest step of a size: ``size T^2 g / ||T g||`` or ``size T sign(g)``.
 
         Args:
@@ -111,7 +111,7 @@ class Ball:
             size: Length of the step, in the ball's norm.
 
         Returns:
-            False where the gradient is zero or not finite, so that nothing is uphill.
+            The gradient's norm ``||T g||_2``. Where it is 0 or not finite, nothing is uphill, and nothing was done.
         """
         steepness = []
         for g, w in zip(offsets, centre, strict=True):
@@ -120,7 +120,7 @@ class Ball:
             steepness.append(vector_norm(g))
         norm = float(vector_norm(torch.stack([length.to(steepness[0]) for length in steepness])))
         if not 0 < norm < float("inf"):
-            return False
+            return norm
         for g, w in zip(offsets, centre, strict=True):
             t = self.lengths(w)
             if self.linf:
@@ -128,7 +128,7 @@ class Ball:
             g.mul_(size if self.linf else size / norm)
             if t is not None:
                 g.mul_(t)
-        return True
+        return norm
 
     def project(self, offsets: Sequence[Tensor], centre: Sequence[Tensor]) -> None:
         """Bring a perturbation back into the ball, in place.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
@@ -47,7 +47,7 @@ class PerLayer(Result):
 
 def per_layer(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     measure: Callable[..., Result] = worst_case,
@@ -61,7 +61,7 @@ def per_layer(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: Batches; read once.
         measure: Any measure of this package that takes ``parameters``.
         layers: Module names, parameter names or patterns, one for each "layer"; None for every module that holds

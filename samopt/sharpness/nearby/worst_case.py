@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, GRADIENT, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
@@ -52,7 +51,7 @@ class WorstCase(Result):
 
 def worst_case(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     rho: float = 0.05,
@@ -68,18 +67,21 @@ def worst_case(
     seed: int = 0,
     progress: ProgressOption = None,
 ) -> WorstCase:
-    """Return the mean over batches of ``max over ||T^-1 d||_p <= rho of L(w + d) - L(w)``.
+    """Return the mean of ``max over ||T^-1 d||_p <= rho of L(w + d) - L(w)``.
 
     The maximum is searched for with auto-PGD, so the value is a lower bound, which grows with ``steps`` and
     ``restarts``. It is never below 0, nor below the rise after SAM's single step, which ``steps=1`` returns exactly.
     Source: Foret et al. 2021, equation 1; Andriushchenko et al. 2023, section 3, whose ``T = |w|`` holds for every
     tensor.
 
+    The mean weighs each batch by its examples. Where the gradient is exactly 0 (a training loss of 0 in fp32), nothing
+    points uphill: the search goes on from a random point of the ball, but for ``steps=1``.
+
     Cost: ``restarts * (steps + 1/3)`` gradients a batch. Memory: three copies of the weights that move.
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: Batches, each with a maximum of its own.
         rho: Radius, >= 0, in the units of the norm.
         norm: "l2" or "linf".
@@ -137,7 +139,7 @@ def worst_case(
                 searches.append((measured.checked(search.loss, number), curve))
         cost = measured.progress.cost
     per_batch = tuple(curve[-1] for _, curve in searches)
-    value, error = mean_and_error(per_batch)
+    value, error = mean_and_error(per_batch, measured.sizes)
     return WorstCase(
         measure="worst_case",
         value=value,
@@ -152,9 +154,7 @@ def worst_case(
             "mode": mode,
             "seed": seed,
         },
-        loss=math.fsum(loss for loss, _ in searches) / len(searches),
+        loss=measured.mean([loss for loss, _ in searches]),
         per_batch=per_batch,
-        curve=tuple(
-            math.fsum(column) / len(searches) for column in zip(*(curve for _, curve in searches), strict=True)
-        ),
+        curve=tuple(measured.mean(column) for column in zip(*(curve for _, curve in searches), strict=True)),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -66,7 +65,7 @@ class Interpolation(Result):
 
 def interpolate(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     end: State,
     *,
@@ -90,8 +89,8 @@ def interpolate(
 
     Args:
         model: The model that is evaluated; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batches: Batches. Each counts the same.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
+        batches: Batches; means weigh examples.
         end: A model of the same architecture, or its state dict.
         start: Another; None for the model's present weights.
         points: Places to evaluate, >= 2, evenly spaced.
@@ -148,11 +147,11 @@ def interpolate(
                 rows.append([float(measured.loss(batch)) for batch in measured.batches])
                 if accuracy_fn is not None:
                     values = [measured.evaluate(accuracy_fn, batch) for batch in measured.batches]
-                    accuracies.append(math.fsum(values) / len(values))
+                    accuracies.append(measured.mean(values))
             line.place(movable, 0.0, interpolate_buffers)
             along = {name: line.alone(movable, positions, members) for name, members in chosen.items()}
         cost = measured.progress.cost
-    statistics = [mean_and_error(row) for row in rows]
+    statistics = [mean_and_error(row, measured.sizes) for row in rows]
     losses = [mean for mean, _ in statistics]
     return Interpolation(
         measure="interpolate",
@@ -202,7 +201,7 @@ class _Line:
             for index, name in moving:
                 movable.put(index, self._between(name, measured.weights[index], position))
             if len(losses) < len(positions):
-                losses.append(math.fsum(float(measured.loss(b)) for b in measured.batches) / len(measured.batches))
+                losses.append(measured.mean_loss())
         return losses
 
     def _between(self, name: str, like: Tensor, position: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights, vector_norm
 from samopt.sharpness._measuring.progress import ProgressOption
@@ -63,7 +63,7 @@ class Landscape(Result):
 
 def landscape(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     dimensions: int = 1,
@@ -86,8 +86,8 @@ def landscape(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batches: Batches. Each counts the same.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
+        batches: Batches; means weigh examples.
         dimensions: 1 or 2.
         points: Places along each direction, >= 3 and odd, so that the weights themselves are one.
         radius: How far to go, > 0.
@@ -169,7 +169,7 @@ def _loss_at(
         for direction, length in zip(axes, at, strict=False):
             offset.add_(direction[index], alpha=length)
         movable.move(index, offset)
-    return math.fsum(float(measured.loss(batch)) for batch in measured.batches) / len(measured.batches)
+    return measured.mean_loss()
 
 
 def _random_direction(measured: MeasuredModel, normalization: str, key: tuple[int, int]) -> list[Tensor]:
