@@ -13,6 +13,7 @@ from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import unwrap
 
 if TYPE_CHECKING:
@@ -35,19 +36,22 @@ class ActiveUnits(Result):
     layers: dict[str, float]
     dead: dict[str, float]
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw the active and the dead fraction of each layer.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.barh(list(self.layers), list(self.layers.values()), color="#0072B2", label="active")
-        axes.plot(list(self.dead.values()), list(self.dead), "o", color="#D55E00", label="units never active")
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1)
+        active = "active" if label is None else f"{label}: active"
+        axes.plot(list(self.layers.values()), list(self.layers), "o", color=color, label=active)
+        axes.plot(list(self.dead.values()), list(self.dead), "x", color=color, label="units that were never active")
+        if not axes.yaxis_inverted():
+            axes.invert_yaxis()
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("fraction")
         axes.set_ylabel("layer")
-        axes.legend(frameon=False)
 
 
 def active_units(
@@ -117,7 +121,7 @@ def active_units(
         value=sum(counter.active for counter in counters.values()) / total,
         standard_error=mean_and_error(fractions)[1],
         cost=cost,
-        settings={"threshold": threshold, "mode": mode},
+        settings={"threshold": threshold, **measured.settings},
         layers={name: counter.active / counter.seen for name, counter in counters.items()},
         dead={name: counter.dead for name, counter in counters.items()},
     )

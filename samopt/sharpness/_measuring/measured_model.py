@@ -36,6 +36,7 @@ class MeasuredModel:
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         weights: The parameters that the measure is about, by name.
         batches: The batches.
+        mode: The mode's name.
         buffers: The buffers' values to start from.
         start: The random state to start from.
         progress: Where the cost goes.
@@ -47,6 +48,7 @@ class MeasuredModel:
         loss_fn: LossFn,
         weights: dict[str, nn.Parameter],
         batches: list[Any],
+        mode: str,
         buffers: SavedBuffers,
         start: RngState,
         progress: Progress,
@@ -58,6 +60,8 @@ class MeasuredModel:
         self.sizes = [batch_size(batch) for batch in batches]
         """Number of examples of each batch: means over batches weigh them by it."""
         self.progress = progress
+        self.settings: dict[str, Any] = {"model": type(model).__name__, "examples": sum(self.sizes), "mode": mode}
+        """For a result: what was measured, and on how much."""
         self._loss_fn = loss_fn
         self._buffers = buffers
         self._start = start
@@ -280,7 +284,7 @@ def measuring(
         total = None if cost_per_batch is None else cost_per_batch * len(read)
         counter = Progress(progress, name, total)
         stack.callback(counter.close)
-        yield MeasuredModel(model, compute_loss, weights, read, buffers, start, counter)
+        yield MeasuredModel(model, compute_loss, weights, read, mode, buffers, start, counter)
 
 
 @contextmanager

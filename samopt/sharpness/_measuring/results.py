@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from samopt.sharpness._measuring.optional_packages import require
+from samopt.sharpness._measuring.style import BLUE, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Result", "mean_and_error", "new_figure", "plain", "to_json"]
+__all__ = ["Result", "mean_and_error", "plain", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,39 @@ class Result:
         """Return everything as numbers, strings, lists and dicts, ready for JSON."""
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
-    def plot(self) -> Figure:
+    @property
+    def title(self) -> str:
+        """The measure's name in words, and the model's."""
+        words = self.measure.replace("_", " ")
+        model = self.settings.get("model")
+        return words if model is None else f"{words}: {model}"
+
+    def plot(self, title: str | None = None) -> Figure:
         """Return a matplotlib figure.
+
+        Args:
+            title: Its title; None for the measure's name and the model's.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
         figure, axes = new_figure()
         self.draw(axes)
+        finish(axes, self.title if title is None else title)
         return figure
 
-    def draw(self, axes: Axes) -> None:
-        """Draw into given axes.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw into given axes; several results of one measure may be drawn into the same ones.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.bar([self.measure], [self.value], yerr=self.standard_error)
+        name = self.measure.replace("_", " ")
+        axes.errorbar([label or name], [self.value], yerr=self.standard_error, fmt="o", color=color, capsize=4)
+        axes.set_ylabel(name)
+        axes.margins(x=0.3)
 
 
 def mean_and_error(values: Sequence[float], sizes: Sequence[float] | None = None) -> tuple[float, float | None]:
@@ -79,20 +95,6 @@ def mean_and_error(values: Sequence[float], sizes: Sequence[float] | None = None
         return mean, None
     spread = math.fsum(((value - mean) * size / total) ** 2 for value, size in zip(values, sizes, strict=True))
     return mean, math.sqrt(spread * count / (count - 1))
-
-
-def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes; pyplot's state is left alone.
-
-    Args:
-        width: In inches.
-        height: In inches.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
-    figure: Figure = require("matplotlib.figure", "a plot").Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
+from samopt.sharpness._measuring.style import BLUE, GREY, ORANGE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.curvature.operators import Curvature, curvature
 
@@ -43,20 +44,24 @@ class Eigenvalues(Result):
     residuals: tuple[float, ...]
     threshold: float | None = None
 
-    def draw(self, axes: Axes) -> None:
-        """Draw the eigenvalues by rank, with the stability threshold where there is one.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw the eigenvalues along an axis, as a spectrum; with the stability threshold where there is one.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        ranks = range(1, len(self.values) + 1)
-        axes.bar(ranks, self.values, yerr=self.residuals, color="#0072B2", width=0.6)
+        row = label or str(self.settings.get("model", ""))
+        axes.errorbar(
+            self.values, [row] * len(self.values), xerr=self.residuals, fmt="|", markersize=26, color=color, capsize=3
+        )
+        axes.annotate(f"{self.value:.4g}", (self.value, row), (0, 16), textcoords="offset points", ha="center")
+        axes.axvline(0, color=GREY, linewidth=0.8)
         if self.threshold is not None:
-            axes.axhline(self.threshold, color="#D55E00", linestyle="--", label=f"stable below {self.threshold:.4g}")
-            axes.legend(frameon=False)
-        axes.set_xlabel("rank")
-        axes.set_ylabel(self.measure.replace("_", " "))
-        axes.set_xticks(ranks)
+            axes.axvline(self.threshold, color=ORANGE, linestyle="--", label=f"stable below {self.threshold:.4g}")
+        axes.set_xlabel(f"{self.measure.replace('_', ' ')} (loss per squared unit of weight)")
+        axes.margins(x=0.1, y=0.5)
 
 
 @dataclass(frozen=True)
@@ -295,7 +300,7 @@ def _eigenvalues(
         value=values[0],
         standard_error=None,
         cost=cost,
-        settings={**solver.settings, "mode": mode},
+        settings={**solver.settings, **measured.settings},
         values=values,
         residuals=residuals,
     )

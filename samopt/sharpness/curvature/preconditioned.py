@@ -94,7 +94,7 @@ def preconditioned_eigenvalues(
         value=values[0],
         standard_error=None,
         cost=cost,
-        settings={**solver.settings, "mode": mode, "lr": preconditioner.lr},
+        settings={**solver.settings, **measured.settings, "lr": preconditioner.lr},
         values=values,
         residuals=residuals,
         threshold=preconditioner.threshold,

@@ -16,6 +16,7 @@ from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.curvature.operators import Curvature, curvature, dot, product_cost
 
@@ -55,18 +56,20 @@ class SpectralDensity(Result):
             for node, weight in zip(self.nodes, self.weights, strict=True)
         )
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw the smoothed density on a logarithmic scale.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
         low, high = min(self.nodes) - 4 * self.width, max(self.nodes) + 4 * self.width
         grid = [low + (high - low) * point / (_POINTS - 1) for point in range(_POINTS)]
         densities = [self.density(at) for at in grid]
-        axes.semilogy(grid, densities, color="#0072B2")
+        axes.semilogy(grid, densities, color=color, label=label)
         axes.set_ylim(bottom=max(densities) * 1e-8)
-        axes.set_xlabel("eigenvalue")
+        axes.set_xlabel("eigenvalue (loss per squared unit of weight)")
         axes.set_ylabel(f"density (nodes widened by {self.width:.2g})")
 
 
@@ -157,7 +160,7 @@ def spectral_density(
         value=max(nodes),
         standard_error=None,
         cost=cost,
-        settings={"matrix": matrix, "steps": steps, "samples": samples, "mode": mode, "seed": seed},
+        settings={"matrix": matrix, "steps": steps, "samples": samples, **measured.settings, "seed": seed},
         nodes=tuple(nodes),
         weights=tuple(weights),
         width=width,

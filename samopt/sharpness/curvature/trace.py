@@ -14,6 +14,7 @@ from samopt.sharpness._measuring.measured_model import measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
 from samopt.sharpness._measuring.seeds import stream
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.curvature.operators import curvature, dot, product_cost
 
@@ -35,17 +36,19 @@ class Trace(Result):
     samples: tuple[float, ...]
     size: int
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw how the estimate settled.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        counts = range(2, len(self.samples) + 1)
+        counts = range(min(2, len(self.samples)), len(self.samples) + 1)
         running = [mean_and_error(self.samples[:count]) for count in counts]
         errors = [error or 0.0 for _, error in running]
-        axes.errorbar(counts, [mean for mean, _ in running], yerr=errors, fmt="o-", color="#0072B2")
-        axes.set_xlabel("probes")
+        axes.errorbar(counts, [mean for mean, _ in running], yerr=errors, fmt=".-", color=color, label=label)
+        axes.set_xlabel("number of probes")
         axes.locator_params(axis="x", integer=True)
         axes.set_ylabel("trace: mean over probes ± standard error")
 
@@ -124,7 +127,7 @@ def hessian_trace(
         value=value,
         standard_error=error,
         cost=cost,
-        settings={"matrix": matrix, "samples": samples, "mode": mode, "seed": seed},
+        settings={"matrix": matrix, "samples": samples, **measured.settings, "seed": seed},
         samples=tuple(estimates),
         size=product.size,
     )

@@ -18,6 +18,7 @@ from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
 from samopt.sharpness._measuring.seeds import seed_of, stream
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.nearby.ball import AdaptiveOption, Ball
 
@@ -44,17 +45,18 @@ class AverageCase(Result):
     per_batch: tuple[float, ...]
     per_sample: tuple[float, ...]
 
-    def draw(self, axes: Axes) -> None:
-        """Draw the distribution of the rises.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw the distribution of the rises over batches and samples.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.hist(self.per_sample, bins="auto", color="#0072B2")
-        axes.axvline(self.value, color="#D55E00", label=f"mean {self.value:.4g}")
+        axes.hist(self.per_sample, bins="auto", color=color, alpha=0.4)
+        axes.axvline(self.value, color=color, label=f"{label or 'mean'}: {self.value:.4g}")
         axes.set_xlabel(f"rise of the loss under noise of scale rho = {self.settings['rho']:g}")
-        axes.set_ylabel("samples")
-        axes.legend(frameon=False)
+        axes.set_ylabel("number of samples")
 
 
 def average_case(
@@ -159,7 +161,7 @@ def average_case(
             "samples": samples,
             "m": m,
             "normalize_logits": normalize_logits,
-            "mode": mode,
+            **measured.settings,
             "seed": seed,
         },
         loss=measured.mean(losses),

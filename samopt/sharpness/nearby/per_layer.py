@@ -12,6 +12,7 @@ from samopt.sharpness._measuring.batches import read_batches
 from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
 from samopt.sharpness.nearby.worst_case import worst_case
 
@@ -31,16 +32,20 @@ class PerLayer(Result):
 
     layers: dict[str, Result]
 
-    def draw(self, axes: Axes) -> None:
-        """Draw one bar a layer.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw one point a layer.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
         names = list(self.layers)
+        values = [result.value for result in self.layers.values()]
         errors = [result.standard_error or 0.0 for result in self.layers.values()]
-        axes.barh(names, [result.value for result in self.layers.values()], xerr=errors, color="#0072B2")
-        axes.invert_yaxis()
+        axes.errorbar(values, names, xerr=errors, fmt="o", color=color, capsize=3, label=label)
+        if not axes.yaxis_inverted():
+            axes.invert_yaxis()
         axes.set_ylabel("layer")
         axes.set_xlabel(next(iter(self.layers.values())).measure.replace("_", " "))
 

@@ -12,6 +12,7 @@ from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, GRADIENT, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.nearby.auto_pgd import AutoPGD
 from samopt.sharpness.nearby.ball import AdaptiveOption, Ball
@@ -36,16 +37,18 @@ class WorstCase(Result):
     per_batch: tuple[float, ...]
     curve: tuple[float, ...]
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw how the rise grew with the number of ascent steps.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.plot(range(1, len(self.curve) + 1), self.curve, marker="o", color="#0072B2")
+        axes.plot(range(1, len(self.curve) + 1), self.curve, marker=".", color=color, label=label)
         axes.set_xlabel("ascent steps")
         axes.set_ylabel(f"largest rise of the loss found\n({self.settings['norm']} ball, rho {self.settings['rho']:g})")
-        axes.set_ylim(0, 1.1 * max(self.curve) or None)
+        axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", integer=True)
 
 
@@ -151,7 +154,7 @@ def worst_case(
             "restarts": restarts,
             "m": m,
             "normalize_logits": normalize_logits,
-            "mode": mode,
+            **measured.settings,
             "seed": seed,
         },
         loss=measured.mean([loss for loss, _ in searches]),

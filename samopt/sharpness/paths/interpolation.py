@@ -15,6 +15,7 @@ from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, m
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.style import BLUE, ORANGE, colors
 from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
 from samopt.sharpness.paths.states import State, state_of
 
@@ -44,23 +45,25 @@ class Interpolation(Result):
     accuracies: tuple[float, ...] | None
     layers: dict[str, tuple[float, ...]] | None
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw the loss along the line, and the accuracy on a second axis.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        for name, losses in (self.layers or {}).items():
-            axes.plot(self.positions, losses, linewidth=1, alpha=0.7, label=name)
-        axes.errorbar(self.positions, self.losses, yerr=self.errors, color="black", marker="o", label="loss")
-        axes.set_xlabel("position: 0 start, 1 end")
+        layers = self.layers or {}
+        for (name, losses), shade in zip(layers.items(), colors(len(layers)), strict=True):
+            axes.plot(self.positions, losses, linewidth=1, color=shade, label=name)
+        line = "black" if layers else color
+        axes.errorbar(self.positions, self.losses, yerr=self.errors, color=line, marker=".", label=label or "loss")
+        axes.set_xlabel("position on the line between the weights: 0 start, 1 end")
         axes.set_ylabel("loss")
         if self.accuracies is not None:
             beside = axes.twinx()
-            beside.plot(self.positions, self.accuracies, color="#D55E00", linestyle="--")
+            beside.plot(self.positions, self.accuracies, color=line if label else ORANGE, linestyle="--")
             beside.set_ylabel("accuracy (dashed)")
-        if self.layers:
-            axes.legend(frameon=False, fontsize=8)
 
 
 def interpolate(
@@ -158,7 +161,12 @@ def interpolate(
         value=_barrier(positions, losses),
         standard_error=None,
         cost=cost,
-        settings={"points": points, "extent": list(extent), "interpolate_buffers": interpolate_buffers, "mode": mode},
+        settings={
+            "points": points,
+            "extent": list(extent),
+            "interpolate_buffers": interpolate_buffers,
+            **measured.settings,
+        },
         positions=tuple(positions),
         losses=tuple(losses),
         errors=None if len(rows[0]) < 2 else tuple(error or 0.0 for _, error in statistics),

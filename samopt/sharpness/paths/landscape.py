@@ -17,6 +17,7 @@ from samopt.sharpness._measuring.optimizer_parts import MovableWeights, vector_n
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
+from samopt.sharpness._measuring.style import BLUE, GREY
 from samopt.sharpness._measuring.weights import Selection
 
 if TYPE_CHECKING:
@@ -41,16 +42,18 @@ class Landscape(Result):
     losses: tuple[float, ...] | tuple[tuple[float, ...], ...]
     centre: float
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw a curve, or contours of the loss.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.set_xlabel("first direction")
+        axes.set_xlabel("first direction (1: as long as the weights)")
         if not isinstance(self.losses[0], tuple):
-            axes.plot(self.positions, self.losses, color="#0072B2")
-            axes.axvline(0, color="grey", linewidth=0.5)
+            axes.plot(self.positions, self.losses, color=color, label=label)
+            axes.axvline(0, color=GREY, linewidth=0.5)
             axes.set_ylabel("loss")
             return
         across = list(zip(*self.losses, strict=True))
@@ -154,7 +157,7 @@ def landscape(
         value=max(max(row) for row in rows) - centre,
         standard_error=None,
         cost=cost,
-        settings={"radius": radius, "normalization": normalization, "mode": mode, "seed": seed},
+        settings={"radius": radius, "normalization": normalization, **measured.settings, "seed": seed},
         positions=tuple(positions),
         losses=tuple(tuple(row) for row in rows) if axes[1:] else tuple(row[0] for row in rows),
         centre=centre,
