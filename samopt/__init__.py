@@ -33,7 +33,8 @@ __all__ = [
     "SharpnessAwareOptimizer",
     "StepMetrics",
     "available",
-    "create", "sharpness",
+    "create",
+    "sharpness",
 ]
 
 _LAZY = ("sharpness",)  # imported at the first use, so that `import samopt` stays quick

@@ -14,31 +14,39 @@ from tests.helpers.pages import REPOSITORY, Block, Heading, read
 MEASURES = [
     "active_units",
     "average_case",
+    "fgsm",
+    "forgetting",
     "gauss_newton_eigenvalues",
     "hessian_eigenvalues",
     "hessian_trace",
     "interpolate",
+    "intrinsic_dimension",
     "label_sharpness",
     "landscape",
     "per_layer",
     "preconditioned_eigenvalues",
+    "quantization",
     "spectral_density",
+    "weight_noise",
     "worst_case",
 ]
 RESULTS = [
     "ActiveUnits",
     "AverageCase",
     "Eigenvalues",
+    "Forgetting",
     "Interpolation",
+    "IntrinsicDimension",
     "LabelSharpness",
     "Landscape",
     "PerLayer",
     "Result",
+    "Robustness",
     "SpectralDensity",
     "Trace",
     "WorstCase",
 ]
-OTHERS = ["SharpnessMonitor", "accuracy", "cross_entropy", "hf_loss", "normalize_logits"]
+OTHERS = ["SharpnessMonitor", "WarmStart", "accuracy", "cross_entropy", "hf_loss", "normalize_logits"]
 
 
 def test_the_public_names_are_the_listed_ones():
@@ -82,7 +90,7 @@ def test_a_docstring_describes_every_argument_and_the_cost(name):
         assert re.search(r"^Cost(?: and memory)?: ", docstring, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURES if name != "label_sharpness"])
+@pytest.mark.parametrize("name", [name for name in MEASURES if name not in ("intrinsic_dimension", "label_sharpness")])
 def test_measures_of_models_share_their_first_arguments(name):
     parameters = list(inspect.signature(getattr(sharpness, name)).parameters.values())
     assert [parameter.name for parameter in parameters[:3]] == ["model", "loss_fn", "batches"]

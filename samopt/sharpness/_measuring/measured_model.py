@@ -90,6 +90,23 @@ class MeasuredModel:
         """Return the mean loss over the examples of all batches; costs a forward pass each."""
         return self.mean([float(self.loss(batch)) for batch in self.batches])
 
+    def mean_over(self, batches: Sequence[Any]) -> float:
+        """Return the mean loss over the examples of other batches; costs a forward pass each.
+
+        Args:
+            batches: The batches.
+        """
+        losses = [float(self.loss(batch)) for batch in batches]
+        return mean_and_error(losses, [batch_size(batch) for batch in batches])[0]
+
+    def mean_of(self, function: Callable[[nn.Module, Any], Tensor]) -> float:
+        """Return the mean over examples of another number, such as the accuracy; costs a forward pass a batch.
+
+        Args:
+            function: Called as ``function(model, batch)``; returns a scalar.
+        """
+        return self.mean([self.evaluate(function, batch) for batch in self.batches])
+
     def evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
         """Return another number that a function computes from the model and one batch; costs a forward pass.
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samopt._numerics.low_precision import widen
 from samopt.sharpness._measuring.measured_model import MeasuredModel
+from samopt.sharpness._measuring.results import mean_and_error
 
 __all__ = ["Curvature", "GaussNewton", "Hessian", "curvature", "dot", "product_cost"]
 
@@ -74,11 +75,12 @@ class Curvature:
         self.dtype = widen(measured.weights[0]).dtype
         """What they are."""
 
-    def __call__(self, vector: Tensor) -> Tensor:
+    def __call__(self, vector: Tensor, quotients: list[float] | None = None) -> Tensor:
         """Return the product.
 
         Args:
             vector: Shape ``(size,)``.
+            quotients: Where to append ``v . A_b v`` for the matrix of each batch; their mean is ``v . A v``.
         """
         total: Tensor | None = None  # made after the first product, when the gradient's memory is free again
         parts = self.split(vector)
@@ -90,25 +92,33 @@ class Curvature:
             for place, product in zip(torch.split(total, self._sizes), products, strict=True):
                 if product is not None:
                     place.add_(product.detach().reshape(-1).to(total), alpha=size)
+            if quotients is not None:
+                quotients.append(_inner_product(parts, products))
             self._measured.progress.advance(self._cost)
         assert total is not None  # there is at least one batch
         return total.div_(sum(self._measured.sizes))
 
-    def rayleigh_quotients(self, vector: Tensor) -> list[float]:
-        """Return ``v . A_b v`` for the matrix of each batch, whose mean over examples is ``v . A v``; costs a product.
+    def quotients(self, vector: Tensor) -> list[float]:
+        """Return ``v . A_b v`` for the matrix of each batch, without the product's memory.
 
         Args:
             vector: Shape ``(size,)``.
         """
         parts = self.split(vector)
-        quotients: list[float] = []
+        found = []
         for batch in self._measured.batches:
             with _twice_differentiable():
-                products = self._product(batch, parts)
-            pairs = [(part, p.detach()) for part, p in zip(parts, products, strict=True) if p is not None]
-            quotients.append(math.fsum(dot(part.reshape(-1), p.reshape(-1).to(part)) for part, p in pairs))
+                found.append(_inner_product(parts, self._product(batch, parts)))
             self._measured.progress.advance(self._cost)
-        return quotients
+        return found
+
+    def standard_error(self, quotients: Sequence[float]) -> float | None:
+        """Return the standard error of their mean over batches, or None with fewer than two.
+
+        Args:
+            quotients: One for each batch.
+        """
+        return mean_and_error(quotients, self._measured.sizes)[1]
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return a flat vector as tensors shaped, placed and typed like the weights.
@@ -226,6 +236,11 @@ def _pull_back(
     return measured.differentiate(
         [o for o, _ in pairs], inputs, grad_outputs=[c.to(o.dtype) for o, c in pairs], **options
     )
+
+
+def _inner_product(vectors: Sequence[Tensor], products: Sequence[Tensor | None]) -> float:
+    pairs = [(v, p.detach()) for v, p in zip(vectors, products, strict=True) if p is not None]
+    return math.fsum(dot(v.reshape(-1), p.reshape(-1).to(v)) for v, p in pairs)
 
 
 def _or_zeros(value: Tensor | None, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import MeasuredModel, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.weights import Selection
-from samopt.sharpness.curvature.eigenvalues import Eigenvalues, Solver
+from samopt.sharpness.curvature.eigenvalues import Eigenvalues, Solver, WarmStart
 from samopt.sharpness.curvature.operators import Curvature, curvature
 from samopt.sharpness.curvature.preconditioner import preconditioner_of
 
@@ -31,6 +31,7 @@ def preconditioned_eigenvalues(
     parameters: Selection = None,
     mode: str = "eval",
     seed: int = 0,
+    start: WarmStart | None = None,
     progress: ProgressOption = None,
 ) -> Eigenvalues:
     """Return the largest eigenvalues of ``P^-1 H`` for the optimizer's present ``P``, and its stability threshold.
@@ -54,6 +55,7 @@ def preconditioned_eigenvalues(
         parameters: As for ``hessian_eigenvalues``.
         mode: As for ``hessian_eigenvalues``.
         seed: As for ``hessian_eigenvalues``.
+        start: As for ``hessian_eigenvalues``.
         progress: As for ``hessian_eigenvalues``.
 
     Returns:
@@ -76,7 +78,7 @@ def preconditioned_eigenvalues(
         >>> round(result.value, 4), result.threshold
         (3.0, 4.0)
     """
-    solver = Solver(k, "largest", tolerance, basis, seed)
+    solver = Solver(k, "largest", tolerance, basis, seed, start)
     with measuring(
         model,
         loss_fn,
@@ -87,16 +89,17 @@ def preconditioned_eigenvalues(
         progress=progress,
     ) as measured:
         preconditioner = preconditioner_of(optimizer, measured.weights)
-        values, residuals = solver.solve(_Sandwich(measured, curvature(measured, "hessian"), preconditioner.scales))
+        found = solver.solve(_Sandwich(measured, curvature(measured, "hessian"), preconditioner.scales))
         cost = measured.progress.cost
     return Eigenvalues(
         measure="preconditioned_eigenvalues",
-        value=values[0],
-        standard_error=None,
+        value=found.values[0],
+        standard_error=found.standard_error,
         cost=cost,
         settings={**solver.settings, **measured.settings, "lr": preconditioner.lr},
-        values=values,
-        residuals=residuals,
+        values=found.values,
+        residuals=found.residuals,
+        per_batch=found.per_batch,
         threshold=preconditioner.threshold,
     )
 
@@ -114,5 +117,8 @@ class _Sandwich(Curvature):
             ]
         ).sqrt_()
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        return self._inner(vector * self._root).mul_(self._root)
+    def __call__(self, vector: Tensor, quotients: list[float] | None = None) -> Tensor:
+        return self._inner(vector * self._root, quotients).mul_(self._root)
+
+    def standard_error(self, quotients: Sequence[float]) -> float | None:
+        return self._inner.standard_error(quotients)

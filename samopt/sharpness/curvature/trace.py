@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from samopt.sharpness._measuring.results import Result, mean_and_error
 from samopt.sharpness._measuring.seeds import stream
 from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
-from samopt.sharpness.curvature.operators import curvature, dot, product_cost
+from samopt.sharpness.curvature.operators import curvature, product_cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,10 +31,12 @@ class Trace(Result):
 
     Attributes:
         samples: Each probe's estimate.
+        per_batch: Estimate of each batch's own trace, from the same probes.
         size: Number of rows of the matrix: ``value / size`` is the mean eigenvalue.
     """
 
     samples: tuple[float, ...]
+    per_batch: tuple[float, ...]
     size: int
 
     def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
@@ -70,7 +73,7 @@ def hessian_trace(
     The entries of ``z`` are +1 or -1 (Hutchinson 1990), so the error comes from the matrix's off-diagonal entries
     alone.
 
-    Cost: about 3.5 gradients a batch and probe. Memory: three copies of the weights, four with several batches.
+    Cost: about 3.5 gradients a batch and probe. Memory: three copies of the weights.
 
     Args:
         model: The model; it comes back bit for bit.
@@ -113,14 +116,15 @@ def hessian_trace(
         progress=progress,
     ) as measured:
         product = curvature(measured, matrix)
-        estimates = []
+        quotients: list[list[float]] = []
         for sample in range(samples):
             generator = stream(product.device, "probe", seed, sample)
             probe = torch.randint(2, (product.size,), generator=generator, device=product.device, dtype=torch.int8)
             signs = probe.to(product.dtype).mul_(2).sub_(1)
             del probe
-            estimates.append(dot(product(signs), signs))
+            quotients.append(product.quotients(signs))
         cost = measured.progress.cost
+        estimates = [measured.mean(row) for row in quotients]
     value, error = mean_and_error(estimates)
     return Trace(
         measure="hessian_trace",
@@ -129,5 +133,6 @@ def hessian_trace(
         cost=cost,
         settings={"matrix": matrix, "samples": samples, **measured.settings, "seed": seed},
         samples=tuple(estimates),
+        per_batch=tuple(math.fsum(column) / samples for column in zip(*quotients, strict=True)),
         size=product.size,
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from samopt.sharpness._measuring.batches import read_batches
 from samopt.sharpness._measuring.losses import Loss
-from samopt.sharpness._measuring.progress import ProgressOption
+from samopt.sharpness._measuring.progress import ProgressOption, part_of
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
@@ -96,7 +96,7 @@ def per_layer(
     kept = read_batches(batches)
     results: dict[str, Result] = {}
     for name in names:
-        overall = _over_all_layers(progress, sum(result.cost for result in results.values()), len(names))
+        overall = part_of(progress, sum(result.cost for result in results.values()), len(results), len(names))
         results[name] = measure(model, loss_fn, kept, parameters=name, progress=overall, **options)
     largest = max(results.values(), key=lambda result: result.value)
     return PerLayer(
@@ -107,11 +107,3 @@ def per_layer(
         settings={"measure": largest.measure, **largest.settings},
         layers=results,
     )
-
-
-def _over_all_layers(progress: ProgressOption, before: float, layers: int) -> ProgressOption:
-    """Let a function see the progress of all layers together; a bar belongs to one layer."""
-    if not callable(progress):
-        return progress
-    report = progress
-    return lambda done, total: report(before + done, None if total is None else total * layers)
