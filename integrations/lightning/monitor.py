@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import samopt.sharpness
 from samopt import SharpnessAwareOptimizer
 from samopt.distributed import mean_over_ranks
+from samopt.sharpness.presets import Measures, named_measures
 
 from .._logging.history import draw_history
-from .._logging.measures import Measures, named_measures, per_layer_values
 from .._logging.progress import with_bar
 from .._logging.step_metrics import free_metrics
 from .loss import training_loss
@@ -227,7 +227,6 @@ class SharpnessMonitor(Callback):
             return
         record = self.monitor.history[-1] if self.monitor is not None and self.monitor.history else {}
         if record.get("step") == step:
-            values |= per_layer_values(record)
             for name, reason in record.get("skipped", {}).items():
                 rank_zero_warn(f"sharpness/{name} left out at step {step}: {reason}")
         free = _free_metrics(trainer)

@@ -19,8 +19,8 @@ from samopt import StepMetrics
 from samopt._replay.forward_calls import RngState
 from samopt.sharpness import SharpnessMonitor
 from samopt.sharpness._measuring.batches import map_tensors
+from samopt.sharpness.presets import Measures, named_measures
 
-from .._logging.measures import Measures, named_measures, per_layer_values
 from .._logging.progress import with_bar
 from .._logging.step_metrics import free_metrics
 from .._second_pass.batch_copies import independent_copy
@@ -205,7 +205,7 @@ class SharpnessCallback(TrainerCallback):
         if values:
             trainer = self._bound()
             pending = trainer.control.should_log  # logging clears it, and the training loss may be waiting for it
-            trainer.log(values | per_layer_values(record))
+            trainer.log(values)
             trainer.control.should_log = pending
         if record.get("step") == state.global_step:
             for name, reason in record.get("skipped", {}).items():

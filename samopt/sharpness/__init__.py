@@ -4,6 +4,7 @@ from samopt.sharpness._measuring.logits import normalize_logits
 from samopt.sharpness._measuring.losses import accuracy, cross_entropy, hf_loss
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness.activations import ActiveUnits, active_units
+from samopt.sharpness.comparison.compare import Comparison, compare
 from samopt.sharpness.curvature.eigenvalues import Eigenvalues, WarmStart, gauss_newton_eigenvalues, hessian_eigenvalues
 from samopt.sharpness.curvature.preconditioned import preconditioned_eigenvalues
 from samopt.sharpness.curvature.spectral_density import SpectralDensity, spectral_density
@@ -25,6 +26,7 @@ from samopt.sharpness.robustness.weight_noise import weight_noise
 __all__ = [
     "ActiveUnits",
     "AverageCase",
+    "Comparison",
     "Eigenvalues",
     "Forgetting",
     "Interpolation",
@@ -42,6 +44,7 @@ __all__ = [
     "accuracy",
     "active_units",
     "average_case",
+    "compare",
     "cross_entropy",
     "fgsm",
     "forgetting",

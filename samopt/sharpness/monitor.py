@@ -173,6 +173,9 @@ class SharpnessMonitor:
             record: An entry of ``history``.
         """
         values = {f"sharpness/{name}": float(result["value"]) for name, result in record["measures"].items()}
+        for name, result in record["measures"].items():
+            layers = result.get("layers") if result["measure"] == "per_layer" else None
+            values |= {f"sharpness/{name}/{layer}": float(one["value"]) for layer, one in (layers or {}).items()}
         return values | {f"sam/{name}": float(value) for name, value in record.get("metrics", {}).items()}
 
     def state_dict(self) -> dict[str, Any]:
