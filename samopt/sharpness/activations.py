@@ -59,7 +59,7 @@ def active_units(
     loss_fn: Loss,
     batches: Iterable[Any],
     *,
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     threshold: float = 0.0,
     mode: str = "eval",
     progress: ProgressOption = None,
@@ -75,7 +75,7 @@ def active_units(
         model: The model; it comes back bit for bit.
         loss_fn: ``loss_fn(model, batch) -> scalar``; its value is not used.
         batches: Batches.
-        layers: Names of the modules to look at, after whose activation a unit counts; None for every module that is an
+        layers: Name or names of the modules to look at, after whose activation a unit counts; None for every module that is an
             activation with exact zeros (ReLU and its like). A function such as ``torch.relu`` is no module.
         threshold: What counts as inactive, >= 0; 0 for exact zeros.
         mode: "eval", "train", or "keep".
@@ -163,7 +163,7 @@ def _fraction_of(measured: MeasuredModel, batch: Any, counters: dict[str, _Count
     return active / seen if seen else 0.0
 
 
-def _choose(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
+def _choose(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     if layers is None:
         chosen: dict[str, nn.Module] = {
@@ -175,7 +175,7 @@ def _choose(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
                 "count with layers="
             )
         return chosen
-    names = list(layers)
+    names = [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in names if name not in modules]
     if unknown or not names:
         raise ValueError(

@@ -29,7 +29,7 @@ PROJECT = """
     class Classifier(nn.Sequential):
         def __init__(self, width=12):
             torch.manual_seed(0)
-            super().__init__(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+            super().__init__(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
 
 
     def build():
