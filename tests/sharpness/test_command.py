@@ -248,8 +248,6 @@ def test_every_measure_can_be_asked_for(project, tmp_path):
         "average_case",
         "--per_layer.options.samples",
         "1",
-        "--active_units.layers",
-        "[1]",
     ]
     options += ["--optimizer", "SGD", "--optimizer_args.lr", "0.1", "--elsewhere", "sharpness_project:others"]
     options += ["--intrinsic_dimension.neighbours", "5", "--output", "out"]
