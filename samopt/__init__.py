@@ -14,6 +14,7 @@ from samopt.variants.tram import TRAM
 
 if TYPE_CHECKING:
     from samopt import sharpness
+    from samopt.sharpness.radius.find_rho import find_rho
 
 __version__ = "0.1.0"
 
@@ -34,16 +35,18 @@ __all__ = [
     "StepMetrics",
     "available",
     "create",
+    "find_rho",
     "sharpness",
 ]
 
-_LAZY = ("sharpness",)  # imported at the first use, so that `import samopt` stays quick
+_LAZY = ("find_rho", "sharpness")  # imported at the first use, so that `import samopt` stays quick
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    measures = importlib.import_module(f"{__name__}.sharpness")
+    return measures if name == "sharpness" else getattr(measures, name)
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ from benchmarks.lightning.methods import Method
 from benchmarks.registry import OPTIMIZERS
 from benchmarks.seeds import stream_seed
 from benchmarks.training import build_model, epoch_order
-from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor
+from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessCallback
 
 __all__ = ["Outcome", "train"]
 
@@ -146,9 +146,9 @@ def train(
     parts = list(zip(torch.split(images, _EVALUATION_BATCH), torch.split(labels, _EVALUATION_BATCH), strict=True))
     tests: DataLoader[Any] = DataLoader(parts, batch_size=None)  # type: ignore[arg-type]  # a list is a data set
     watch = _Watch()
-    monitor = SharpnessMonitor(
+    monitor = SharpnessCallback(
         MEASURES,
-        every_n_steps=len(batches),
+        every=len(batches),
         examples=min(_SHARPNESS_BATCHES, len(batches)) * batch_size,
         max_fraction=None,
         plot=plot or False,

@@ -17,6 +17,7 @@ from samopt.sharpness.nearby.per_layer import PerLayer, per_layer
 from samopt.sharpness.nearby.worst_case import WorstCase, worst_case
 from samopt.sharpness.paths.interpolation import Interpolation, interpolate
 from samopt.sharpness.paths.landscape import Landscape, landscape
+from samopt.sharpness.radius.find_rho import RhoSearch, find_rho
 from samopt.sharpness.robustness.adversarial import fgsm
 from samopt.sharpness.robustness.forgetting import Forgetting, forgetting
 from samopt.sharpness.robustness.quantization import quantization
@@ -35,6 +36,7 @@ __all__ = [
     "Landscape",
     "PerLayer",
     "Result",
+    "RhoSearch",
     "Robustness",
     "SharpnessMonitor",
     "SpectralDensity",
@@ -47,6 +49,7 @@ __all__ = [
     "compare",
     "cross_entropy",
     "fgsm",
+    "find_rho",
     "forgetting",
     "gauss_newton_eigenvalues",
     "hessian_eigenvalues",

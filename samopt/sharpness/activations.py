@@ -75,8 +75,8 @@ def active_units(
         model: The model; it comes back bit for bit.
         loss_fn: ``loss_fn(model, batch) -> scalar``; its value is not used.
         batches: Batches.
-        layers: Name or names of the modules to look at, after whose activation a unit counts; None for every module that is an
-            activation with exact zeros (ReLU and its like). A function such as ``torch.relu`` is no module.
+        layers: Name or names of the modules to look at, after whose activation a unit counts; None for every module
+            that is an activation with exact zeros (ReLU and its like). A function such as ``torch.relu`` is no module.
         threshold: What counts as inactive, >= 0; 0 for exact zeros.
         mode: "eval", "train", or "keep".
         progress: See ``ProgressOption``.

@@ -103,5 +103,5 @@ class Budget:
         share = f"{self.fraction:.3g}" if self.fraction is not None else "1"
         return (
             f"takes about {forecast:.2g} s, but {max(left, 0.0):.2g} s are left of a share of {share} of the time "
-            "since the start"
+            "since the start; raise max_fraction (None: no limit), or measure fewer examples or something cheaper"
         )

@@ -58,7 +58,7 @@ def test_free_metrics_at_every_log_step(tmp_path):
     lit.fit(
         tmp_path,
         lit.Module(),
-        callbacks=[monitor(every_n_steps=100), steps],
+        callbacks=[monitor(every=100), steps],
         logger=logger,
         log_every_n_steps=4,
     )
@@ -82,7 +82,7 @@ def test_a_plain_run_has_no_free_metrics(tmp_path):
 
 def test_each_layer_and_the_largest_eigenvalue(tmp_path):
     keep, logger = KeepWeights(), CSVLogger(tmp_path, name="run", version=0)
-    watch = monitor(measures={"per_layer": {"rho": 0.2, "steps": 2}, "lambda_max": {}}, every_n_steps=4)
+    watch = monitor(measures={"per_layer": {"rho": 0.2, "steps": 2}, "lambda_max": {}}, every=4)
     lit.fit(tmp_path, Quiet(), callbacks=[watch, keep], logger=logger)
     batches = list(lit.loader())[:2]
     logged = [row for row in rows(tmp_path / "run" / "version_0") if row["sharpness/lambda_max"]]

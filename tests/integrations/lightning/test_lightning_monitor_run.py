@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from samopt import sharpness
-from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor
+from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessCallback
 from tests.helpers import lit
 from tests.helpers.lit_monitor import monitor
 
@@ -68,7 +68,7 @@ def test_a_monitored_run_is_the_unmonitored_one(name, sam, data, tmp_path):
         return SharpnessAwareTraining("asam") if sam else Callback()
 
     measures = {"worst_case": {"steps": 2}, "average_case": {}, "per_layer": {"steps": 1}, "lambda_max": {}}
-    watch = monitor(measures=measures, every_n_steps=3, data=data)
+    watch = monitor(measures=measures, every=3, data=data)
     ours, losses, stream = observed(tmp_path, name, callback(), [watch])
     theirs, expected_losses, expected_stream = observed(tmp_path, name, callback(), [])
     assert len(watch.history) >= 2
@@ -151,10 +151,10 @@ trainer:
   enable_model_summary: false
   callbacks:
     - class_path: samopt.integrations.lightning.SharpnessAwareTraining
-    - class_path: samopt.integrations.lightning.SharpnessMonitor
+    - class_path: samopt.integrations.lightning.SharpnessCallback
       init_args:
         measures: {measures}
-        every_n_steps: 3
+        every: 3
         examples: 8
         max_fraction: null
         plot: false
@@ -182,7 +182,7 @@ def test_yaml(package, measures, tmp_path, monkeypatch):
         seed_everything_default=None,
     )
     callback = run.trainer.callbacks[1]
-    assert isinstance(callback, SharpnessMonitor)
+    assert isinstance(callback, SharpnessCallback)
     assert sorted(callback.history) == [3, 6]
     settings = callback.monitor.history[0]["measures"]["worst_case"]["settings"]
     assert settings["rho"] == (0.1 if "0.1" in measures else 0.5)
@@ -206,7 +206,7 @@ def test_configure_callbacks(package, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
+        ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"examples": 0}, ValueError, "examples must be at least 1, got 0"),
         ({"data": "test"}, ValueError, 'data must be "training" or "validation", got \'test\'; give other data'),
         ({"max_fraction": 2.0}, ValueError, r"max_fraction must be in \(0, 1\], got 2.0"),
@@ -220,7 +220,7 @@ def test_configure_callbacks(package, tmp_path):
 )
 def test_options_are_checked_where_they_are_given(options, error, message):
     with pytest.raises(error, match=message):
-        SharpnessMonitor(**options)
+        SharpnessCallback(**options)
 
 
 def test_a_training_step_without_a_loss(tmp_path):
