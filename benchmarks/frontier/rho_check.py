@@ -1,8 +1,8 @@
 """Does ``samopt.find_rho`` find a radius that is good at the end of the whole run? ``python -m`` this module.
 
-For each arena, amount of label noise and seed: the base, SAM at the three radii that the frontier tunes over, and SAM at
-the radius that ``find_rho`` returns from fresh weights and the training batches, all trained in full and measured on
-clean test labels. A row of JSON each.
+For each arena, amount of label noise and seed: the base, SAM at the three radii that the frontier tunes over, and SAM
+at the radius that ``find_rho`` returns from fresh weights and the training batches, all trained in full and measured
+on clean test labels. A row of JSON each.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-import benchmarks.optimizers
-import benchmarks.tasks  # noqa: F401  # both register what they hold
+import benchmarks.optimizers  # noqa: F401  # registers what it holds
+import benchmarks.tasks  # noqa: F401
 import samopt
 from benchmarks.data import make_split
 from benchmarks.frontier.arenas import ARENAS
@@ -77,7 +77,7 @@ def check(name: str, noise: float, seed: int, *, data: str | None, steps: int, f
     case = OPTIMIZERS[arena.base]
     order = torch.randperm(len(split.labels), generator=stream(seed, "batches of find_rho"))
     order = order[: len(order) // task.batch_size * task.batch_size]
-    batches = [(split.inputs[part], split.labels[part]) for part in order.split(task.batch_size)]
+    batches = [(split.inputs[part], split.labels[part]) for part in torch.split(order, task.batch_size)]
     start = time.perf_counter()
     search = samopt.find_rho(
         model,

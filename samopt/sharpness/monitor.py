@@ -28,8 +28,8 @@ class SharpnessMonitor:
     all random streams stay as they are, so a monitored run is the unmonitored one, bit for bit.
 
     The first measurement always happens, at the end of a run that is shorter than ``every``. Later ones take no more
-    than ``max_fraction`` of the time since the first ``step()``, the first one included: a measure that would is left
-    out, and the record says so and which options change it. What is left of the budget accumulates, so that an
+    than ``max_fraction`` of the time since the first ``step()``, the first one not counted: a measure that would is
+    left out, and the record says so and which options change it. What is left of the budget accumulates, so that an
     expensive measure runs less often rather than never.
 
     In a loop::
@@ -182,8 +182,10 @@ class SharpnessMonitor:
         record: dict[str, Any] = {"step": self._steps, "seconds": self._budget.elapsed, "measures": {}}
         skipped: dict[str, str] = {}
         for name, measure in self.measures.items():
+            is_free = within_budget and name not in self._worked
+            limited = within_budget and not is_free
             try:
-                with self._budget.spend(name, limited=within_budget and name in self._worked) as progress:
+                with self._budget.spend(name, limited=limited, charged=not is_free) as progress:
                     result = measure(self.model, self.loss_fn, self.batches, progress=progress)
             except OverBudget as reason:
                 skipped[name] = str(reason)
