@@ -306,6 +306,21 @@ def test_compare_writes_a_table_a_verdict_and_a_plot(project, capsys):
     assert Path("out/comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_find_rho_writes_what_it_chose_from(project, capsys):
+    import sharpness_project
+
+    short = ["--radii", "[0.05, 0.5]", "--steps", "5", "--batches", "8", "--output", "out"]
+    base = ["--optimizer", "SGD", "--optimizer_args.lr", "0.1"]
+    assert run("find_rho", "--as_built", "true", *base, *short) == 0
+    model = sharpness_project.build()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = sharpness.find_rho(model, sharpness.cross_entropy, data(8), optimizer=sgd, radii=[0.05, 0.5], steps=5)
+    report = results("out", "find_rho.json")
+    assert report["gains"] == list(expected.gains) and report["rho"] == expected.rho
+    assert expected.advice in capsys.readouterr().out
+    assert Path("out/find_rho.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -418,6 +433,11 @@ def test_bad_input_is_one_line(project, capsys, arguments, message):
         (["see"], "invalid choice: 'see'"),
         (["measure"], "data"),
         (["compare", *COMMON, "--weights", "weights.pt"], "needs at least 2 --weights, got 1"),
+        (["find_rho", *COMMON, "--weights", "weights.pt"], "optimizer"),
+        (
+            ["find_rho", *COMMON, "--weights", "weights.pt", "--optimizer", "SGD", "--optimizer_args.l", "1"],
+            "SGD cannot",
+        ),
         (["compare", *COMMON, "--weights", "weights.pt", "other.pt", "--measures", "x"], "a measure must be one of"),
         (["compare", *COMMON, "--weights", "weights.pt", "other.pt", "--measures", "trace", "trace"], "twice"),
     ],

@@ -16,13 +16,14 @@ LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Where a batch that is a mapping may have its labels."""
 
 
-def read_batches(batches: Iterable[Any], m: int | None = None) -> list[Any]:
+def read_batches(batches: Iterable[Any], m: int | None = None, *, keep_rest: bool = False) -> list[Any]:
     """Return every batch, or every whole piece of ``m`` examples of each batch.
 
     Args:
         batches: Batches; read to the end, once.
         m: Examples a piece; None leaves the batches as they are. What is left of a batch after its last whole piece is
             not used.
+        keep_rest: Keep it after all, as a smaller piece.
 
     Raises:
         TypeError: If ``batches`` is one batch rather than several, or a batch cannot be cut.
@@ -43,7 +44,7 @@ def read_batches(batches: Iterable[Any], m: int | None = None) -> list[Any]:
     if m is not None:
         if m < 1:
             raise ValueError(f"m must be at least 1, got {m}; leave it out to use the batches as they are")
-        read = [piece for batch in read for piece in _pieces(batch, m)]
+        read = [piece for batch in read for piece in _pieces(batch, m, keep_rest)]
     if not read:
         raise ValueError(
             "there are no batches to measure on"
@@ -118,7 +119,7 @@ def _usable_in_a_graph(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _pieces(batch: Any, m: int) -> list[Any]:
+def _pieces(batch: Any, m: int, keep_rest: bool) -> list[Any]:
     sizes = set(_sizes(batch))
     if len(sizes) != 1:
         raise TypeError(
@@ -130,4 +131,4 @@ def _pieces(batch: Any, m: int) -> list[Any]:
     def cut(start: int) -> Any:
         return map_tensors(batch, lambda tensor: tensor[start : start + m] if tensor.dim() > 0 else tensor)
 
-    return [cut(start) for start in range(0, size - m + 1, m)]
+    return [cut(start) for start in range(0, size if keep_rest else size - m + 1, m)]

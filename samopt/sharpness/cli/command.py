@@ -25,6 +25,7 @@ from samopt.sharpness.cli.optimizers import optimizer_maker
 from samopt.sharpness.cli.writing import file_name, make_folder, write, write_figure
 from samopt.sharpness.comparison.compare import COMPARED, compare
 from samopt.sharpness.presets import PRESETS
+from samopt.sharpness.radius.find_rho import find_rho
 
 __all__ = ["main"]
 
@@ -34,6 +35,8 @@ examples, in a folder with my_project.py:
   python -m samopt.sharpness compare --model my_project:build_model --weights sgd.pt sam.pt --data my_project:batches
   python -m samopt.sharpness measure --model my_project:build_model --weights model.safetensors \\
       --data my_project:batches --measures worst_case hessian_eigenvalues --worst_case.rho 0.1
+  python -m samopt.sharpness find_rho --model my_project:build_model --as_built true --data my_project:batches \\
+      --batches 100 --optimizer SGD --optimizer_args '{lr: 0.1, momentum: 0.9}'
   python -m samopt.sharpness measure --weights a_folder_that_transformers_saved --data my_project:batches
   python -m samopt.sharpness measure ... --print_config > run.yaml; python -m samopt.sharpness measure --config run.yaml
 """
@@ -75,6 +78,7 @@ def _parser(jsonargparse: Any) -> Any:
     commands = parser.add_subcommands(required=True)
     for name, (summary, add) in {
         "measure": ("Measure models: results.json, and a figure for each measure.", _add_measure),
+        "find_rho": ("Find the radius to train with: find_rho.json and find_rho.png.", _add_find_rho),
         "compare": ("Compare models: comparison.json, comparison.txt and comparison.png.", _add_compare),
     }.items():
         command = jsonargparse.ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
@@ -137,6 +141,15 @@ def _add_measure(parser: Any) -> None:
     parser.add_argument("--optimizer_args", type=dict[str, Any], default={}, help="its arguments, as in {lr: 0.1}")
     parser.add_argument("--optimizer_state", type=str | None, help="a file with its state dict")
     add_measures(parser)
+
+
+def _add_find_rho(parser: Any) -> None:
+    parser.add_argument("--optimizer", type=str, required=True, help="the base: torch.optim's name, or module:Class")
+    parser.add_argument("--optimizer_args", type=dict[str, Any], default={}, help="its arguments, as in {lr: 0.1}")
+    parser.add_argument("--optimizer_state", type=str | None, help="a file with its state dict")
+    parser.add_argument("--validation", type=str | None, help="module:function of batches to compare on")
+    skip = {"model", "loss_fn", "batches", "optimizer", "validation", "accuracy_fn", "progress"}
+    parser.add_function_arguments(find_rho, skip=skip, fail_untyped=False)
 
 
 def _add_compare(parser: Any) -> None:
@@ -252,6 +265,35 @@ def _compare(jsonargparse: Any, options: Any) -> None:
     print(f"written to {loaded.output}")
 
 
+def _find_rho(jsonargparse: Any, options: Any) -> None:
+    make = optimizer_maker(options.optimizer, options.optimizer_args, options.optimizer_state)
+    loaded = _Loaded(options)
+    if len(loaded.models) != 1 or make is None:
+        raise CommandError(f"find_rho starts from one model, got {len(loaded.models)} --weights")
+    held_out = options.validation
+    validation = None if held_out is None else load_batches("--validation", held_out, {}, options.batches)
+    names = ("radii", "variant", "steps", "folds", "seed")
+    with explained("find_rho"):
+        search = find_rho(
+            loaded.first,
+            loaded.loss_fn,
+            loaded.batches,
+            optimizer=make(loaded.first),
+            validation=validation,
+            **{name: options[name] for name in names},
+        )
+    for radius, gain, error in zip(search.radii, search.gains, search.errors, strict=True):
+        print(f"rho={radius:<8g} gain in held-out {search.score} {gain:+.4f} ± {error:.4f}")
+    print(search.advice)
+    report = {**loaded.about, **search.to_dict()}
+    write(loaded.output / "find_rho.json", (to_json(report, indent=1) + "\n").encode())
+    if options.plots:
+        with explained("--plots true"):
+            figure = search.plot()
+        write_figure(loaded.output / "find_rho.png", figure)
+    print(f"written to {loaded.output}")
+
+
 def _presets(chosen: Sequence[Any]) -> Any:
     """Return the measures of a comparison: names and mappings as one mapping."""
     merged: dict[str, Any] = {}
@@ -263,4 +305,4 @@ def _presets(chosen: Sequence[Any]) -> Any:
     return merged
 
 
-_COMMANDS: dict[str, Callable[[Any, Any], None]] = {"measure": _measure, "compare": _compare}
+_COMMANDS: dict[str, Callable[[Any, Any], None]] = {"measure": _measure, "compare": _compare, "find_rho": _find_rho}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from samopt.sharpness._measuring.batches import batch_size, read_batches
+from samopt.sharpness._measuring.batches import read_batches
 from samopt.sharpness._measuring.losses import Loss, LossFn, accuracy, as_loss_fn
 from samopt.sharpness._measuring.measured_model import GRADIENT, measuring
 from samopt.sharpness._measuring.optimizer_parts import RngState
@@ -311,7 +311,7 @@ def _score(model: nn.Module, compute_loss: LossFn, batches: list[Any], measure_a
 
 
 def _pieces(batch: Any) -> list[Any]:
-    return read_batches([batch], min(_PIECE, batch_size(batch)))
+    return read_batches([batch], _PIECE, keep_rest=True)
 
 
 def _has_classes(model: nn.Module, compute_loss: LossFn, batch: Any) -> bool:
