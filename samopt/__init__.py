@@ -36,7 +36,6 @@ __all__ = [
     "available",
     "create",
     "find_rho",
-    "sharpness",
 ]
 
 _LAZY = ("find_rho", "sharpness")  # imported at the first use, so that `import samopt` stays quick

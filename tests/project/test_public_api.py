@@ -27,6 +27,7 @@ PUBLIC = [
     "StepMetrics",
     "available",
     "create",
+    "find_rho",
 ]
 MODULES = sorted([*REPOSITORY.glob("samopt/**/*.py"), *REPOSITORY.glob("integrations/**/*.py")])
 

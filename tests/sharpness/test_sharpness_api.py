@@ -46,7 +46,18 @@ RESULTS = [
     "Trace",
     "WorstCase",
 ]
-OTHERS = ["SharpnessMonitor", "WarmStart", "accuracy", "cross_entropy", "hf_loss", "normalize_logits"]
+OTHERS = [
+    "Comparison",
+    "RhoSearch",
+    "SharpnessMonitor",
+    "WarmStart",
+    "compare",
+    "find_rho",
+    "accuracy",
+    "cross_entropy",
+    "hf_loss",
+    "normalize_logits",
+]
 
 
 def test_the_public_names_are_the_listed_ones():
@@ -96,11 +107,15 @@ def test_measures_of_models_share_their_first_arguments(name):
     assert [parameter.name for parameter in parameters[:3]] == ["model", "loss_fn", "batches"]
 
 
-def test_the_page_uses_only_options_that_the_command_has(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    blocks = [part.source for part in read(REPOSITORY / "docs" / "sharpness.md") if isinstance(part, Block)]
-    commands = [block for block in blocks if "-m samopt.sharpness" in block]
+@pytest.mark.parametrize("page", ["sharpness", "compare-models", "choose-rho"])
+def test_a_page_uses_only_options_that_the_command_has(page, capsys):
+    blocks = [part.source for part in read(REPOSITORY / "docs" / f"{page}.md") if isinstance(part, Block)]
+    commands = [
+        line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "-m samopt.sharpness" in line
+    ]
     assert commands
-    assert set(re.findall(r"--[\w-]+", " ".join(commands))) <= known
+    for command in commands:
+        with pytest.raises(SystemExit):
+            main([command.split("-m samopt.sharpness")[1].split()[0], "--help"])
+        known = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[\w.-]+", command)) <= known
