@@ -248,7 +248,7 @@ class SharpnessCallback(Callback):
             pl_module: The module.
         """
         is_followed = _is_followed(trainer, self)
-        if trainer.sanity_checking or not trainer.training or not (is_followed or self.every is None):
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not (is_followed or self.every is None):
             return
         if self.monitor is None and self._data == "training":
             self._begin_with_what_there_is(trainer, pl_module)
