@@ -13,7 +13,7 @@ from samopt.variants.sam import ASAM, SAM, FisherSAM
 from samopt.variants.tram import TRAM
 
 if TYPE_CHECKING:
-    from samopt import sharpness
+    from samopt import sharpness as sharpness
     from samopt.sharpness.radius.find_rho import find_rho
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ Measure = Callable[..., Result]
 """``measure(model, loss_fn, batches, progress=...)``."""
 
 # Mappings come before functions: jsonargparse saves a value by the first type that takes it, and cannot save functions.
-Measures = Mapping[str, Mapping[str, Any] | None | Measure] | Iterable[str | Measure]
+Measures = Mapping[str, Mapping[str, Any] | Measure] | Iterable[str | Measure]
 """Names of presets and functions; or a mapping, from own names to functions, or from presets to other options."""
 
 PRESETS: dict[str, tuple[Measure, dict[str, Any]]] = {

@@ -190,7 +190,7 @@ def test_yaml(package, measures, tmp_path, monkeypatch):
     assert "sharpness/per_layer/net.0" in callback.history[3]
 
 
-@pytest.mark.parametrize("measures", ["[worst_case, lambda_max]", "{worst_case: {rho: 0.1, steps: 1}, lambda_max: }"])
+@pytest.mark.parametrize("measures", ["[worst_case, lambda_max]", "{worst_case: {rho: 0.1, steps: 1}, lambda_max: {}}"])
 def test_a_saved_configuration_loads_again(measures, tmp_path):
     cli = importlib.import_module("pytorch_lightning.cli")
 
