@@ -131,6 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
         callbacks=[
             SharpnessCallback(
                 _MEASURES,
+                every=None,
                 examples=task.sharpness_examples,
                 max_fraction=None if task.quick else task.sharpness_fraction,
             )
