@@ -178,7 +178,7 @@ class SharpnessCallback(Callback):
                 self._begin(trainer, pl_module, self._sample.batches)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a sample of the validation data anew.
+        """Begin a new sample of the validation data.
 
         Args:
             trainer: The trainer.

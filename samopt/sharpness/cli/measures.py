@@ -66,7 +66,7 @@ MEASURES: dict[str, Callable[..., Result]] = {
 """By name."""
 
 DATA_MEASURES = ("label_sharpness", "intrinsic_dimension")
-"""Those of the data alone, whatever the model."""
+"""Those of the data alone."""
 PAIR_MEASURES = ("interpolate",)
 """Those of two models."""
 
