@@ -18,6 +18,7 @@ from samopt import StepMetrics
 from samopt._replay.forward_calls import RngState
 from samopt.sharpness import SharpnessMonitor
 from samopt.sharpness._measuring.batches import map_tensors
+from samopt.sharpness._measuring.step_means import StepMeans, log_keys
 from samopt.sharpness.presets import DEFAULT, Measures, named_measures
 
 from .._logging.progress import with_bar
@@ -52,6 +53,8 @@ class SharpnessCallback(TrainerCallback):
         every: Optimizer steps between measurements, >= 1; None measures at each evaluation.
         examples: Size of the sample, drawn from the evaluation data, >= 1.
         loss_fn: ``loss_fn(model, batch) -> scalar``; None is the Trainer's own ``compute_loss``.
+        average_metrics: Log what the optimizer measures averaged over the steps since the last log, not of one step;
+            without the norms of gradients where a ``GradScaler`` scales them.
         max_fraction: Largest share of the training time, in (0, 1]; None for no limit.
         seed: Of the sample.
         path: File to append each record to, as a line of JSON.
@@ -67,6 +70,7 @@ class SharpnessCallback(TrainerCallback):
         every: int | None = 500,
         examples: int = 256,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        average_metrics: bool = False,
         max_fraction: float | None = 0.05,
         seed: int = 0,
         path: str | Path | None = None,
@@ -75,6 +79,7 @@ class SharpnessCallback(TrainerCallback):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._latest: dict[str, float] = {}
+        self._means = StepMeans() if average_metrics else None
         self.every = every
         self.examples = examples
         self.monitor: SharpnessMonitor | None = None
@@ -154,6 +159,12 @@ class SharpnessCallback(TrainerCallback):
             control: Not used.
             **kwargs: Not used.
         """
+        if self._means is not None:
+            measured = getattr(_innermost(kwargs.get("optimizer")), "last_step", None)
+            if not isinstance(measured, StepMetrics):  # a sharpness-aware Trainer steps the base
+                measured = getattr(getattr(self._bound(), "sam_optimizer", None), "last_step", None)
+            if isinstance(measured, StepMetrics):
+                self._means.add(measured)
         if self.monitor is not None:
             self._log(self.monitor.step(state.global_step), state)
 
@@ -209,9 +220,18 @@ class SharpnessCallback(TrainerCallback):
         """
         step = getattr(_innermost(kwargs.get("optimizer")), "last_step", None)
         if logs is not None and "loss" in logs and isinstance(step, StepMetrics):
-            values = free_metrics(step)
+            values = free_metrics(step) | self.take_averages()
             if values and not values.keys() <= logs.keys():
                 self._bound().log(values)
+
+    def take_averages(self) -> dict[str, float]:
+        """Return the optimizer's measurements averaged since the last call, for logs; nothing unless asked for."""
+        if self._means is None:
+            return {}
+        values = log_keys(self._means.take())
+        if self._bound().accelerator.scaler is not None:  # it has scaled the gradients by changing factors
+            values = {name: value for name, value in values.items() if not name.endswith("grad_norm")}
+        return values
 
     def _bound(self) -> Trainer:
         if self._trainer is None:

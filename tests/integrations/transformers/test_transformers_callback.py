@@ -101,6 +101,31 @@ def test_free_metrics_stand_beside_the_training_loss(tmp_path):
     assert len(hf.logged(tram, "sharpness/distance")) == 14
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_free_metrics_may_be_averaged_over_the_interval(plain, tmp_path):
+    class Steps(TrainerCallback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            optimizer = kwargs["optimizer"].optimizer if plain else trainer.sam_optimizer
+            self.seen[state.global_step] = optimizer.last_step.to_dict()
+
+    steps = Steps()
+    options = {"logging_steps": 4, "callbacks": [steps]} | evaluated()
+    if plain:
+        options |= PLAIN | {"base": lambda model: samopt.SAM(hf.momentum_sgd(model), direction="momentum", model=model)}
+    trainer = hf.make_trainer(tmp_path, hf.norms(), hf.points(), **options)
+    make_callback(average_metrics=True).attach(trainer).train()
+    entries = {entry["step"]: entry for entry in trainer.state.log_history if "sharpness/radius" in entry}
+    for last in (4, 8, 12):
+        for name in ("grad_norm", "radius"):
+            values = [steps.seen[step].get(name) for step in range(last - 3, last + 1)]
+            if None not in values:
+                assert entries[last][f"sharpness/{name}"] == pytest.approx(sum(values) / 4, rel=1e-5)
+        assert f"sharpness/{'radius' if plain else 'grad_norm'}" in entries[last]
+
+
 def run(tmp_path, callbacks, **options):
     model = hf.bert()
     options = {"eval_strategy": "epoch", "trainer_options": {"eval_dataset": hf.classification(12, seed=2)}} | options
