@@ -45,7 +45,7 @@ def training_loss(trainer: Trainer, module: LightningModule) -> Callable[[nn.Mod
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{type(module).__name__}.training_step returned {type(value).__name__} for a batch that "
-                "SharpnessMonitor measures on, so there is no loss to perturb; give it loss_fn="
+                "SharpnessCallback measures on, so there is no loss to perturb; give it loss_fn="
             )
         return value
 

@@ -150,6 +150,9 @@ class SAMTrainerMixin(_Base):
             return
         if "loss" in logs and self._run is not None:
             logs.update(self._run.metrics())
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SharpnessCallback):
+                    logs.update(callback.take_averages())
         super().log(logs, start_time)
 
     def _step_again(
