@@ -178,7 +178,7 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
 
 
 def make_sharpness_aware(trainer: Any, **options: Any) -> Any:
-    """Make an existing Trainer instance sharpness-aware, whatever its class.
+    """Make an existing Trainer instance of any class sharpness-aware.
 
     Args:
         trainer: A Trainer that is not sharpness-aware yet, before ``train()``. Its class is replaced by a subclass. An
