@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +25,8 @@ else:
     _Base = object
 
 __all__ = ["SAMTrainer", "SAMTrainerMixin", "make_sharpness_aware"]
+
+_T = TypeVar("_T")
 
 
 class SAMTrainerMixin(_Base):
@@ -177,7 +179,7 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
     """
 
 
-def make_sharpness_aware(trainer: Any, **options: Any) -> Any:
+def make_sharpness_aware(trainer: _T, **options: Any) -> _T:
     """Make an existing Trainer instance of any class sharpness-aware.
 
     Args:
