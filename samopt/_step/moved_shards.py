@@ -24,7 +24,8 @@ class MovedShards(CallWatcher):
 
     Args:
         models: The modules.
-        enter: Moves the weights.
+        enter: Moves the weights where a training forward begins.
+        enter_again: Moves them where its backward pass begins, if they have been put back meanwhile.
         leave: Puts them back.
 
     Attributes:
@@ -32,8 +33,15 @@ class MovedShards(CallWatcher):
         has_stale_copies: Whether copies were gathered from shards that have been put back since.
     """
 
-    def __init__(self, models: Sequence[nn.Module], enter: Callable[[], None], leave: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        enter: Callable[[], None],
+        enter_again: Callable[[], None],
+        leave: Callable[[], None],
+    ) -> None:
         self._enter = enter
+        self._enter_again = enter_again
         self._leave = leave
         self.exact_depth = 0
         self.has_stale_copies = False
@@ -82,7 +90,7 @@ class MovedShards(CallWatcher):
             self._leave()  # the forward raised, or nothing can be differentiated
 
     def _before_backward(self, gradient: Tensor) -> None:
-        self._enter()
+        self._enter_again()
         if torch.is_grad_enabled():
             return  # create_graph=True: a backward through this one will read the weights again, so they stay
         # The engine has no public way to say "when this backward is over"; DDP and FSDP use the same call.
