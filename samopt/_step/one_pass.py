@@ -70,7 +70,7 @@ class OnePass:
         self._shards: MovedShards | None = None
         self._shifted: ShiftedParameters | None = None
         if is_fully_sharded(every_module(models)):
-            self._shards = MovedShards(models, self._enter_forward, self._enter, self._leave)
+            self._shards = MovedShards(models, self._enter_forward, self._enter, self._leave, self._be_exact)
         elif models:
             self._shifted = ShiftedParameters(self._displaced)
         self._stop_watching: Callable[[], None] | None = None
