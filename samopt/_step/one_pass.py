@@ -67,10 +67,12 @@ class OnePass:
         self._loss: Any = None
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
-        self._shards = (
-            MovedShards(models, self._enter_forward, self._leave) if is_fully_sharded(every_module(models)) else None
-        )
-        self._shifted = ShiftedParameters(self._displaced) if models and self._shards is None else None
+        self._shards: MovedShards | None = None
+        self._shifted: ShiftedParameters | None = None
+        if is_fully_sharded(every_module(models)):
+            self._shards = MovedShards(models, self._enter_forward, self._enter, self._leave, self._be_exact)
+        elif models:
+            self._shifted = ShiftedParameters(self._displaced)
         self._stop_watching: Callable[[], None] | None = None
         self._is_retired = False
         if models:
