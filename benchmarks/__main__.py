@@ -7,9 +7,14 @@ EXTRA = ("jsonargparse", "matplotlib", "numpy", "rich", "scipy", "sklearn")
 
 if __name__ == "__main__":
     try:
-        from benchmarks.harness.cli import main
+        if sys.argv[1:2] == ["gpu"]:  # runs where nothing but torch, numpy and triton is installed
+            from benchmarks.studies.gpu import command
 
-        code = main()
+            code = command(sys.argv[2:])
+        else:
+            from benchmarks.harness.cli import main
+
+            code = main()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:

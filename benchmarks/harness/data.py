@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from benchmarks.harness.errors import BenchmarkError
@@ -118,6 +117,8 @@ def randomise_labels(labels: Tensor, fraction: float, classes: int, seed: int) -
 
 
 def _hold_out(indices: Tensor, labels: Tensor, seed: int, purpose: str) -> tuple[Tensor, Tensor]:
+    from sklearn.model_selection import train_test_split  # the study gpu runs without scikit-learn
+
     kept, held_out = train_test_split(
         indices.numpy(), test_size=_HELD_OUT, stratify=labels[indices].numpy(), random_state=stream_seed(seed, purpose)
     )
@@ -132,6 +133,8 @@ def _keep(indices: Tensor, labels: Tensor, seed: int, count: int, classes: int) 
         )
     if len(indices) - count < classes:  # too few are left over for a stratified split
         return indices[torch.randperm(len(indices), generator=stream(seed, "train size"))[:count]]
+    from sklearn.model_selection import train_test_split
+
     kept, _ = train_test_split(
         indices.numpy(),
         train_size=count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -40,10 +41,10 @@ def now() -> str:
 def commit(repository: Path = _REPOSITORY) -> str:
     """Return the checkout's commit, "+changes" appended where the measured code differs from it.
 
-    Returns "unknown" where this code is not tracked: installed, say, into an environment inside another checkout.
+    Where this code is not tracked, as in a copy without history, returns what BENCHMARKS_COMMIT says, or "unknown".
     """
     if _git(repository, "ls-files", "--error-unmatch", "benchmarks/__main__.py") is None:
-        return "unknown"
+        return os.environ.get("BENCHMARKS_COMMIT", "unknown")
     revision = _git(repository, "rev-parse", "--short=12", "HEAD")
     changes = _git(repository, "status", "--porcelain", "--", *_MEASURED)
     return "unknown" if revision is None else revision + ("+changes" if changes else "")

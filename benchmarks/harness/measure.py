@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,6 @@ from torch.optim import Optimizer
 
 from benchmarks.harness.environment import describe
 from benchmarks.harness.networks import Case
-from benchmarks.harness.report import say
 from benchmarks.harness.timing import Clock, Copy, in_turns, peak_bytes, seconds
 from benchmarks.harness.updates import UPDATES, Update, make_step
 
@@ -49,18 +49,32 @@ class Measurement:
 
 
 def measure_updates(
-    kind: str, case: Case, geometry: str, names: Sequence[str], rounds: int, device: torch.device, clock: Clock
-) -> Iterator[Measurement]:
-    """Yield what each contender's own part of a step costs; those that cannot run here are left out, with a line."""
+    kind: str, case: Case, geometry: str, names: Sequence[str], rounds: int, device: torch.device, clock: Clock,
+    watch: Callable[[str, Callable[[], object]], None] | None = None,
+) -> Iterator[Measurement]:  # fmt: skip
+    """Yield what each contender's own part of a step costs; those that cannot run here are left out, with a line.
+
+    Args:
+        kind: As in ``Measurement``.
+        case: Whose parameters to update.
+        geometry: "sam" or "asam".
+        names: Of contenders, "base" first.
+        rounds: Turns of each.
+        device: Where.
+        clock: What they are timed by on a CPU.
+        watch: Called once with each name and a function that makes its update; that function first copies the
+            gradients, tensor by tensor: once for the base, twice for the others.
+    """
     torch.manual_seed(0)
-    parameters = [p for p in case.build().to(device).parameters() if p.requires_grad]
+    with device:  # a GPU makes large tables of random numbers faster
+        parameters = [p for p in case.build().parameters() if p.requires_grad]
     sources = [torch.randn_like(p).mul_(0.01) for p in parameters]
     updates: dict[str, Update] = {}
     for name in names:
         try:
             updates[name] = UPDATES[name](parameters, geometry, case.base)
         except (ImportError, RuntimeError) as error:
-            say(f"{name} is left out: {error}")
+            print(f"{name} is left out: {error}", flush=True)
 
     def set_gradients() -> None:
         """Give every parameter a gradient that nothing else holds, as a backward pass does."""
@@ -93,6 +107,8 @@ def measure_updates(
                 parameter.grad = None
             peak, retained = peak_bytes(device, lambda name=name: take_and_clear(name), known)
             memory[name] = (peak - gradients, retained)
+    for name in updates if watch is not None else ():
+        watch(name, partial(take, name))
     times, rates = in_turns(list(updates), rounds, take, Copy(device, clock))
     for name in updates:
         yield _row(kind, case.name, geometry, name, parameters, times[name], rates, memory[name], device, clock)
@@ -120,7 +136,7 @@ def measure_steps(
         try:
             steps[form] = make_step(form, module, inputs, base, geometry)
         except RuntimeError as error:
-            say(f"{form} is left out: {error}")
+            print(f"{form} is left out: {error}", flush=True)
             continue
         known = [*module.parameters(), *_state_tensors(base), inputs]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +54,12 @@ class ResNet18(nn.Sequential):
         widths = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1)]
         widths += [(128, 256, 2), (256, 256, 1), (256, 512, 2), (512, 512, 1)]
         head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
-        super().__init__(*stem, *(_Residual(*width) for width in widths), *head)
+        super().__init__(*stem, *(Residual(*width) for width in widths), *head)
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm beside a shortcut."""
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         second = _convolution(outputs, outputs, 3)
@@ -67,6 +68,7 @@ class _Residual(nn.Module):
         self.shortcut = nn.Sequential(*_convolution(inputs, outputs, 1, stride)) if changes else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return the features of the next block."""
         return functional.relu(self.body(features) + self.shortcut(features))
 
 
@@ -118,9 +120,49 @@ class _Parameters(nn.Module):
         self.parts = nn.ParameterList(nn.Parameter(torch.empty(shape).normal_(std=0.02)) for shape in shapes)
 
 
-def _decoder_shapes() -> list[tuple[int, ...]]:
-    layer: list[Any] = [(2048, 2048)] * 4 + [(8192, 2048), (8192, 2048), (2048, 8192), (2048,), (2048,)]
-    return [(50304, 2048), *layer * 16, (2048,)]
+class _DecoderLayer(nn.Module):
+    """Causal attention and a gated feed-forward part, each after a norm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        linear = partial(nn.Linear, bias=False)
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
+        self.query, self.key, self.value, self.out = (linear(width, width) for _ in range(4))
+        self.gate, self.up, self.down = linear(width, 4 * width), linear(width, 4 * width), linear(4 * width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normed = self.norms[0](tokens)
+        split = (
+            each(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.query, self.key, self.value)
+        )
+        attended = functional.scaled_dot_product_attention(*split, is_causal=True)
+        tokens = tokens + self.out(attended.transpose(1, 2).flatten(2))
+        normed = self.norms[1](tokens)
+        result: Tensor = tokens + self.down(functional.silu(self.gate(normed)) * self.up(normed))
+        return result
+
+
+class Decoder(nn.Module):
+    """A language model without positions: tied embedding, 16 layers; by default 1.2 billion parameters.
+
+    Args:
+        vocabulary: Number of tokens that it knows.
+        width: Features of a token.
+        heads: Attention heads.
+        layers: Number of layers.
+    """
+
+    def __init__(self, vocabulary: int = 50304, width: int = 2048, heads: int = 16, layers: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.layers = nn.Sequential(*(_DecoderLayer(width, heads) for _ in range(layers)))
+        self.norm = nn.RMSNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the token that follows the last one, shape ``(n, vocabulary)``."""
+        last = self.norm(self.layers(self.embedding(tokens)))[:, -1]
+        return functional.linear(last, self.embedding.weight)
 
 
 def _bert() -> nn.Module:
@@ -139,7 +181,7 @@ CASES = {
         Case("bert_base", _bert, lambda n: torch.randint(30522, (2 * n, 32))),
         Case("vit_s", _vit, lambda n: torch.randn(4 * n, 3, 64, 64)),
         Case("tiny500", lambda: _Parameters([(1000,)] * 500)),
-        Case("decoder_1b", lambda: _Parameters(_decoder_shapes()), needs_gpu=True),
+        Case("decoder_1b", Decoder, needs_gpu=True),
     )
 }
 """By name: the ConvNet on 64 digits; ResNet-18 on 8 and 32 images; BERT-base on 64 and 256 tokens; ViT-S on 4 and 16

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.harness.data import Pool
@@ -108,6 +107,8 @@ def load_digits_pool(data: Path | None = None) -> Pool:
         raise BenchmarkError(
             f"--data is not used for digits, got {str(data)!r}; leave it out: scikit-learn brings these images"
         )
+    from sklearn.datasets import load_digits  # the study gpu runs without scikit-learn
+
     images, labels = load_digits(return_X_y=True)
     return Pool(torch.from_numpy(images).float().div(16).reshape(-1, 1, 8, 8), torch.from_numpy(labels).long())
 

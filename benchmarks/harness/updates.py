@@ -12,11 +12,24 @@ from torch.optim import AdamW, Optimizer
 
 import samopt
 from benchmarks.harness.networks import loss_of
+from samopt._perturb.perturbation import Perturbation
+from samopt._perturb.scratch_pool import ScratchPool
+from samopt._perturb.targets import Region, Targets
 from samopt.kernels import BACKENDS
+from samopt.parts.geometry import Adaptive, Euclidean, Geometry
 
 RHO, ETA = 0.05, 0.01
 BAREST = "one-pass-barest"
 """What one pass in whole steps is measured against."""
+
+MOVED = {
+    "base": (0, 0), "textbook": (40, 104), "script": (48, 72), "samopt-swap": (16, 20), "samopt-foreach": (32, 36),
+    "samopt-triton": (28, 32), "displaced": (16, 20),
+}  # fmt: skip
+"""Bytes that each moves per fp32 element beyond the base's step, with SAM's and ASAM's geometry, where known;
+"samopt-swap" is gone, but rows of it are published."""
+BASE_MOVES = 28
+"""Bytes an element that fused AdamW moves."""
 
 MakeBase = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -114,6 +127,21 @@ class _TwoSteps:
         self._optimizer.second_step()
 
 
+class _Displaced(_Alone):
+    """What one pass adds: ``w + epsilon`` along the base's momentum is written beside the weights, which stay."""
+
+    def __init__(self, parameters: Sequence[Tensor], geometry: str, make_base: MakeBase) -> None:
+        super().__init__(parameters, geometry, make_base)
+        self._parameters, self._memory = list(parameters), ScratchPool()
+        self._geometry: Geometry = Adaptive() if geometry == "asam" else Euclidean()
+
+    def ascend(self) -> None:
+        states = self.base.state
+        momenta = [states[p]["exp_avg"] if p in states else p.grad for p in self._parameters]
+        targets = Targets(Region(RHO, ETA, 1), self._parameters, momenta)
+        Perturbation([targets], self._geometry).displaced(self._memory)
+
+
 def _package(parameters: Sequence[Tensor], geometry: str, make_base: MakeBase) -> Update:
     from pytorch_optimizer import SAM  # an optional package
 
@@ -139,8 +167,10 @@ UPDATES: dict[str, Callable[[Sequence[Tensor], str, MakeBase], Update]] = {
     "pytorch_optimizer": _package,
     **{f"samopt-{name}": partial(_ours, backend=name) for name in BACKENDS},
     "samopt-lean": partial(_ours, measure_grad_norms=False),
+    "displaced": _Displaced,
 }
-"""By name. Every samopt backend measures gradient norms for ``last_step``, as by default; "lean" does not."""
+"""By name. "displaced" is one pass's part; its gradient is handed out once more than in use. Every samopt backend
+measures gradient norms for ``last_step``, as by default; "lean" does not."""
 
 
 STEPS = ("base", "script", "sam-backward", "sam-perturbed", "sam-closure", BAREST, "one-pass")

@@ -21,11 +21,8 @@ from benchmarks.harness.networks import CASES, growth
 from benchmarks.harness.report import Table, colour, figure, publish, say
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.timing import Clock
-from benchmarks.harness.updates import BAREST, STEPS, UPDATES
+from benchmarks.harness.updates import BAREST, BASE_MOVES, MOVED, STEPS, UPDATES
 
-_MOVED = {"base": (0, 0), "textbook": (40, 104), "script": (48, 72), "samopt-swap": (16, 20), "samopt-triton": (28, 32)}
-"""Bytes that each moves per fp32 element beyond the base's step, with SAM's and ASAM's geometry, where known."""
-_BASE_MOVES = 28  # bytes an element: fused AdamW
 _FORMS = dict.fromkeys(STEPS)
 
 
@@ -156,8 +153,8 @@ def _update_cells(row: Measurement, group: Sequence[Measurement]) -> tuple[str, 
     base = _named(group, "base")
     peak = "" if row.peak is None else f"{row.peak / row.elements:.2f}"
     cells = [row.contender, str(len(row.milliseconds)), Spread.of(row.milliseconds).text(".2f")]
-    moved = _MOVED.get(row.contender)
-    total = 0 if moved is None else (_BASE_MOVES + moved[row.geometry == "asam"]) * row.elements
+    moved = MOVED.get(row.contender)
+    total = 0 if moved is None else (BASE_MOVES + moved[row.geometry == "asam"]) * row.elements
     achieved = f"{Spread.of(total / np.asarray(row.milliseconds) / 1e6).median:.1f}" if total else ""
     if row is base:
         return (*cells, "", "", "", "", achieved, peak)
