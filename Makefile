@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 # One thread a worker: the workers already fill the cores, and torch's own threads would only compete with them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test slow package lint clean
+.PHONY: help demo test quick slow docs package lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -18,11 +18,17 @@ help: ## Show this list
 demo: $(VENV)/.installed-bench ## Train on real digits with and without SAM; print a table, write results/
 	$(BIN)/python -m benchmarks demo $(ARGS)
 
-test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k asam" narrows, JOBS=4 uses more cores)
+test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k asam" narrows, JOBS=4 uses more cores; "make quick" is a part)
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+quick: $(VENV)/.installed-dev ## Run the quick part of the tests: every optimizer, its parts, the steps
+	$(PYTEST) -n $(JOBS) --dist worksteal tests/variants tests/parts tests/numerics tests/replay tests/step/test_conformance.py $(ARGS)
 
 slow: $(VENV)/.installed-dev ## Run the tests that take tens of seconds each
 	$(PYTEST) -m slow $(ARGS)
+
+docs: $(VENV)/.installed-docs ## Build the documentation site into site/ (strict, without a network)
+	$(BIN)/zensical build --strict --clean
 
 package: $(VENV)/.installed-dev ## Build the sdist and the wheel, install each, import from elsewhere
 	$(PYTEST) -m slow tests/project/test_packaging.py $(ARGS)
@@ -33,7 +39,7 @@ lint: $(VENV)/.installed-dev ## Run ruff and mypy
 	$(BIN)/mypy samopt
 
 clean: ## Remove the environment, builds and caches; results/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/pip:

@@ -1,1 +1,1 @@
-"""Trains real models with and without sharpness-aware optimizers; ``python -m benchmarks --help`` says how."""
+"""Trains real models with and without sharpness-aware optimizers; ``python -m benchmarks --help`` lists the studies."""

@@ -235,6 +235,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         return self._passes.needs_first_pass
 
     @property
+    def two_passes(self) -> TwoPass | None:
+        """The steps of two passes, for a framework's loop that runs them itself; None for one pass."""
+        return self._passes if isinstance(self._passes, TwoPass) else None
+
+    @property
     def perturbs_this_step(self) -> bool:
         """Whether anything moves in this step, as far as the host can tell: not for ``rho=0``, say."""
         return self._ascent.may_move()
@@ -465,7 +470,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         self._ascent.load_state_dict(own)
-        if self._stall is not None and self.state:  # accelerate loads a fresh optimizer's state into itself
+        if self._stall is not None and self.base_optimizer.state:  # training has begun before
             self._stall.dismiss()
         self._passes.reset()
 

@@ -27,6 +27,14 @@ class StepMetrics:
         applied_radius: Norm of the perturbation really applied, in the geometry's norm: measured after rounding for
             bf16 and fp16 parameters, equal to the radius asked up to rounding for the others.
         distance: Trust-region distance that the radius was made from (``TRAM`` only).
+
+    Example:
+        >>> import torch, samopt
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = samopt.SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+        >>> loss = optimizer.backward(lambda: 0.5 * (w * w).sum())
+        >>> {name: round(value, 3) for name, value in optimizer.last_step.to_dict().items()}["sharpness"]
+        2.625
     """
 
     loss: Tensor | None = None

@@ -75,7 +75,7 @@ def save(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def load(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Read the checkpoint, where there is one, whatever number of ranks wrote it; return the epoch to go on with."""
+    """Read the checkpoint, if there is one, written by any number of ranks; return the epoch to go on with."""
     if path is None or not (path / ".metadata").exists():
         return 0
     weights, state = get_state_dict(model, optimizer)

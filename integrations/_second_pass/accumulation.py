@@ -1,23 +1,23 @@
-"""Both passes over one accumulation window, in a loop whose optimizer step belongs to somebody else."""
+"""Both passes over one accumulation window, in a loop that steps the optimizer itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor, nn
 
-from samopt._replay.random_state import RngState
+from samopt._step.window import MicroBatch
 from samopt.distributed import unsynced
 from samopt.optimizer import SharpnessAwareOptimizer
-
-from .._second_pass.window import MicroBatch, run_again
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]  # accelerate ships no types
 
-__all__ = ["TwoPasses"]
+__all__ = ["Kept", "TwoPasses"]
+
+Kept: TypeAlias = Callable[[], tuple[Sequence[nn.Module], Iterable[tuple[object, Collection[str]]]]]
 
 
 class TwoPasses:
@@ -32,6 +32,8 @@ class TwoPasses:
         optimizer: Moves and restores the weights; its ``step`` is not called.
         model: The prepared model.
         sync_perturbation: With several processes: perturb along the averaged gradients instead of each process's own.
+        kept: Returns what the second pass must leave alone besides the optimizer's model, at the start of each window:
+            modules, and objects with the names of attributes to ignore.
 
     Attributes:
         optimizer: The sharpness-aware optimizer.
@@ -44,6 +46,7 @@ class TwoPasses:
         model: nn.Module,
         *,
         sync_perturbation: bool = False,
+        kept: Kept = lambda: ((), ()),
     ) -> None:
         self.optimizer = optimizer
         self._accelerator = accelerator
@@ -51,7 +54,7 @@ class TwoPasses:
         # Shards of a gradient belong together, so that sharded parameters have one perturbation.
         synced = sync_perturbation or optimizer.sync_perturbation or accelerator.is_fsdp2
         self._per_rank = accelerator.num_processes > 1 and not synced
-        self._window: list[MicroBatch] = []
+        self._kept = kept
 
     def run(self, once: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor:
         """Run the first pass of a micro-batch and, if it completes the window, the second pass of all of them.
@@ -66,7 +69,8 @@ class TwoPasses:
         Raises:
             RuntimeError: If the gradients of a second pass wait for the step.
         """
-        if self.optimizer.is_one_pass:  # the weights move and return by themselves, in one pass
+        passes = self.optimizer.two_passes
+        if passes is None:  # no weight moves in one pass
             return once()
         if self.optimizer.waits_for_step:
             raise RuntimeError(
@@ -74,14 +78,19 @@ class TwoPasses:
                 "ended the window at the first one. Make it with Accelerator(gradient_accumulation_steps=k), put 'with "
                 "accelerator.accumulate(model):' around each micro-batch, and do not divide the loss by k"
             )
-        start = RngState.capture([self._accelerator.device])
+        is_first = not passes.window
+        if is_first:
+            passes.include(*self._kept())
+        start = passes.begin_micro_batch(is_first=is_first)
         # Only gradients that a second pass replaces may stay unexchanged.
         with self._unsynced() if self._per_rank and self.optimizer.perturbs_this_step else nullcontext():
             loss = once()
-        self._window.append(MicroBatch(again, loss.detach(), start))
+        passes.window.append(MicroBatch(again, loss.detach(), start))
         if self._accelerator.sync_gradients:
-            window, self._window = self._window, []
-            run_again(window, self.optimizer, self._exchange)
+            window, passes.window = passes.window, []
+            passes.run_again(window, self._exchange)
+        else:
+            passes.end_micro_batch()
         return loss
 
     def _exchange(self, is_last: bool) -> AbstractContextManager[None]:

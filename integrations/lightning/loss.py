@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from samopt._replay.module_state import ModuleState
 
 from .._second_pass.batch_copies import independent_copy
-from .quiet import REPORTS, quiet
+from .unreported import REPORTS, unreported
 
 __all__ = ["training_loss"]
 
@@ -33,10 +33,11 @@ def training_loss(trainer: Trainer, module: LightningModule) -> Callable[[nn.Mod
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         state = ModuleState([module], ignored=REPORTS)
-        state.save()
+        state.begin()
+        state.save(moving=module.parameters())  # the measure moves them, and the graph holds them
         arguments = (independent_copy(batch), 0) if takes_index else (independent_copy(batch),)
         try:
-            with quiet(trainer, module), trainer.precision_plugin.train_step_context(), _uncompiled():
+            with unreported(trainer, module), trainer.precision_plugin.train_step_context(), _uncompiled():
                 output = module.training_step(*arguments)
         finally:
             state.restore()
@@ -44,7 +45,7 @@ def training_loss(trainer: Trainer, module: LightningModule) -> Callable[[nn.Mod
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{type(module).__name__}.training_step returned {type(value).__name__} for a batch that "
-                "SharpnessMonitor measures on, so there is no loss to perturb; give it loss_fn="
+                "SharpnessCallback measures on, so there is no loss to perturb; give it loss_fn="
             )
         return value
 

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from samopt import SharpnessAwareOptimizer
 
 __all__ = [
-    "refuse_scaled_metric",
+    "refuse_missing_optimizer",
+    "refuse_scaled_geometry",
     "refuse_sharded_measurement",
     "refuse_unsupported_optimizer",
     "refuse_unsupported_run",
@@ -63,8 +64,28 @@ def refuse_unsupported_run(trainer: Trainer, module: LightningModule) -> None:
             )
 
 
+def refuse_missing_optimizer(trainer: Trainer, module: LightningModule) -> None:
+    """Raise if ``configure_optimizers`` returned no optimizer.
+
+    Args:
+        trainer: The trainer.
+        module: The module that it is about to fit.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    optimizers = trainer.optimizers
+    # Lightning trains on with a stand-in of this name, which steps nothing.
+    if not optimizers or type(optimizers[0]).__name__ == "_MockOptimizer":
+        raise ValueError(
+            f"SharpnessAwareTraining needs an optimizer to put a second pass before, but "
+            f"{type(module).__name__}.configure_optimizers returned None; return one, such as "
+            "torch.optim.SGD(self.parameters(), lr=0.1), or leave the callback out"
+        )
+
+
 def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
-    """Raise if the optimizer that ``configure_optimizers`` returned cannot be driven by the callback.
+    """Raise if the callback cannot drive the optimizer that ``configure_optimizers`` returned.
 
     Args:
         optimizer: The optimizer.
@@ -72,10 +93,13 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
     Raises:
         ValueError: If it cannot.
     """
-    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.is_one_pass:
+    if isinstance(optimizer, SharpnessAwareOptimizer) and optimizer.is_one_pass and optimizer.model is None:
+        name = type(optimizer).__name__
         raise ValueError(
-            f"SharpnessAwareTraining runs a second pass, which {type(optimizer).__name__}(direction=...) does not "
-            "need; leave the callback out, and return the optimizer from configure_optimizers"
+            f"SharpnessAwareTraining was given {name} in one pass, without model=, so that no forward would run at the "
+            f'perturbed weights; write samopt.{name}(optimizer, direction="momentum", model=self) in '
+            "configure_optimizers, or name the variant, as in "
+            'SharpnessAwareTraining("sam", direction="momentum")'
         )
     base = optimizer.base_optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else optimizer
     if isinstance(base, torch.optim.LBFGS):
@@ -85,8 +109,8 @@ def refuse_unsupported_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -> None:
-    """Raise if the metric is made of gradients that a ``GradScaler`` has multiplied.
+def refuse_scaled_geometry(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -> None:
+    """Raise if the geometry is made of gradients that a ``GradScaler`` has multiplied.
 
     Args:
         trainer: The trainer.
@@ -103,7 +127,7 @@ def refuse_scaled_metric(trainer: Trainer, optimizer: SharpnessAwareOptimizer) -
         and getattr(trainer.precision_plugin, "scaler", None) is not None
     ):
         raise ValueError(
-            f"the Fisher metric depends on the size of the gradients, which the GradScaler multiplies and a fused "
+            f"the Fisher geometry depends on the size of the gradients, which the GradScaler multiplies and a fused "
             f'{type(base).__name__} divides only in its step; use fused=False, or Trainer(precision="bf16-mixed")'
         )
 
@@ -120,6 +144,6 @@ def refuse_sharded_measurement(trainer: Trainer) -> None:
     kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     if kinds & {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}:
         raise ValueError(
-            f"SharpnessMonitor needs the whole model in each process, but {type(trainer.strategy).__name__} shards it "
+            f"SharpnessCallback needs the whole model in each process, but {type(trainer.strategy).__name__} shards it "
             'over several; leave the monitor out, or use Trainer(strategy="ddp")'
         )

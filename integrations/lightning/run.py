@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
-from samopt._replay.random_state import RngState
+from samopt._step.window import MicroBatch
 from samopt.distributed import unsynced
 
 from .._second_pass.batch_copies import independent_copy
-from .._second_pass.window import MicroBatch, run_again
-from .quiet import quiet
+from .unreported import unreported
 
 __all__ = ["Run"]
 
@@ -37,7 +36,8 @@ class Run:
     """Remembers the training steps of an accumulation window, and repeats them at ``w + epsilon``.
 
     From ``install`` to ``remove`` every call of the strategy's training step is remembered with a copy of its batch and
-    the random state before it. The trainer steps the base optimizer, and knows of no other.
+    the random state before it. The trainer steps the base optimizer, and knows of no other. In one pass there is
+    nothing to repeat.
 
     Args:
         trainer: The trainer, whose strategy is set up.
@@ -52,6 +52,9 @@ class Run:
         self._trainer = trainer
         self._module = module
         self._optimizer = optimizer
+        self._passes = optimizer.two_passes
+        if self._passes is not None:
+            self._passes.include([module])
         # Shards of a gradient belong together, so that sharded parameters have one perturbation.
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
         synced = sync_perturbation or optimizer.sync_perturbation or is_sharded
@@ -103,6 +106,8 @@ class Run:
     def backward_ended(self) -> None:
         """Note that the latest training step has been differentiated."""
         self._until_backward_ends.close()
+        if self._passes is not None and self._window and self._trainer.accumulate_grad_batches > 1:
+            self._passes.end_micro_batch()
 
     def replace_gradients(self, optimizer: Optimizer) -> None:
         """Replace the accumulated gradients of a window by those at ``w + epsilon``.
@@ -111,11 +116,16 @@ class Run:
             optimizer: The trainer's optimizer.
         """
         window, self._window = self._window, []
+        if self._passes is None:
+            self._is_prepared = False
+            if self._scaler is None:  # Lightning steps for sure, and its closure runs after the step's hooks
+                self._before_step()
+            return
         if not window or (self._scaler is not None and self._latest is None):
             return  # there is nothing to step, or Lightning will not do so
         one = torch.ones((), device=self._strategy.root_device)
         self._scale = None if self._scaler is None else self._scaler.scale(one)
-        has_run = run_again(window, self._optimizer, self._exchange, self._unreported)
+        has_run = self._passes.run_again(window, self._exchange, self._unreported)
         self._is_prepared = False
         if self._scaler is None:
             self._before_step()
@@ -136,9 +146,11 @@ class Run:
             self._optimizer.prepare_base_step()
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
+        if self._passes is None:
+            return self._training_step(*args, **kwargs)
         parts = self._trainer.accumulate_grad_batches
         call = _Call(independent_copy(args), independent_copy(kwargs), parts)
-        start = RngState.capture([self._strategy.root_device])
+        start = self._passes.begin_micro_batch(is_first=not self._window)
         # Only gradients that a second pass replaces may stay unexchanged.
         unexchanged = self._per_rank and self._optimizer.perturbs_this_step
         self._until_backward_ends.enter_context(self._exchange(not unexchanged))
@@ -173,7 +185,7 @@ class Run:
         """Let nothing that is run in this context be logged, printed or profiled."""
         self.is_second_pass = True
         try:
-            with quiet(self._trainer, self._module):
+            with unreported(self._trainer, self._module):
                 yield
         finally:
             self.is_second_pass = False

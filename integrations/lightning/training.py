@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,9 +12,11 @@ from torch.optim import Optimizer
 import samopt
 from samopt import SharpnessAwareOptimizer, StepMetrics
 
+from .._second_pass.variant_options import try_options
 from .packages import Callback
 from .refusals import (
-    refuse_scaled_metric,
+    refuse_missing_optimizer,
+    refuse_scaled_geometry,
     refuse_unsupported_optimizer,
     refuse_unsupported_run,
 )
@@ -43,7 +44,7 @@ class SharpnessAwareTraining(Callback):
         variant: A name in ``samopt.available()``; or a callable that makes a samopt optimizer of an optimizer and the
             options. None is "sam", or the samopt optimizer that ``configure_optimizers`` returned.
         rho: Radius of the perturbation, >= 0; None for the optimizer's own default. TRAM has ``scale`` instead.
-        eta: Stabiliser of the metric, >= 0; None for the optimizer's own default. SAM has none.
+        eta: Stabiliser of the geometry, >= 0; None for the optimizer's own default. SAM has none.
         norm: "l2", or "linf" for the l-infinity ball.
         sync_perturbation: With several processes: perturb along the averaged gradient, as one process with the whole
             batch would, for one more exchange of gradients. By default each perturbs along its own.
@@ -125,6 +126,7 @@ class SharpnessAwareTraining(Callback):
         Raises:
             ValueError: If the optimizer cannot be driven.
         """
+        refuse_missing_optimizer(trainer, pl_module)
         given = trainer.optimizers[0]
         refuse_unsupported_optimizer(given)
         if isinstance(given, SharpnessAwareOptimizer):
@@ -137,12 +139,12 @@ class SharpnessAwareTraining(Callback):
             self._added = [group.keys() - keys for group, keys in zip(given.param_groups, present, strict=True)]
         optimizer = self.optimizer
         refuse_unsupported_optimizer(optimizer)
-        refuse_scaled_metric(trainer, optimizer)
+        refuse_scaled_geometry(trainer, optimizer)
         keys = [optimizer.option_key(name) for name in (optimizer.radius.option, "eta", "perturb")]
         self._group_options = [{key: group[key] for key in keys} for group in optimizer.param_groups]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take part in the trainer's steps from here on; options are this run's, whatever a checkpoint says.
+        """Take part in the trainer's steps from here on. Options are those of this run, not of a checkpoint.
 
         Args:
             trainer: The trainer.
@@ -237,10 +239,8 @@ class SharpnessAwareTraining(Callback):
 
     def _check_options(self) -> None:
         """Raise now what the optimizer would raise at the start of a fit, as far as plain values can be tried out."""
-        if callable(self._variant) or not all(isinstance(v, str | float | int) for v in self._options.values()):
-            return
-        model = nn.Linear(1, 1)
-        self._build(torch.optim.SGD(model.parameters(), lr=0.0), model, model)
+        if not callable(self._variant):
+            try_options(self._variant or "sam", self._options)
 
     def _build(self, base: Optimizer, module: nn.Module, watched: nn.Module) -> SharpnessAwareOptimizer:
         variant = self._variant or "sam"

@@ -47,10 +47,10 @@ def refuse_unsupported(trainer: Trainer, arguments: SAMArguments) -> None:
             f'{name} cannot run a second pass with optim="{optim}", which moves the weights during the backward pass, '
             "before the second one could start; choose an optimizer that steps after it"
         )
-    if trainer.accelerator.scaler is not None and "fisher" in (arguments.sam, arguments.sam_metric):
+    if trainer.accelerator.scaler is not None and (arguments.sam == "fisher-sam" or arguments.sam_geometry == "fisher"):
         raise ValueError(
-            f"{name} cannot take the Fisher metric under a GradScaler, which multiplies the gradients that the metric "
-            "is made of; use bf16=True, or another metric"
+            f"{name} cannot take the Fisher geometry under a GradScaler, which multiplies the gradients that the "
+            "geometry is made of; use bf16=True, or another geometry"
         )
     path = next(_paths_to_generation(type(trainer)), None)
     if path is not None:

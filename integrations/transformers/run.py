@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from .._logging.step_metrics import free_metrics
 from .._second_pass.accumulation import TwoPasses
 from .arguments import SAMArguments
 from .checkpoint import CheckpointEntry
+from .own_state import own_state
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -28,7 +30,7 @@ class Run:
     """What lives from the creation of a Trainer's optimizer to the end of training.
 
     The optimizer around the base is made at the first step, when the wrapped model is known and a checkpoint has been
-    loaded. Its options are the arguments' and those of the user's own parameter groups, whatever a checkpoint says: a
+    loaded. Its options are those of the arguments and of the user's own parameter groups, not those of a checkpoint: a
     run that is resumed with another ``sam_rho`` uses that one.
 
     Args:
@@ -85,7 +87,7 @@ class Run:
         return {} if self.optimizer is None else free_metrics(self.optimizer.last_step, self._gradient_scale)
 
     def _start(self, trainer: Trainer, model: nn.Module) -> TwoPasses:
-        optimizer = self._arguments.build_optimizer(self._base, model, trainer.args.seed)
+        optimizer = self._arguments.build_optimizer(self._base, self._models(trainer, model), trainer.args.seed)
         self._entry.belongs_to(optimizer)
         self._handle = self._base.register_step_pre_hook(self._prepare)
         for group, own in zip(optimizer.param_groups, self._groups, strict=False):
@@ -96,7 +98,22 @@ class Run:
             optimizer, max_steps=trainer.state.max_steps, learning_rate=trainer.args.learning_rate
         )
         self.optimizer = optimizer
-        return TwoPasses(trainer.accelerator, optimizer, model, sync_perturbation=self._arguments.sam_sync_perturbation)
+        return TwoPasses(
+            trainer.accelerator,
+            optimizer,
+            model,
+            sync_perturbation=self._arguments.sam_sync_perturbation,
+            kept=functools.partial(own_state, trainer),
+        )
+
+    def _models(self, trainer: Trainer, model: nn.Module) -> nn.Module | list[nn.Module]:
+        """Return the model, with the modules beside it whose parameters the optimizer has: losses with weights."""
+        if self._arguments.sam == "tram":  # which compares the outputs of one module
+            return model
+        trained = {parameter for group in self._base.param_groups for parameter in group["params"]}
+        trained -= set(model.parameters())
+        beside = [module for module in own_state(trainer)[0] if not trained.isdisjoint(module.parameters())]
+        return [model, *beside] if beside else model
 
     def _prepare(self, *_: object) -> None:
         """Have the base step with the second pass's gradient; called again where its ``step`` calls its parent's."""

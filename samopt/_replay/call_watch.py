@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CallWatcher", "is_compiled", "watch"]
+__all__ = ["RAISED", "CallWatcher", "is_compiled", "watch"]
 
 _SLOT = "_compiled_call_impl"
+
+RAISED = object()
+"""Stands for the output of a call that raised."""
 
 
 class CallWatcher:
@@ -45,8 +48,19 @@ class CallWatcher:
             module: What was called.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
-            output: What it returned; None where it raised.
+            output: What it returned; ``RAISED`` where it raised.
         """
+
+    def step_aside(self, module: nn.Module) -> Callable[[], None] | None:
+        """Leave a call inside the outermost one alone, if it runs on other parameters than the module's own.
+
+        Args:
+            module: What is called.
+
+        Returns:
+            What ends this after the call; None if the call is as any other.
+        """
+        return None
 
 
 class _WatchedCall:
@@ -57,8 +71,8 @@ class _WatchedCall:
         self.inner: Callable[..., Any] | None = vars(module).get(_SLOT)  # of module.compile()
         self.watchers: tuple[CallWatcher, ...] = ()
 
-    # A module that copies its whole __dict__, as torch's parametrized ones do, would get this object and with it the
-    # forward of the original. Copies and pickles hold what was there before.
+    # nn.Module leaves the slot out of copies and pickles. RNNs and parametrized modules copy their whole __dict__, and
+    # would run the forward of the original. They get what was there before; None is an empty slot.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.inner, memo)
 
@@ -71,13 +85,30 @@ class _WatchedCall:
         call = self.inner or module._call_impl
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
-        outermost = []
+        outermost, resume = [], []
         for watcher in self.watchers:
             if watcher.running is None:
                 outermost.append(watcher)
-        if not outermost:
-            return call(*args, **kwargs)
-        output = None
+            elif (end_aside := watcher.step_aside(module)) is not None:
+                resume.append(end_aside)
+        if resume:
+            try:
+                return self._run(outermost, call, module, args, kwargs)
+            finally:
+                for end_aside in resume:
+                    end_aside()
+        return self._run(outermost, call, module, args, kwargs) if outermost else call(*args, **kwargs)
+
+    def _run(
+        self,
+        outermost: list[CallWatcher],
+        call: Callable[..., Any],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a call that is the outermost one for some watchers."""
+        output: Any = RAISED
         try:
             try:
                 for watcher in outermost:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt._replay.call_watch import CallWatcher
+from samopt._replay.call_watch import RAISED, CallWatcher
 from samopt._replay.random_state import RngState
 from samopt._replay.unobserved import is_observed
 
@@ -120,10 +120,10 @@ class ForwardCalls(CallWatcher):
             module: What was called.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
-            output: What it returned; None where it raised.
+            output: What it returned; ``RAISED`` where it raised.
         """
         record, self._open = self._open, None
-        if record is not None and record.kind[1] and output is not None:
+        if record is not None and record.kind[1] and output is not RAISED and output is not None:
             record.follow(output)
 
     def gradients_cleared(self) -> None:

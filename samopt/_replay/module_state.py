@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import random
-import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from samopt._replay.own_generators import GENERATORS, position_of, set_position
+from samopt.distributed import is_fully_sharded
+
 __all__ = ["ModuleState", "every_module", "sample"]
 
 _ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
+_LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
-_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _CONTAINERS = (list, tuple, dict, set, deque)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
-_PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
+_PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, *_PLAIN_TENSORS, frozenset, torch.Size})
 
 
 class ModuleState:
@@ -59,21 +60,31 @@ class ModuleState:
         ignored: Iterable[str] = (),
     ) -> None:
         self._models = models
-        self._others = others
+        self._more_models: tuple[nn.Module, ...] = ()
+        self._moved: set[int] = set()  # ids of what the last second pass moved, and the next one will, most likely
+        self._others: list[tuple[object, frozenset[str]]] = [(each, frozenset()) for each in others]
         self._ignored = _ALWAYS_IGNORED.union(ignored)
         self._ignored_of: dict[type, frozenset[str]] = {}
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
-        self._moved: set[int] = set()  # ids of what the last second pass moved, and the next one will, most likely
-        self._now: _Found | None = None
         self._bound: _Found | None = None
         self._at_start: _Found | None = None
-        self._copies: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._at_end: _Found | None = None
+        self._copies: list[_Copy] = []
+
+    def include(self, models: Iterable[nn.Module] = (), objects: Iterable[tuple[object, Collection[str]]] = ()) -> None:
+        """Set what else is looked after, in place of what was set before.
+
+        Args:
+            models: Further modules.
+            objects: Objects whose attributes are kept, each with the names of attributes to leave alone.
+        """
+        self._more_models = tuple(models)
+        self._others = [(each, frozenset(left_alone)) for each, left_alone in objects]
 
     def begin(self) -> None:
         """Note the tensors there are before the first pass, and what plain attributes are bound to."""
         found = self._look()
-        self._now = None
         self._known = {}
         self._samples = []
         for tensor in found.tensors:
@@ -81,11 +92,20 @@ class ModuleState:
                 self._known[id(tensor)] = (tensor, _mark(tensor))
                 self._samples.append((tensor, sample(tensor)))
         self._at_start = found
+        self._at_end = None
 
-    def parameters_with_gradients(self) -> list[Tensor]:
-        """Return the parameters of the models that have a gradient; ``save`` uses the same look."""
-        self._now = self._look()
-        return [tensor for tensor in self._now.tensors if tensor.grad is not None]
+    def end_micro_batch(self) -> None:
+        """Note what names are bound to after a micro-batch of the first pass that another will follow."""
+        self._at_end = self._look()
+
+    def changes_between(self) -> Callable[[], None]:
+        """Return what binds names as code between two micro-batches did, since ``end_micro_batch``.
+
+        A training loop may set an attribute of the model before each micro-batch. The second pass repeats that; what
+        the forward itself keeps from one micro-batch to the next is the second pass's own.
+        """
+        before, self._at_end = self._at_end, None
+        return (lambda: None) if before is None else self._look().changes_since(before)
 
     def save(self, moving: Iterable[Tensor] = ()) -> None:
         """Copy what the first pass changed, and note what every name is bound to.
@@ -93,24 +113,18 @@ class ModuleState:
         Args:
             moving: Parameters that are moved, and put back with the perturbation.
         """
-        if not self._models and not self._others:
+        if not (self._models or self._more_models or self._others):
             return
-        self._bound, self._now = self._now or self._look(), None
+        self._bound = found = self._look()
         changed = self._silently_changed()
         moved = self._moved = set(map(id, moving))
         with torch.no_grad():
-            for tensor in self._bound.tensors:
+            for tensor in found.tensors:
                 if id(tensor) in moved:
                     continue
                 known = self._known.get(id(tensor))
-                if (
-                    tensor.numel() <= _SMALL
-                    or known is None
-                    or known[0] is not tensor
-                    or known[1] != _mark(tensor)
-                    or id(tensor) in changed
-                ):
-                    self._copies.append((tensor, tensor.data, tensor.detach().clone()))
+                if known is None or known[0] is not tensor or known[1] != _mark(tensor) or id(tensor) in changed:
+                    self._copies.append(_Copy(tensor, tensor.data, tensor.detach().clone(), tensor._version))
         if self._at_start is not None:
             self._at_start.bind()
             self._at_start = None
@@ -121,34 +135,37 @@ class ModuleState:
             return
         self._bound.bind(registries=True)
         with torch.no_grad():
-            for tensor, memory, values in self._copies:
-                _put_back(tensor, memory, values)
-        self._bound, self._at_start, self._copies = None, None, []
+            for copy in self._copies:
+                copy.put_back()
+        self._bound, self._at_start, self._at_end, self._copies = None, None, None, []
         self._known, self._samples = {}, []
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
-        found = _Found([], [], [], [], [])
+        found = _Found([], [], [], [], [], [])
         seen: set[int] = set()
         pending: list[Any] = []
-        spaces = [(vars(each), self._ignored) for each in self._others]
-        for module in every_module(self._models):
-            for registry in (module._parameters, module._buffers):
+        namespaces = [(vars(each), self._ignored | left_alone) for each, left_alone in self._others]
+        modules = every_module([*self._models, *self._more_models])
+        # FSDP registers shards and gathered parameters in turn, and frees the memory of the latter itself.
+        is_sharded = is_fully_sharded(modules)
+        for module in modules:
+            for registry in (module._buffers,) if is_sharded else (module._parameters, module._buffers):
                 if registry:
                     found.registries.append((registry, registry.copy()))
                     pending.extend(registry.values())
-            if module._modules:
+            if module._modules and not is_sharded:
                 found.registries.append((module._modules, module._modules.copy()))
             kind = type(module)
             ignored = self._ignored_of.get(kind)
             if ignored is None:
                 ignored = self._ignored_of[kind] = self._ignored | _constants(kind)
-            spaces.append((vars(module), ignored))
-        for space, ignored in spaces:
+            namespaces.append((vars(module), ignored))
+        for namespace, ignored in namespaces:
             attributes = {}
-            for name in space.keys() - ignored:
-                attributes[name] = space[name]
-            found.namespaces.append((space, attributes, ignored))
+            for name in namespace.keys() - ignored:
+                attributes[name] = namespace[name]
+            found.namespaces.append((namespace, attributes, ignored))
             pending.extend(attributes.values())
         while pending:
             value = pending.pop()
@@ -164,12 +181,25 @@ class ModuleState:
                 continue
             elif isinstance(value, _CONTAINERS):
                 seen.add(id(value))
-                pending.extend(value.values() if isinstance(value, dict) else value)
+                if len(value) <= _LARGE:
+                    pending.extend(value.values() if isinstance(value, dict) else value)
                 if not isinstance(value, tuple):
                     found.containers.append((value, value.copy()))
-            else:
+            elif isinstance(value, GENERATORS) or type(value).__module__.startswith("numpy.random"):
                 seen.add(id(value))
-                _look_into(value, found, pending)
+                position = position_of(value)
+                if position is not None:
+                    found.generators.append((value, position))
+            elif type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+                seen.add(id(value))
+                if value.flags.writeable:
+                    found.arrays.append((value, value.copy()))
+            elif not isinstance(value, nn.Module | type) and not callable(value):
+                seen.add(id(value))
+                own = getattr(value, "__dict__", None)
+                if own and _PLAIN_DATA.issuperset(map(type, own.values())):
+                    found.namespaces.append((own, own.copy(), frozenset()))
+                    pending.extend(own.values())
         return found
 
     def _silently_changed(self) -> set[int]:
@@ -188,19 +218,21 @@ class _Found:
     Attributes:
         tensors: Every tensor that a forward may write into, once.
         registries: Of parameters, of buffers and of modules, with their content.
-        namespaces: Attributes of modules and of other objects, with those to keep and the names of those to ignore.
+        namespaces: Attributes of modules and of other objects, with their plain content and the names to leave alone.
         containers: Lists, dicts, sets and deques in attributes, with their content.
-        sources: Functions that put back generators and arrays.
+        generators: Random generators in attributes, with their positions.
+        arrays: NumPy arrays in attributes, with copies.
     """
 
     tensors: list[Tensor]
     registries: list[tuple[Any, Any]]
     namespaces: list[tuple[dict[str, Any], dict[str, Any], frozenset[str]]]
     containers: list[tuple[Any, Any]]
-    sources: list[Callable[[], Any]]
+    generators: list[tuple[Any, Any]]
+    arrays: list[tuple[Any, Any]]
 
     def bind(self, *, registries: bool = False) -> None:
-        """Make names, containers and generators hold again what they held.
+        """Make names and containers hold again what they held.
 
         Args:
             registries: Whether those of parameters, buffers and modules are included.
@@ -214,39 +246,70 @@ class _Found:
             namespace.update(attributes)
         for container, content in self.containers:
             _refill(container, content)
-        for put_back in self.sources:
-            put_back()
+        for generator, position in self.generators:
+            set_position(generator, position)
+        for array, values in self.arrays:
+            _put_back_array(array, values)
+
+    def changes_since(self, before: _Found) -> Callable[[], None]:
+        """Return what binds the names and fills the containers that have changed since an earlier look.
+
+        Args:
+            before: The earlier look.
+        """
+        earlier = {id(namespace): attributes for namespace, attributes, _ in before.namespaces}
+        changes = []
+        for namespace, attributes, _ in self.namespaces:
+            old = earlier.get(id(namespace), attributes)
+            new = {name: value for name, value in attributes.items() if name not in old or old[name] is not value}
+            gone = old.keys() - attributes.keys()
+            if new or gone:
+                changes.append((namespace, new, gone))
+        filled = {id(container): content for container, content in before.containers}
+        refills = [(each, now) for each, now in self.containers if not _holds(now, filled.get(id(each), now))]
+
+        def repeat() -> None:
+            for namespace, new, gone in changes:
+                namespace.update(new)
+                for name in gone:
+                    namespace.pop(name, None)
+            for container, content in refills:
+                _refill(container, content)
+            for generator, position in self.generators:
+                set_position(generator, position)
+
+        return repeat
 
 
-def _constants(kind: type) -> frozenset[str]:
-    """Return the attributes that torch's own modules of a kind set once, in their constructors."""
-    names: set[str] = set()
-    for each in kind.__mro__:
-        if each.__module__.startswith("torch.nn.modules."):
-            names.update(vars(each).get("__constants__", ()), vars(each).get("__annotations__", ()))
-    return frozenset(names - {"training"})
+@dataclass(frozen=True)
+class _Copy:
+    """A tensor as the first pass left it.
 
+    Attributes:
+        tensor: The tensor.
+        memory: What gave it its memory.
+        values: Its values, in memory of their own.
+        version: Its version counter.
+    """
 
-def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
-    """Note the state of a random generator, of a NumPy array, or of an object that holds plain data alone."""
-    if isinstance(value, torch.Generator):
-        found.sources.append(functools.partial(value.set_state, value.get_state()))
-    elif isinstance(value, random.Random):
-        found.sources.append(functools.partial(value.setstate, value.getstate()))
-    elif type(value).__module__.partition(".")[0] == "numpy":
-        numpy = sys.modules["numpy"]
-        if isinstance(value, numpy.ndarray) and value.flags.writeable:
-            found.sources.append(functools.partial(_put_back_array, value, value.copy()))
-        elif isinstance(value, numpy.random.Generator):
-            bits = value.bit_generator
-            found.sources.append(functools.partial(setattr, bits, "state", bits.state))
-        elif isinstance(value, numpy.random.RandomState):
-            found.sources.append(functools.partial(value.set_state, value.get_state()))
-    elif not isinstance(value, nn.Module | type) and not callable(value):
-        attributes = getattr(value, "__dict__", None)
-        if attributes and _PLAIN_DATA.issuperset(map(type, attributes.values())):
-            found.namespaces.append((attributes, attributes.copy(), frozenset()))
-            pending.extend(attributes.values())
+    tensor: Tensor
+    memory: Tensor
+    values: Tensor
+    version: int
+
+    def put_back(self) -> None:
+        """Give the tensor its former memory and values, whatever a forward did to them."""
+        tensor, memory, values = self.tensor, self.memory, self.values
+        if tensor.layout is not torch.strided:
+            tensor.data = values
+        elif tensor.shape == values.shape and tensor.dtype is values.dtype and _mark(tensor)[0] == _mark(memory)[0]:
+            # Where nothing has counted as a write, this does not either: a graph that needs the values stays usable.
+            (tensor.data if tensor._version == self.version else tensor).copy_(values)
+        elif memory.shape == values.shape and memory.dtype is values.dtype:
+            memory.copy_(values)
+            tensor.data = memory
+        else:
+            tensor.data = values
 
 
 def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
@@ -263,6 +326,22 @@ def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
             found[module] = None
             pending.extend(module._modules.values())
     return found
+
+
+def _constants(kind: type) -> frozenset[str]:
+    """Return the attributes that torch's own modules of a kind set once, in their constructors."""
+    names: set[str] = set()
+    for each in kind.__mro__:
+        if each.__module__.startswith("torch.nn.modules."):
+            names.update(vars(each).get("__constants__", ()), vars(each).get("__annotations__", ()))
+    return frozenset(names - {"training"})
+
+
+def _put_back_array(array: Any, values: Any) -> None:
+    """Give a NumPy array its former shape and values."""
+    if array.shape != values.shape:
+        array.resize(values.shape, refcheck=False)
+    array[...] = values
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
@@ -297,38 +376,21 @@ def _cannot_change(tensor: Tensor) -> bool:
     return False
 
 
-def _put_back_array(array: Any, values: Any) -> None:
-    """Give a NumPy array its former shape and values."""
-    if array.shape != values.shape:
-        array.resize(values.shape, refcheck=False)
-    array[...] = values
-
-
-def _put_back(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
-    """Give a tensor its former memory and values, whatever a forward did to them."""
-    if tensor.layout is not torch.strided:
-        tensor.data = values
-    elif tensor.shape == values.shape and tensor.dtype is values.dtype and _mark(tensor)[0] == _mark(memory)[0]:
-        tensor.copy_(values)
-    elif memory.shape == values.shape and memory.dtype is values.dtype:
-        memory.copy_(values)
-        tensor.data = memory
-    else:
-        tensor.data = values
-
-
 def _refill(container: Any, content: Any) -> None:
     """Give a container its former content, unless it has it: some classes forbid to write."""
-    if isinstance(container, dict):
-        if list(map(id, container)) != list(map(id, content)) or list(map(id, container.values())) != list(
-            map(id, content.values())
-        ):
-            container.clear()
-            container.update(content)
-    elif isinstance(container, set):
-        if container != content:
-            container.clear()
-            container.update(content)
-    elif list(map(id, container)) != list(map(id, content)):
-        container.clear()
+    if _holds(container, content):
+        return
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(content)
+    else:
         container.extend(content)
+
+
+def _holds(container: Any, content: Any) -> bool:
+    """Return whether a container holds the very same objects as another, in the same order."""
+    if isinstance(container, set):
+        return bool(container == content)
+    if list(map(id, container)) != list(map(id, content)):
+        return False
+    return not isinstance(container, dict) or list(map(id, container.values())) == list(map(id, content.values()))

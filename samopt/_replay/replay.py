@@ -37,13 +37,19 @@ class Replay:
 
     Args:
         models: The modules that the passes run; empty to look after the random streams only.
+        owned: The parameters of the optimizer.
         observers: Told when passes begin and end.
     """
 
-    def __init__(self, models: Sequence[nn.Module], observers: Iterable[PassObserver] = ()) -> None:
+    def __init__(
+        self, models: Sequence[nn.Module], owned: Iterable[Tensor], observers: Iterable[PassObserver] = ()
+    ) -> None:
         self.models = models
+        owned = list(owned)
         self.state = ModuleState(models)
-        self._calls = ForwardCalls(self.state.begin)
+        self._owned = owned
+        self._has_begun = False  # whether the start of the first pass was told by ``begin_first``
+        self._calls = ForwardCalls(self._at_first_call)
         self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
         self._end: RngState | None = None
         self._is_blind = False
@@ -61,7 +67,8 @@ class Replay:
     def begin_first(self) -> RngState:
         """Start a first pass whose beginning is known, and return the random state there."""
         self.forget()
-        self.state.begin()
+        self._begin()
+        self._has_begun = True
         return self.capture()
 
     def capture(self) -> RngState:
@@ -111,6 +118,8 @@ class Replay:
 
     def gradients_cleared(self) -> None:
         """Note that gradients were cleared: a forward call from now on starts a new first pass."""
+        if not self._calls.replaying:
+            self._has_begun = False
         for observer in self._observers:
             observer.gradients_cleared()
 
@@ -119,6 +128,16 @@ class Replay:
         for observer in self._observers:
             observer.clear()
         self._end = None
+        self._has_begun = False
+
+    def _at_first_call(self) -> None:
+        """Note the start of a first pass, unless it was told already."""
+        if not self._has_begun:
+            self._begin()
+
+    def _begin(self) -> None:
+        self.use_devices(dict.fromkeys(parameter.device for parameter in self._owned if not parameter.is_cpu))
+        self.state.begin()
 
     def _names(self) -> str:
         return "model=" + ", ".join(type(model).__name__ for model in self.models)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["is_observed", "unobserved"]
+__all__ = ["is_observed", "is_unobserved", "unobserved"]
 
 _depth = 0
 
@@ -18,6 +18,11 @@ def is_observed() -> bool:
     Calls inside a transform of ``torch.func`` (vmap, grad) do not: they run on the tensors that they were given.
     """
     return _depth == 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_unobserved() -> bool:
+    """Return whether a forward call that runs now is inside ``unobserved``."""
+    return _depth > 0
 
 
 @contextmanager

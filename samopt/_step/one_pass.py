@@ -16,15 +16,14 @@ from samopt._perturb.perturbation import Perturbation, gradient_norm
 from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.weight_backup import WeightBackup
 from samopt._replay.call_watch import watch
-from samopt._replay.module_state import ModuleState
+from samopt._replay.module_state import ModuleState, every_module
 from samopt._replay.random_state import RngState
 from samopt._step.ascent import Ascent
-from samopt._step.clearing_check import ClearingCheck
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.exact_exit import ExactExit
 from samopt._step.moved_shards import MovedShards
 from samopt._step.pass_handle import PassHandle
-from samopt._step.retirement import enlist
+from samopt._step.retirement import enlist, replace_older
 from samopt._step.shifted_parameters import ShiftedParameters
 from samopt._step.two_pass import differentiate
 from samopt.distributed import is_fully_sharded, reshard, unsynced
@@ -59,7 +58,8 @@ class OnePass:
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
-        self._memory = ScratchPool()
+        self._memory = ScratchPool()  # for w + epsilon beside the weights
+        self._old_weights = ScratchPool()  # for weights that are moved themselves
         self._backup: WeightBackup | None = None  # of weights that are at w + epsilon now
         self._context: ExactExit[PassHandle] | None = None
         self._has_ascended = False
@@ -67,18 +67,29 @@ class OnePass:
         self._loss: Any = None
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
-        self._shards = MovedShards(models, self._enter_forward, self._leave) if is_fully_sharded(models) else None
-        self._shifted = ShiftedParameters(self._displaced) if models and self._shards is None else None
+        self._shards: MovedShards | None = None
+        self._shifted: ShiftedParameters | None = None
+        if is_fully_sharded(every_module(models)):
+            self._shards = MovedShards(models, self._enter_forward, self._enter, self._leave, self._be_exact)
+        elif models:
+            self._shifted = ShiftedParameters(self._displaced)
         self._stop_watching: Callable[[], None] | None = None
         self._is_retired = False
         if models:
             enlist(self, ascent.parameters())
             self._watch()
+        else:
+            replace_older(ascent.parameters())
 
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights themselves are at ``w + epsilon`` now."""
         return self._backup is not None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the models' calls are followed, or will be once the optimizer is used again."""
+        return self._stop_watching is not None or self._is_retired
 
     @property
     def needs_first_pass(self) -> bool:
@@ -205,10 +216,8 @@ class OnePass:
             if self.needs_first_pass:
                 with self.first_pass():
                     (ascent_closure or closure)()
-            check = ClearingCheck(self._ascent.parameters())
             with self._moved_without_model():
                 results.append(closure())
-            check.verify()
         self._loss = results[-1]
         self._measure()
         return results[-1]
@@ -219,7 +228,7 @@ class OnePass:
         Args:
             what: What for.
         """
-        self._leave()
+        self.restore()
 
     def check_gradient(self, stage: OptState | None) -> None:
         """Raise if there are gradients, but none was taken at ``w + epsilon``.
@@ -248,6 +257,8 @@ class OnePass:
     def gradients_cleared(self) -> None:
         """Follow the models' calls again, if another optimizer over the same weights ended that: this one is in use."""
         self._was_retired()
+        if self._shifted is not None:
+            self._shifted.gradients_cleared()
 
     def note_unscaling(self) -> None:
         """Do nothing: gradients are scaled and unscaled once."""
@@ -283,7 +294,8 @@ class OnePass:
     def _watch(self) -> None:
         watcher = self._shifted or self._shards
         assert watcher is not None
-        self._stop_watching = watch(self._models, watcher)
+        # Sharded modules gather copies for the whole of a model, so parts called on their own are not followed there.
+        self._stop_watching = watch(self._models, watcher, only_these=self._shards is not None)
 
     def _steps(self) -> Generator[Any, Any, None]:
         """Move the weights, wait for the block, put them back: the generator behind ``perturbed``."""
@@ -313,8 +325,14 @@ class OnePass:
         follows = self._stop_watching is not None
         return nullcontext() if follows else cast(Any, self.perturbed(None))
 
-    def _displaced(self) -> dict[Tensor, Tensor]:
-        """Return the values at ``w + epsilon`` by parameter; empty where nothing moves."""
+    def _displaced(self, beside: bool) -> dict[Tensor, Tensor]:
+        """Return the values at ``w + epsilon`` by parameter; empty where nothing moves.
+
+        Args:
+            beside: Leave the memory of the last values to the graphs that hold it.
+        """
+        if beside:
+            self._memory = ScratchPool()
         perturbation = self._perturbation()
         if perturbation is None:
             return {}
@@ -329,7 +347,7 @@ class OnePass:
         perturbation = self._perturbation()
         if perturbation is None:
             return
-        self._backup = perturbation.backup(self._memory)
+        self._backup = perturbation.backup(self._old_weights)
         try:
             applied = perturbation.move(self._ascent.rounding_noise(), self._backup)
         except BaseException:

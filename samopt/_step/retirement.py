@@ -17,6 +17,10 @@ __all__ = ["enlist", "replace_older"]
 
 
 class _Follower(Protocol):
+    @property
+    def is_attached(self) -> bool:
+        """Whether it follows the calls of a model, or will once its optimizer is used again."""
+
     def detach(self) -> None:
         """Follow the calls of a model no longer."""
 
@@ -49,11 +53,12 @@ def replace_older(parameters: Sequence[Tensor]) -> None:
         parameters: The weights.
     """
     older = _over(parameters)
+    were_attached = any([each.is_attached for each in older])
     for each in older:
         each.detach()
     for parameter in parameters:
         _followers.pop(parameter, None)
-    if older:
+    if were_attached:
         warn_user(
             "a samopt optimizer was made over weights that an older one in one-pass form follows; the older one no "
             "longer perturbs the model. Delete it, or call its detach(), before you make the next one"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from torch.amp.grad_scaler import OptState
 from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
+from samopt._replay.module_state import every_module
 from samopt._replay.random_state import RngState
 from samopt._replay.replay import PassObserver, Replay
 from samopt._step.ascent import Ascent
@@ -23,6 +23,7 @@ from samopt._step.exact_exit import ExactExit
 from samopt._step.frozen_call import frozen
 from samopt._step.pass_handle import PassHandle
 from samopt._step.second_pass import SecondPass
+from samopt._step.window import MicroBatch, Start
 from samopt.distributed import runs_on_several_ranks, unsynced
 from samopt.step_metrics import StepMetrics, as_scalar, loss_in
 
@@ -34,15 +35,6 @@ THREE_WAYS = (
     "'optimizer.step(closure)' with a closure that clears the gradients, computes the loss, calls backward and returns "
     "the loss"
 )
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    """One forward and backward of the first pass."""
-
-    compute_loss: Callable[[], Any]
-    loss: Tensor
-    start: RngState
 
 
 class TwoPass:
@@ -59,6 +51,7 @@ class TwoPass:
 
     Attributes:
         metrics: What the latest step measured.
+        window: The micro-batches since ``zero_grad()`` that wait for the window's last.
     """
 
     def __init__(
@@ -74,11 +67,12 @@ class TwoPass:
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
-        self._replay = Replay(models, observers)
+        self._replay = Replay(models, ascent.parameters(), observers)
         self._memory = ScratchPool()
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None
-        self._window: list[_MicroBatch] = []
+        self.window: list[MicroBatch] = []
+        self._included: tuple[nn.Module, ...] = ()
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
         self._waiting: Tensor | None = None  # one of the second pass's gradients, by which they are known again
@@ -116,7 +110,7 @@ class TwoPass:
         """Note that the gradients are gone; a second pass's that waited for the update too."""
         self._replay.gradients_cleared()
         if self._current is None:
-            self._window = []
+            self.window = []
         self._is_ready = False
         self._waiting = None
         self._decoupled = None
@@ -137,9 +131,9 @@ class TwoPass:
                     "scaler.unscale_(optimizer) was called before the second pass; call it after the 'with "
                     "optimizer.perturbed():' block (the ascent needs no unscaling), or leave it to scaler.step"
                 )
-        elif self._window:
+        elif self.window:
             raise RuntimeError(
-                f"step() was called after {len(self._window)} call(s) of backward(..., last=False); give the last "
+                f"step() was called after {len(self.window)} call(s) of backward(..., last=False); give the last "
                 "micro-batch of a window last=True, so that the second pass runs before the step"
             )
         elif self._ascent.may_move():
@@ -152,7 +146,7 @@ class TwoPass:
         """Forget gradients and records, ready for the next first pass."""
         self._is_ready = False
         self._waiting = None
-        self._window = []
+        self.window = []
         self._replay.forget()
 
     def take_decoupled_update(self) -> DecoupledUpdate | None:
@@ -175,33 +169,80 @@ class TwoPass:
             What ``compute_loss`` returned at ``w``.
         """
         self.check_restored("backward()")
-        if not self._window:
+        if not self.window:
             self._refuse_waiting("backward()")
-            start = self._replay.begin_first()
-        else:
-            start = self._replay.capture()
-        again = compute_loss if last and not self._window else frozen(compute_loss)
+        start = self.begin_micro_batch(is_first=not self.window)
+        repeated = compute_loss if last and not self.window else frozen(compute_loss)
         with torch.enable_grad(), self._exchange(is_needed=last and not self._keeps_on_rank()):
             result = compute_loss()
             loss = differentiate(result)
-        self._window.append(_MicroBatch(again, loss.detach(), start))
-        if not last:
-            return result
-        window, self._window = self._window, []
-        total = torch.stack([micro_batch.loss for micro_batch in window]).sum() if len(window) > 1 else window[0].loss
+        self.window.append(MicroBatch(lambda: differentiate(repeated()), loss.detach(), start))
+        if last:
+            window, self.window = self.window, []
+            self.run_again(window, lambda is_last: self._exchange(is_needed=is_last))
+        else:
+            self.end_micro_batch()
+        return result
+
+    def include(self, models: Sequence[nn.Module] = (), objects: Iterable[tuple[object, Collection[str]]] = ()) -> None:
+        """Set what else the second pass must leave alone, in place of what was set before.
+
+        Args:
+            models: Further modules: their state, and the gradients of their parameters that this optimizer lacks.
+            objects: Objects whose attributes are kept, each with the names of attributes to leave alone.
+        """
+        self._included = tuple(models)
+        self._replay.state.include(models, objects)
+
+    def begin_micro_batch(self, *, is_first: bool) -> Start:
+        """Note that a micro-batch of the first pass begins.
+
+        Args:
+            is_first: Whether it is the first of its window.
+
+        Returns:
+            What the second pass needs to repeat it.
+        """
+        random = self._replay.begin_first() if is_first else self._replay.capture()
+        return Start(random, self._replay.state.changes_between())
+
+    def end_micro_batch(self) -> None:
+        """Note that a micro-batch is over that is not the last of its window."""
+        self._replay.state.end_micro_batch()
+
+    def run_again(
+        self,
+        window: Sequence[MicroBatch],
+        exchange: Callable[[bool], AbstractContextManager[None]],
+        surroundings: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> bool:
+        """Replace the gradients of a window by those at ``w + epsilon``.
+
+        Args:
+            window: What the present gradients were accumulated from.
+            exchange: Given whether a micro-batch is the last, returns the context that says whether ranks exchange its
+                gradients.
+            surroundings: Makes a context for all of the second pass.
+
+        Returns:
+            Whether there was a second pass.
+        """
+        total = _sum([micro_batch.loss for micro_batch in window])
         if not self._ascent.may_move():
             self._replay.forget()
             self.metrics = StepMetrics(loss=total, radius=torch.zeros(()))
-            return result
-        with cast(Any, self.perturbed(total, window[0].start)) as handle:
-            if handle.is_needed:
-                losses = []
+            return False
+        with cast(Any, self.perturbed(total, window[0].start.random)) as handle:
+            if not handle.is_needed:
+                return False
+            losses = []
+            with surroundings(), torch.enable_grad():
                 for micro_batch in window:
-                    micro_batch.start.restore()
-                    with torch.enable_grad(), self._exchange(is_needed=micro_batch is window[-1]):
-                        losses.append(differentiate(micro_batch.compute_loss()).detach())
-                handle.loss = torch.stack(losses).sum()
-        return result
+                    micro_batch.start.repeat()
+                    with exchange(micro_batch is window[-1]):
+                        losses.append(micro_batch.again().detach())
+            handle.loss = _sum(losses)
+        return True
 
     def run(
         self, closure: Callable[[], Any], results: list[Any], ascent_closure: Callable[[], Any] | None = None
@@ -406,10 +447,14 @@ class TwoPass:
 
     def _gradients_of_others(self) -> StashedGradients:
         """Return the parameters of the models that another optimizer trains, with their gradients."""
-        if not self._models:
-            return StashedGradients([], [])
-        owned = set(map(id, self._ascent.parameters()))
-        others = [tensor for tensor in self._replay.state.parameters_with_gradients() if id(tensor) not in owned]
+        owned = set(self._ascent.parameters())
+        others: list[Tensor] = [
+            parameter
+            for module in every_module([*self._models, *self._included])
+            for parameter in module._parameters.values()
+            if parameter is not None and parameter.grad is not None and parameter not in owned
+        ]
+        others = list(dict.fromkeys(others))
         return StashedGradients(others, [parameter.grad for parameter in others])
 
     def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
@@ -469,6 +514,11 @@ def differentiate(result: Any) -> Tensor:
         )
     loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
     return loss
+
+
+def _sum(losses: Sequence[Tensor]) -> Tensor:
+    """Return the loss of a window."""
+    return torch.stack(list(losses)).sum() if len(losses) > 1 else losses[0]
 
 
 def _leaves_of(loss: Tensor) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,10 +135,13 @@ def _fully_sharded(model: nn.Module | None) -> list[Any]:
     ]
 
 
-def is_fully_sharded(models: Sequence[nn.Module]) -> bool:
-    """Return whether ``fully_shard`` was called on a module in some models.
+def is_fully_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Return whether ``fully_shard`` was called on one of some modules.
 
     Args:
-        models: The models.
+        modules: Every module of a model.
     """
-    return any(_fully_sharded(model) for model in models)
+    for module in modules:
+        if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
+            return True
+    return False

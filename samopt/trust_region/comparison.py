@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from samopt.trust_region.arguments import is_encoder_decoder, predicts_next_token
 from samopt.trust_region.divergence import Divergence, between
-
-if TYPE_CHECKING:
-    from samopt.trust_region.call import ForwardCall
 
 __all__ = ["Comparison"]
 
@@ -36,7 +33,7 @@ class Comparison:
     divergence: str | Divergence
     class_dim: int = -1
     logits: Callable[[Any], Tensor] | None = None
-    mask: Callable[[ForwardCall], Tensor] | None = None
+    mask: Callable[[Any], Tensor] | None = None
 
     def logits_of(self, output: Any) -> list[Tensor]:
         """Return the tensors of an output that are compared, detached, with the classes in the last dimension.
@@ -55,11 +52,11 @@ class Comparison:
             )
         return [self._classes_last(tensor.detach()) for tensor in found]
 
-    def masks_of(self, call: ForwardCall) -> list[Tensor | None]:
+    def masks_of(self, call: Any) -> list[Tensor | None]:
         """Return which positions count, for each of the call's logits.
 
         Args:
-            call: A forward call.
+            call: A ``ForwardCall``.
 
         Raises:
             ValueError: If the mask that the user's callable returned has another shape than the positions.
@@ -84,7 +81,7 @@ class Comparison:
         """
         return logits.shape[0] if mask is None else _rows(mask).any(1).sum()
 
-    def distance(self, call: ForwardCall, output: Any) -> Tensor:
+    def distance(self, call: Any, output: Any) -> Tensor:
         """Return the mean divergence over the examples of a call; heads of one model add up.
 
         Args:
@@ -138,7 +135,7 @@ def _is_logits(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
-def _valid_positions(call: ForwardCall, shape: torch.Size) -> Tensor | None:
+def _valid_positions(call: Any, shape: torch.Size) -> Tensor | None:
     """Return which positions are neither padding nor labelled -100, as far as the call's arguments tell."""
     attention = call.arguments.get("decoder_attention_mask" if is_encoder_decoder(call.module) else "attention_mask")
     labels = call.arguments.get("labels")

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from samopt._replay.call_watch import CallWatcher
+from samopt._replay.call_watch import RAISED, CallWatcher
 from samopt._replay.unobserved import is_observed
 from samopt.trust_region.call import ForwardCall, Surroundings
 from samopt.trust_region.comparison import Comparison
@@ -70,10 +70,10 @@ class FirstPassWatch(CallWatcher):
             module: What was called.
             args: Its positional arguments.
             kwargs: Its keyword arguments.
-            output: What it returned; None where it raised.
+            output: What it returned; ``RAISED`` where it raised.
         """
         start, self._start = self._start, None
-        if start is None or output is None:
+        if start is None or output is RAISED or output is None:
             return
         call = ForwardCall(module, args, kwargs, output, start, self._comparison, self._calls)
         distance = torch.as_tensor(self._region.measure(call)).detach()

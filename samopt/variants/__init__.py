@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from samopt.variants.sam import SAM
 from samopt.variants.tram import TRAM
 from samopt.variants.wsam import WSAM
 
-__all__ = ["available", "create"]
+__all__ = ["available", "create", "option_names"]
 
 _REGISTRY: dict[str, Callable[..., SharpnessAwareOptimizer]] = {
     "sam": SAM,
@@ -74,7 +75,24 @@ def create(
         >>> type(samopt.create("asam", base, model=model, rho=0.5)).__name__
         'ASAM'
     """
+    return _named(name)(params, base_optimizer, **options)
+
+
+def option_names(name: str) -> list[str]:
+    """Return the options that ``create(name, base, ...)`` takes.
+
+    Args:
+        name: One of ``available()``.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    parameters = inspect.signature(_named(name)).parameters
+    return [each for each in parameters if each not in ("params", "base_optimizer", "base_kwargs")]
+
+
+def _named(name: str) -> Callable[..., SharpnessAwareOptimizer]:
     kind = _REGISTRY.get(str(name).lower().replace("_", "-"))
     if kind is None:
         raise ValueError(f"unknown optimizer {name!r}; samopt.available() lists {', '.join(_REGISTRY)}")
-    return kind(params, base_optimizer, **options)
+    return kind

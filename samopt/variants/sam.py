@@ -24,8 +24,8 @@ class SAM(SharpnessAwareOptimizer):
     The base optimizer gets the gradient at ``w + rho g / ||g||_2``. Source: Foret et al. 2021, "Sharpness-Aware
     Minimization for Efficiently Improving Generalization", algorithm 1.
 
-    Cost: two forward-backward passes a step and one transient copy of the weights. ``rho=0`` is the base alone, at its
-    cost.
+    Cost: two forward-backward passes a step and one copy of the weights, kept between steps. ``rho=0`` is the base
+    alone, at its cost.
 
     Args:
         params: An optimizer instance to wrap; or parameters, for ``base_optimizer``.

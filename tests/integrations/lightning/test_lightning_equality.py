@@ -46,7 +46,7 @@ def test_schedules(scheduler, tmp_path):
 VARIANTS = {
     "sam": ({"rho": 0.2}, functools.partial(samopt.SAM, rho=0.2)),
     "asam": ({"rho": 0.7, "eta": 0.1}, functools.partial(samopt.ASAM, rho=0.7, eta=0.1)),
-    "fisher": ({"rho": 0.2, "norm": "linf"}, functools.partial(samopt.FisherSAM, rho=0.2, norm="linf")),
+    "fisher-sam": ({"rho": 0.2, "norm": "linf"}, functools.partial(samopt.FisherSAM, rho=0.2, norm="linf")),
     "tram": ({"scale": 20.0, "trust_region": "ema"}, functools.partial(samopt.TRAM, scale=20.0, trust_region="ema")),
 }
 
@@ -92,9 +92,9 @@ def test_clipping_reaches_what_goes_past_the_base(tmp_path):
     assert not torch.equal(module.net[0].weight, unclipped.net[0].weight)
 
 
-def test_one_pass_is_no_variant(tmp_path):
+def test_one_pass_needs_a_model(tmp_path):
     make = functools.partial(samopt.SAM, direction="momentum")
-    with pytest.raises(ValueError, match=r"SAM\(direction=...\) does not need; leave .* return the optimizer from"):
+    with pytest.raises(ValueError, match=r"SAM in one pass, without model=.*write samopt.SAM\(.*model=self\)"):
         lit.fit(tmp_path, lit.Module(), SharpnessAwareTraining(lambda base: make(base, model=None)))
 
 

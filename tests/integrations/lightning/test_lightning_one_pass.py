@@ -1,4 +1,4 @@
-"""One pass in Lightning, whose module returns the optimizer and which has no callback, is the loop by hand."""
+"""One pass in Lightning is the loop by hand, with an optimizer that the module returns and with the callback."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 
 import samopt
+from samopt.integrations.lightning import SharpnessAwareTraining
 from tests.helpers import lit
 from tests.helpers.cases import asam_epsilon, bits, sam_epsilon
 
 pytestmark = pytest.mark.lightning
 
-VARIANTS = {"sam": (samopt.SAM, sam_epsilon, 0.2), "asam": (samopt.ASAM, asam_epsilon, 0.5)}
+VARIANTS = {
+    "sam": (samopt.SAM, sam_epsilon, 0.2),
+    "asam": (samopt.ASAM, asam_epsilon, 0.5),
+    "momentum-sam": (samopt.MomentumSAM, sam_epsilon, 0.1),
+}
+DIRECTIONS = {"momentum": -1.0, "momentum-uphill": 1.0}
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 OVERFLOW = 3
 CLIPPED_NORM = 0.3
@@ -27,20 +33,32 @@ def slow_sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
-class OnePass(lit.Module):
+class Overflowing(lit.Module):
     """Its fourth step overflows in fp16."""
 
-    def __init__(self, variant, precision):
+    def __init__(self, precision):
         super().__init__(slow_sgd)
-        self.variant, self.precision = variant, precision
+        self.precision = precision
 
     def training_step(self, batch, batch_idx):
         output = super().training_step(batch, batch_idx)
         return {"loss": output["loss"] * overflow(self.precision, self.trainer.global_step)}
 
+
+class Returning(Overflowing):
+    """Returns a one-pass optimizer."""
+
+    def __init__(self, variant, direction, precision):
+        super().__init__(precision)
+        self.variant, self.direction = variant, direction
+
     def configure_optimizers(self):
         sam, _, rho = VARIANTS[self.variant]
-        return sam(self.base(self.parameters()), rho=rho, direction="momentum", model=self)
+        return sam(self.base(self.parameters()), rho=rho, model=self, **chosen(self.variant, self.direction))
+
+
+def chosen(variant, direction):
+    return {} if variant == "momentum-sam" else {"direction": direction}
 
 
 def overflow(precision, step):
@@ -51,7 +69,7 @@ def make_scaler(precision):
     return torch.amp.GradScaler("cpu", init_scale=1024.0) if precision == "16-mixed" else None
 
 
-def train_by_hand(module, variant, accumulate, clip, precision):
+def train_by_hand(module, variant, direction, accumulate, clip, precision):
     """Plain torch: move along the momentum, one backward a batch, move back, unscale, clip, step."""
     _, epsilon, rho = VARIANTS.get(variant, (None, sam_epsilon, 0.0))
     parameters = list(module.net.parameters())
@@ -65,7 +83,7 @@ def train_by_hand(module, variant, accumulate, clip, precision):
             start = bits(module.net)
             moves = epsilon(start, [base.state[p].get("momentum_buffer") for p in parameters], [rho] * len(parameters))
             for p, w, move in zip(parameters, start, moves, strict=True):
-                p.data.copy_((w.double() + move).float())
+                p.data.copy_((w.double() + DIRECTIONS[direction] * move).float())
             for index in range(first, min(first + accumulate, len(batches))):
                 module.noise = lit.draw_noise(index, epoch)
                 with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
@@ -87,16 +105,34 @@ def train_by_hand(module, variant, accumulate, clip, precision):
     return skipped
 
 
-@pytest.mark.parametrize(("variant", "clip"), [("sam", False), ("asam", True)], ids=["sam", "asam, clipped"])
+CASES = {
+    "sam": ("sam", "momentum", False),
+    "asam, clipped": ("asam", "momentum", True),
+    "sam, uphill": ("sam", "momentum-uphill", False),
+    "momentum-sam": ("momentum-sam", "momentum", True),
+}
+COMPARED = [
+    *((precision, case) for precision in PRECISIONS for case in ("sam", "asam, clipped")),
+    *(("32-true", case) for case in ("sam, uphill", "momentum-sam")),
+]
+
+
+@pytest.mark.parametrize(("precision", "case"), COMPARED)
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_pass_is_the_hand_written_loop(precision, accumulate, clip, variant, tmp_path):
-    module, expected = OnePass(variant, precision), lit.Module()
+@pytest.mark.parametrize("form", ["returned", "callback", "returned, with the callback"])
+def test_one_pass_is_the_hand_written_loop(form, precision, accumulate, case, tmp_path):
+    variant, direction, clip = CASES[case]
+    expected = lit.Module()
+    module = Overflowing(precision) if form == "callback" else Returning(variant, direction, precision)
+    if form == "callback":
+        callback = SharpnessAwareTraining(variant, rho=VARIANTS[variant][2], **chosen(variant, direction))
+    else:
+        callback = Callback() if form == "returned" else SharpnessAwareTraining()
     scaler = make_scaler(precision)
     mixed = {} if precision == "32-true" else {"plugins": [MixedPrecision(precision, "cpu", scaler)]}
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": CLIPPED_NORM if clip else None}
-    lit.fit(tmp_path, module, Callback(), **options, **mixed)
-    skipped = train_by_hand(expected, variant, accumulate, clip, precision)
+    lit.fit(tmp_path, module, callback, **options, **mixed)
+    skipped = train_by_hand(expected, variant, direction, accumulate, clip, precision)
     assert [step for step, was in enumerate(skipped) if was] == ([OVERFLOW] if precision == "16-mixed" else [])
     for (name, ours), theirs in zip(module.net.state_dict().items(), expected.net.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
@@ -108,6 +144,6 @@ def test_the_comparison_tells_one_pass_from_the_base():
     nets = []
     for variant in ("sam", "base"):
         module = lit.Module()
-        train_by_hand(module, variant, 1, False, "32-true")
+        train_by_hand(module, variant, "momentum", 1, False, "32-true")
         nets.append(bits(module.net))
     assert max(float((ours - theirs).abs().max()) for ours, theirs in zip(*nets, strict=True)) > 1e-3

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
 
+import samopt
 from samopt.integrations.lightning import SharpnessAwareTraining, is_second_pass
 from tests.helpers import lit
 
@@ -15,13 +16,17 @@ pytestmark = pytest.mark.lightning
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (("sharp",), {}, ValueError, "variant must be one of sam, asam, fisher, tram, got 'sharp'"),
+        (("sharp",), {}, ValueError, f"variant must be one of {', '.join(samopt.available())}, got 'sharp'"),
         (("sam",), {"rho": -0.1}, ValueError, "rho must be >= 0"),
         (("asam",), {"eta": float("nan")}, ValueError, "eta must be"),
         (("sam",), {"norm": "l1"}, ValueError, 'norm must be "l2" or "linf"'),
         (("tram",), {"rho": 0.1}, TypeError, "takes no rho.*use scale="),
         (("tram",), {"trust_region": "nearest"}, ValueError, "nearest"),
         (("sam",), {"radius": 0.1}, TypeError, "radius"),
+        (("gsam",), {"sigma": 0.1}, TypeError, 'variant "gsam" takes no sigma.*alpha.*friendly-sam would'),
+        (("fisher-sam",), {"adaptive": True}, TypeError, 'variant "fisher-sam" takes no adaptive'),
+        (("momentum-sam",), {"direction": "momentum"}, TypeError, 'variant "momentum-sam" takes no direction'),
+        (("wsam",), {"direction": "momentum"}, ValueError, "combines the gradients of two passes"),
     ],
 )
 def test_options_are_checked_where_they_are_given(arguments, options, error, message):
@@ -43,6 +48,20 @@ def test_dataloader_iter(tmp_path):
             raise AssertionError
 
     refused(tmp_path, Iterating(), r"training_step\(dataloader_iter\) takes batches from the iterator itself; write")
+
+
+def test_no_optimizer(tmp_path):
+    class Without(lit.Module):
+        def configure_optimizers(self):
+            return None
+
+    refused(tmp_path, Without(), r"Without.configure_optimizers returned None; return one, such as")
+
+
+def test_options_draw_no_random_numbers():
+    before = torch.get_rng_state()
+    SharpnessAwareTraining("asam", rho=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_lbfgs(tmp_path):

@@ -61,7 +61,7 @@ def test_fisher_meets_unscaled_gradients(tmp_path):
     module, expected = lit.Module(), lit.Module()
     plugin = MixedPrecision("16-mixed", "cpu", make_scaler())
     plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
-    lit.fit(tmp_path, module, SharpnessAwareTraining("fisher", eta=10.0), plugins=[plugin])
+    lit.fit(tmp_path, module, SharpnessAwareTraining("fisher-sam", eta=10.0), plugins=[plugin])
     lit.train_by_hand(expected, list(lit.loader()), sam=functools.partial(samopt.FisherSAM, eta=10.0))
     lit.assert_same_state(module.net, expected.net)
 
@@ -91,7 +91,7 @@ def test_a_fused_base_unscales_itself(tmp_path):
     for ours, theirs in zip(module.net.parameters(), expected.net.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, **cases.TOLERANCE[torch.float32])
     with pytest.raises(ValueError, match="Fisher.*AdamW"):
-        fit(tmp_path, lit.Module(fused), SharpnessAwareTraining("fisher"), make_scaler())
+        fit(tmp_path, lit.Module(fused), SharpnessAwareTraining("fisher-sam"), make_scaler())
 
 
 class Overflowing(lit.Module):

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +63,7 @@ def test_the_command_line_lists_the_choices(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args_into_dataclasses(["--output_dir", "x", "--sam", "sams"])
     message = capsys.readouterr().err.rpartition("--sam: invalid choice: 'sams'")[2]
-    assert all(name in message for name in ("none", "sam", "asam", "fisher", "tram"))
+    assert all(name in message for name in ("none", *samopt.available()))
 
 
 def test_arguments_are_kept_with_the_run(tmp_path):
@@ -77,7 +79,7 @@ def test_arguments_are_kept_with_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sam": "SAM"}, "sam must be one of none, sam, asam, fisher, tram, got 'SAM'"),
+        ({"sam": "SAM"}, f"sam must be one of none, {', '.join(samopt.available())}, got 'SAM'"),
         ({"sam": "sam", "sam_norm": "l1"}, "sam_norm must be one of l2, linf, got 'l1'"),
         ({"sam": "tram", "sam_divergence": "js"}, "sam_divergence must be one of kl, .*, got 'js'"),
         ({"sam": "sam", "sam_rho": -0.1}, "sam_rho must be >= 0 and finite, got -0.1; leave it out"),
@@ -92,6 +94,16 @@ def test_arguments_are_kept_with_the_run(tmp_path):
         ({"sam": "tram", "sam_ema_decay": 0.9}, 'sam_ema_decay=0.9 has no effect without .*sam_trust_region="ema"'),
         ({"sam": "tram", "sam_trust_region": "ema", "sam_ema_decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
         ({"sam": "tram", "sam_trust_region": "input_noise", "sam_noise_std": 0.0}, "std must be > 0"),
+        ({"sam": "gsam", "sam_direction": "momentum"}, "combines the gradients of two passes"),
+        ({"sam": "momentum-sam", "sam_direction": "momentum-uphill"}, "sam_direction='momentum-uphill' has no effect"),
+        ({"sam": "le-sam", "sam_norm": "linf"}, "sam_norm='linf' has no effect with sam=\"le-sam\""),
+        ({"sam": "gsam", "sam_options": {"gamma": 0.1}}, 'variant "gsam" takes no gamma: its options are .*wsam would'),
+        ({"sam": "gsam", "sam_options": '{"gamma": 0.1}'}, 'variant "gsam" takes no gamma'),
+        ({"sam": "gsam", "sam_options": "alpha=0.1"}, "sam_options must be a dict or its JSON.*got 'alpha=0.1'"),
+        ({"sam": "gsam", "sam_options": "[1]"}, "sam_options must be a dict or its JSON"),
+        ({"sam": "gsam", "sam_options": {"alpha": -1.0}}, "alpha must be"),
+        ({"sam": "sam", "sam_rho": 0.1, "sam_options": {"rho": 0.2}}, "sam_options has rho, and sam_rho sets it too"),
+        ({"sam": "sam", "sam_options": {"seed": 1}}, "sam_options cannot set seed"),
         ({"sam": "sam", "sam_rho_schedule": "linear_warmup"}, "sam_rho_warmup_steps=0 does not go with"),
         ({"sam": "sam", "sam_rho_warmup_steps": 5}, 'sam_rho_warmup_steps=5 does not go with .*"constant"'),
     ],
@@ -113,30 +125,79 @@ def test_every_option_reaches_the_optimizer():
         base = torch.optim.SGD(model.parameters(), lr=0.1)
         return SAMArguments(**options).build_optimizer(base, model, seed=3)
 
-    fisher = built(sam="fisher", sam_rho=0.3, sam_eta=0.5, sam_norm="linf", sam_stochastic_rounding=False)
+    fisher = built(sam="fisher-sam", sam_rho=0.3, sam_eta=0.5, sam_norm="linf", sam_stochastic_rounding=False)
     assert type(fisher) is samopt.FisherSAM
     assert (fisher.param_groups[0]["rho"], fisher.param_groups[0]["eta"], fisher.norm) == (0.3, 0.5, "linf")
-    assert fisher.state_dict()["samopt"] == {}  # no stochastic rounding whose position would be kept
+    assert fisher.state_dict()["samopt"] == {"version": 1}  # no stochastic rounding whose position would be kept
     ema = built(
         sam="tram",
         sam_trust_region="ema",
         sam_ema_decay=0.9,
         sam_scale=2.0,
         sam_max_radius=0.7,
-        sam_metric="euclidean",
+        sam_geometry="euclidean",
         sam_divergence="l2",
     )
     assert isinstance(ema.trust_region, EMA)
-    assert (ema.trust_region.decay, ema.max_radius, ema.param_groups[0]["rho"]) == (0.9, 0.7, 2.0)
-    assert isinstance(ema.metric, samopt.parts.geometry.Euclidean)
+    assert (ema.trust_region.decay, ema.max_radius, ema.param_groups[0]["scale"]) == (0.9, 0.7, 2.0)
+    assert isinstance(ema.geometry, samopt.parts.geometry.Euclidean)
     noise = built(sam="tram", sam_trust_region="input_noise", sam_noise_std=0.2)
     assert isinstance(noise.trust_region, InputNoise)
     assert (noise.trust_region.std, noise.trust_region.seed) == (0.2, 3)
-    for name, kind in (("sam", samopt.SAM), ("asam", samopt.ASAM), ("fisher", samopt.FisherSAM)):
+    for name, kind in (("sam", samopt.SAM), ("asam", samopt.ASAM), ("fisher-sam", samopt.FisherSAM)):
         plain = kind(torch.optim.SGD(model.parameters(), lr=0.1))
         assert built(sam=name).param_groups[0]["rho"] == plain.param_groups[0]["rho"]
-    with pytest.raises(ValueError, match='sam is "none"; choose one of sam, asam, fisher, tram'):
+    with pytest.raises(ValueError, match=f'sam is "none"; choose one of {", ".join(samopt.available())}'):
         built(sam="none")
+
+
+@pytest.mark.parametrize("name", samopt.available())
+def test_every_optimizer_is_made_by_its_name(name):
+    model = torch.nn.Linear(4, 3)
+    base = torch.optim.Adam(model.parameters(), lr=0.1)
+    made = SAMArguments(sam=name).build_optimizer(base, model, seed=0)
+    assert type(made) is type(samopt.create(name, torch.optim.Adam(model.parameters(), lr=0.1), model=model))
+    choices = typing.get_args(typing.get_args(typing.get_type_hints(SAMArguments)["sam"])[0])
+    assert list(choices) == ["none", *samopt.available()]
+
+
+def test_options_of_a_single_optimizer(tmp_path):
+    parser = transformers.HfArgumentParser(SAMTrainingArguments)
+    line = ["--output_dir", str(tmp_path), "--sam", "gsam", "--sam_options", '{"alpha": 0.25}']
+    (arguments,) = parser.parse_args_into_dataclasses(line)
+    model = torch.nn.Linear(4, 3)
+    made = arguments.build_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, seed=0)
+    assert made.combination.alpha == 0.25
+    assert json.loads(arguments.to_json_string())["sam_options"] == {"alpha": 0.25}
+
+
+def test_a_trainer_without_a_chosen_optimizer_warns(tmp_path):
+    with pytest.warns(UserWarning, match=r"SAMTrainer trains without SAM.*sam=\"none\" if that is meant"):
+        SAMTrainer(hf.norms(), args=SAMTrainingArguments(str(tmp_path), use_cpu=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        SAMTrainer(hf.norms(), args=SAMTrainingArguments(str(tmp_path), use_cpu=True, sam="none"))
+        SAMTrainer(hf.norms(), args=SAMTrainingArguments(str(tmp_path), use_cpu=True, sam="sam"))
+
+
+@pytest.mark.parametrize("kind", [SAMTrainingArguments, "mixed"])
+def test_a_plain_trainer_with_these_arguments_warns(kind, tmp_path):
+    if kind == "mixed":
+        kind = dataclasses.make_dataclass("Mixed", [], bases=(SAMArguments, transformers.Seq2SeqTrainingArguments))
+    options = {"use_cpu": True, "max_steps": 2, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+
+    def made(sam):
+        return transformers.Trainer(
+            hf.norms(), args=kind(str(tmp_path), sam=sam, **options), train_dataset=hf.points(8)
+        )
+
+    with pytest.warns(UserWarning, match=r'Trainer ignores sam="asam".*use SAMTrainer.*make_sharpness_aware') as said:
+        made("asam").train()
+    assert len([warning for warning in said if "ignores sam" in str(warning.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*ignores sam")
+        made("none").train()
+        make_sharpness_aware(made("asam")).train()
 
 
 def test_any_arguments_take_the_fields(tmp_path):
@@ -214,10 +275,10 @@ def test_an_optimizer_that_is_sharpness_aware_itself_is_refused(tmp_path):
         hf.make_trainer(tmp_path, hf.norms(), hf.points(), base=lambda model: samopt.ASAM(hf.adamw(model)))
 
 
-def test_the_fisher_metric_is_refused_under_a_scaler(tmp_path):
+def test_the_fisher_geometry_is_refused_under_a_scaler(tmp_path):
     kind = with_accelerator(distributed_type=DistributedType.NO, scaler=torch.amp.GradScaler("cpu"), is_fsdp2=False)
-    for options in ({"sam": "fisher"}, {"sam": "tram", "sam_metric": "fisher"}):
-        with pytest.raises(ValueError, match="cannot take the Fisher metric under a GradScaler"):
+    for options in ({"sam": "fisher-sam"}, {"sam": "tram", "sam_geometry": "fisher"}):
+        with pytest.raises(ValueError, match="cannot take the Fisher geometry under a GradScaler"):
             hf.make_trainer(tmp_path, hf.norms(), hf.points(), kind=kind, **options)
 
 

@@ -112,14 +112,14 @@ def test_clipping_by_value(tmp_path):
         ({"sam": "asam"}, samopt.ASAM),
         ({"sam": "asam", "sam_rho": 0.2, "sam_eta": 0.1}, functools.partial(samopt.ASAM, rho=0.2, eta=0.1)),
         ({"sam": "sam", "sam_rho": 0.01, "sam_norm": "linf"}, functools.partial(samopt.SAM, rho=0.01, norm="linf")),
-        ({"sam": "fisher", "sam_rho": 0.2}, functools.partial(samopt.FisherSAM, rho=0.2)),
+        ({"sam": "fisher-sam", "sam_rho": 0.2}, functools.partial(samopt.FisherSAM, rho=0.2)),
         ({"sam": "tram"}, samopt.TRAM),
         (
             {"sam": "tram", "sam_trust_region": "input_noise", "sam_noise_std": 0.3, "sam_scale": 5.0, "seed": 7},
             functools.partial(samopt.TRAM, trust_region=InputNoise(0.3, seed=7), scale=5.0),
         ),
     ],
-    ids=["asam", "asam-options", "linf", "fisher", "tram", "tram-input-noise"],
+    ids=["asam", "asam-options", "linf", "fisher-sam", "tram", "tram-input-noise"],
 )
 def test_the_arguments_choose_the_optimizer(options, sam, tmp_path):
     data = hf.points()

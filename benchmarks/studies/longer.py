@@ -1,0 +1,79 @@
+"""Ten times the steps: do the gains of short runs stay, and why does LookSAM not learn on the transformer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from benchmarks.harness import frontier
+from benchmarks.harness.cli import Fraction
+from benchmarks.harness.errors import choose
+from benchmarks.harness.frontier import ARENAS, BASE, BASE_TWICE
+from benchmarks.harness.tuning import Method, thirds
+from benchmarks.studies.frontier import METHODS as SHORT
+
+_BY_HAND = "benchmarks.harness.looksam:LookSAM"
+_LOOK = thirds(0.1)
+
+METHODS = {
+    method.name: method
+    for method in (
+        BASE,
+        BASE_TWICE,
+        *(SHORT[name] for name in ("sam", "asam", "momentum-ahead", "sam-last-half", "le-sam", "looksam")),
+        Method("looksam-warm", "LookSAM, its radius rising in the first tenth", "looksam", _LOOK,
+               schedule={"rho_warmup": 0.1}),
+        Method("looksam-little", "LookSAM, alpha 0.1", "looksam", _LOOK, options={"alpha": 0.1}),
+        Method("looksam-global", "LookSAM by hand, norms over all weights", _BY_HAND, _LOOK,
+               options={"per_tensor": False}),
+        Method("looksam-layers", "LookSAM by hand, norms of each tensor", _BY_HAND, _LOOK),
+        Method("looksam-layers-little", "the same, alpha 0.1", _BY_HAND, _LOOK, options={"alpha": 0.1}),
+    )
+}  # fmt: skip
+"""By name, the base first."""
+
+
+def study(
+    methods: list[str] = list(METHODS),
+    tasks: list[str] = list(ARENAS),
+    seeds: list[NonNegativeInt] = [0, 1, 2, 3, 4],
+    label_noise: list[Fraction] = [0.0, 0.4],
+    times: PositiveInt = 10,
+    threads: PositiveInt = 1,
+    output: Path = Path("results/longer"),
+    quick: bool = False,
+) -> None:
+    """Choose every method's settings and test it, as the frontier does, in longer runs.
+
+    Args:
+        methods: Comma-separated; see the default for all. The base is always among them.
+        tasks: Comma-separated.
+        seeds: Of the tests, comma-separated.
+        label_noise: Comma-separated fractions of the training labels to randomise.
+        times: How many times the frontier's epochs.
+        threads: CPU threads.
+        output: Folder, continued.
+        quick: An epoch of a few methods on a few images, nothing chosen.
+    """
+    torch.set_num_threads(threads)
+    arenas = [choose("task", task, ARENAS) for task in tasks]
+    arenas = [replace(arena, epochs=times * arena.epochs) for arena in arenas]
+    if quick:
+        arenas = [replace(ARENAS["digits_vit"], epochs=1, train_size=256)]
+        methods, seeds, label_noise = ["base-twice", "looksam", "looksam-layers"], [0], [0.0]
+    chosen = [choose("method", name, METHODS) for name in dict.fromkeys(["base", *methods])]
+    timed = (10, 2) if quick else (20, 7)
+    frontier.run(arenas, chosen, seeds=seeds, label_noise=label_noise, folder=output, quick=quick, timed=timed)
+    render(output)
+
+
+def render(folder: Path, output: Path | None = None) -> None:
+    """Write tables and the figure from a folder's rows."""
+    notes = [
+        "Every setting was chosen from three values on validation data in runs of the same length, with a seed of its "
+        "own: first the base's learning rate, which all methods use, then each method's radius."
+    ]
+    frontier.render(folder, output, {method.name: method.summary for method in METHODS.values()}, notes)
