@@ -464,3 +464,21 @@ def test_state_is_that_of_one_forward_after_a_second_pass_that_fails(kind):
     optimizer.zero_grad()
     want = by_hand(model, loss_on(1), [name for name in owned if name in dict(model.named_parameters())], 0.3)
     assert_leaves_no_trace(watched_step(model, optimizer, "perturbed", loss_on(1)), want)
+
+
+def test_a_large_part_that_does_not_change_is_not_copied():
+    torch.manual_seed(0)
+    backbone = nn.Sequential(*[nn.Linear(100, 100) for _ in range(5)]).requires_grad_(False)
+    head = nn.Linear(100, 3)
+    backbone.register_buffer("table", torch.zeros(300, 300))
+    model = nn.Sequential(backbone, head)
+    optimizer = samopt.SAM(torch.optim.SGD(head.parameters(), lr=0.1), rho=0.1, model=model)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 100)).square().mean().backward()
+        with optimizer.perturbed():
+            copies = optimizer._passes._replay.state._copies
+            copied = sum(copy.values.numel() for copy in copies)
+            model(torch.ones(4, 100)).square().mean().backward()
+        optimizer.step()
+        assert copied <= 5 * 100, step  # the biases, which are small
