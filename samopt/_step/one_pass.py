@@ -163,7 +163,7 @@ class OnePass:
         ascent = self._ascent
         parameters = ascent.parameters()
         gradients = StashedGradients(parameters, [parameter.grad for parameter in parameters])
-        state = ModuleState(self._models, parameters)
+        state = ModuleState(self._models)
         random = RngState.capture(ascent.accelerators())
         state.save()
         self._is_aside = True
