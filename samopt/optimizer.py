@@ -470,7 +470,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         self._ascent.load_state_dict(own)
-        if self._stall is not None and self.base_optimizer.state:  # training has begun before
+        if self._stall is not None and self.state:  # accelerate loads a fresh optimizer's state into itself
             self._stall.dismiss()
         self._passes.reset()
 

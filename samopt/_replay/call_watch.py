@@ -71,8 +71,8 @@ class _WatchedCall:
         self.inner: Callable[..., Any] | None = vars(module).get(_SLOT)  # of module.compile()
         self.watchers: tuple[CallWatcher, ...] = ()
 
-    # nn.Module leaves the slot out of copies and pickles. RNNs and parametrized modules copy their whole __dict__, and
-    # would run the forward of the original. They get what was there before; None is an empty slot.
+    # nn.Module leaves the slot out of copies and pickles. RNNs, parametrized modules and other classes with a
+    # __getstate__ of their own do not, and the copy would run the forward of the original. None is an empty slot.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.inner, memo)
 

@@ -13,7 +13,6 @@ from torch.amp.grad_scaler import OptState
 from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
-from samopt._replay.module_state import every_module
 from samopt._replay.random_state import RngState
 from samopt._replay.replay import PassObserver, Replay
 from samopt._step.ascent import Ascent
@@ -67,7 +66,7 @@ class TwoPass:
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
-        self._replay = Replay(models, ascent.parameters(), observers)
+        self._replay = Replay(models, ascent.accelerators, observers)
         self._memory = ScratchPool()
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None
@@ -383,7 +382,6 @@ class TwoPass:
             measure_grad_norms=self._measure_grad_norms,
         )
         self._warn_of_unknown_parameters(first_loss)
-        self._replay.use_devices(ascent.accelerators())
         ascent.advance_rounding()
         self._is_ready = False
         self._is_unscaled = False
@@ -447,14 +445,10 @@ class TwoPass:
 
     def _gradients_of_others(self) -> StashedGradients:
         """Return the parameters of the models that another optimizer trains, with their gradients."""
-        owned = set(self._ascent.parameters())
-        others: list[Tensor] = [
-            parameter
-            for module in every_module([*self._models, *self._included])
-            for parameter in module._parameters.values()
-            if parameter is not None and parameter.grad is not None and parameter not in owned
-        ]
-        others = list(dict.fromkeys(others))
+        if not (self._models or self._included):
+            return StashedGradients([], [])
+        owned = set(map(id, self._ascent.parameters()))
+        others = [tensor for tensor in self._replay.state.parameters_with_gradients() if id(tensor) not in owned]
         return StashedGradients(others, [parameter.grad for parameter in others])
 
     def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
