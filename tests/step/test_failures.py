@@ -221,7 +221,7 @@ def test_no_first_gradients_names_both_likely_mistakes():
 @pytest.mark.slow
 @pytest.mark.parametrize("given", [True, False], ids=["model", "no-model"])
 def test_real_signals_find_exact_weights_in_the_users_handler(given):
-    """At 5,000 random times on and around ``perturbed()``, twice."""
+    """At 5,000 random times on and around ``perturbed()``, in each of two cases."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 60), nn.ReLU(), nn.Linear(60, 30))
     x, y = torch.randn(6, 4), torch.randint(30, (6,))
