@@ -131,12 +131,12 @@ def _end(
         try:
             watcher.end(module, args, kwargs, output)
         except Exception:
-            watchers.pop()
             watcher.running = None
+            watchers.pop()
             _end(watchers, module, args, kwargs, output)
             raise
+        watcher.running = None  # before the pop: an interrupt between them only repeats this
         watchers.pop()
-        watcher.running = None
 
 
 def watch(models: Iterable[nn.Module], watcher: CallWatcher, *, only_these: bool = False) -> Callable[[], None]:

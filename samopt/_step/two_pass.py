@@ -341,8 +341,8 @@ class TwoPass:
         second = self._second_pass(first_loss, may_lack_gradients)
         handle = PassHandle(second.is_needed)
         try:
-            self._current = second
             try:
+                self._current = second
                 second.begin(self._replay, start, self._memory)
                 yield handle
             finally:
