@@ -336,7 +336,7 @@ class OnePass:
         perturbation = self._perturbation()
         if perturbation is None:
             return {}
-        values, applied = perturbation.displaced(self._memory, self._ascent.rounding_noise())
+        values, applied = perturbation.displaced(self._memory, self._ascent.rounding_noise(), may_link=True)
         self._moved = StepMetrics(radius=perturbation.radius(), applied_radius=applied)
         return values
 
@@ -404,11 +404,12 @@ class OnePass:
             )
         targets = self._ascent.targets_along(self._direction)
         self._has_ascended = True
+        if any([some.weights for some in targets]):
+            perturbation = self._ascent.perturbation(targets)
+            if not (perturbation.is_empty or perturbation.usable is False):
+                return perturbation
         self._moved = StepMetrics(radius=torch.zeros(()), applied_radius=torch.zeros(()))
-        if not any([some.weights for some in targets]):
-            return None
-        perturbation = self._ascent.perturbation(targets)
-        return None if perturbation.is_empty or perturbation.usable is False else perturbation
+        return None
 
     def _can_move(self) -> bool:
         return any(some.weights for some in self._ascent.targets_along(self._direction))
