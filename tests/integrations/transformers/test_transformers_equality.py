@@ -507,6 +507,7 @@ def test_a_compiled_model_is_compiled_as_often_as_without_sam(tmp_path):
     plain = run(hf.bert(), "none", **compiling)
     compiled, eager = hf.bert(), hf.bert()
     frames = run(compiled, "sam", **compiling)
-    assert frames[-1] == frames[0] == plain[-1] > 0
+    assert frames == plain  # after each step: the second pass finds the config as the first one found it
+    assert frames[-1] > 0
     assert run(eager, "sam")[-1] == 0
     assert cases.same_bits(compiled, cases.bits(eager))
