@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ _PACKAGES = ("triton", "numpy", "pytest", "timm", "transformers", "lightning", "
 def run(options: Options) -> None:
     """Write one row."""
     found = {name: importlib.util.find_spec(name) is not None for name in _PACKAGES}
-    row = {
+    row: dict[str, Any] = {
         "cuda": torch.version.cuda,
         "cpus": os.cpu_count(),
         "system": platform.platform(),
@@ -29,6 +30,7 @@ def run(options: Options) -> None:
         "absent": [name for name, there in found.items() if not there],
         "sanitizer": find_sanitizer(),
         "triton_lacks": missing(),
+        "integrations": importlib.util.find_spec("samopt.integrations") is not None,
     }
     if found["triton"]:
         import triton

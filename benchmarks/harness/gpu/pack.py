@@ -43,12 +43,12 @@ def unpack(path: Path | None) -> Pool:
 
 
 def made_up(_: Path | None = None) -> Pool:
-    """Return 128 training and 64 test images of noise in which a bright row shows the label, for ``--quick``."""
+    """Return 64 training and 32 test images of noise in which a bright row shows the label, for ``--quick``."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(192, 1, 28, 28, generator=generator).mul_(0.5)
-    labels = torch.arange(192) % 10
-    images[torch.arange(192), 0, 2 * labels] = 1.0
-    return Pool(images[:128], labels[:128], images[128:], labels[128:])
+    images = torch.rand(96, 1, 28, 28, generator=generator).mul_(0.5)
+    labels = torch.arange(96) % 10
+    images[torch.arange(96), 0, 2 * labels] = 1.0
+    return Pool(images[:64], labels[:64], images[64:], labels[64:])
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def _environment(rows: Rows) -> str:
         return "The environment is unknown: that step left no row."
     row = found[0]
     names = ("device", "capability", "memory_gib", "driver", "cuda", "torch", "triton", "python", "samopt", "commit",
-             "cpus", "sanitizer", "triton_lacks")  # fmt: skip
+             "cpus", "integrations", "sanitizer", "triton_lacks")  # fmt: skip
     return "; ".join(f"{name}: {row[name]}" for name in names if row.get(name) is not None) + "."
 
 
@@ -194,7 +194,7 @@ def _whole_steps(rows: Rows) -> str:
 
     note = (
         "bf16 autocast, fused AdamW. Milliseconds, medians (times the base; times two passes and the base's step, of "
-        "the same kind; peak memory beyond weights and inputs)."
+        "the same kind; peak memory beyond weights and inputs, the base's state included)."
     )
     table = _grid("step", measured, "line", "case", cell) if measured else ""
     return _section("Whole steps", note if table else "", table, _left_out(found))

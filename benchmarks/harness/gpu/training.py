@@ -20,7 +20,7 @@ from benchmarks.harness.gpu.pack import made_up, unpack
 from benchmarks.harness.gpu.step import Options
 from benchmarks.harness.networks import Residual
 from benchmarks.harness.optimizers import parse_choices
-from benchmarks.harness.rows import Row, open_log
+from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.tasks import Task, VisionTransformer
 from benchmarks.harness.training import Experiment, Run, run_experiment
 
@@ -88,7 +88,7 @@ def run(options: Options) -> None:
         options.write(skipped="no --data FILE; python -m benchmarks.harness.gpu.pack makes one")
         return
     seeds = range(1 if options.quick else SEEDS)
-    log = open_log(options.out)
+    log: Log[Row] = open_log(options.out)
     spawn = get_context("spawn")
     pipes: list[Connection] = []
     workers = []

@@ -53,6 +53,7 @@ def _measure(options: Options, case: Case, geometry: str, rounds: int, device: t
 
     for row in measure_updates("update", case, geometry, _CONTENDERS, rounds, device, "wall", watch):
         name = row.contender
+        count = launched[name]
         handed_out = row.tensors * (1 if name == "base" else 2)  # copies of the gradients, which are not its own
         known = MOVED.get("samopt-triton" if name == "samopt-lean" else name)
         row = replace(row, milliseconds=[round(value, 5) for value in row.milliseconds])
@@ -60,7 +61,7 @@ def _measure(options: Options, case: Case, geometry: str, rounds: int, device: t
             **asdict(row),
             moved=None if known is None else known[geometry == "asam"],
             base_moves=BASE_MOVES,
-            launches=None if launched[name] is None else launched[name] - handed_out,
+            launches=None if count is None else count - handed_out,
         )
 
 

@@ -160,16 +160,15 @@ def _measure(options: Options, name: str, model: Model, device: torch.device) ->
             elements = sum(p.numel() for p in module.parameters())
             try:
                 step = make_step(form, module, inputs, device)
-                for _ in range(2):
-                    step()
-                memory[form] = peak_bytes(device, step, [*module.parameters(), inputs])[0]
+                known = [*module.parameters(), inputs]
+                memory[form] = peak_bytes(device, partial(_repeat, step), known)[0]
                 steps[form] = captured(step, device) if graph else step
             except Exception as error:  # of one form: the others are measured all the same
                 options.write(case=name, form=form, graph=graph, skipped=_one_line(error))
         rounds = 2 if options.quick else 7
 
         def take(form: str, steps: dict[str, Step] = steps) -> float:
-            return seconds(device, "wall", lambda: [steps[form]() for _ in range(_IN_A_ROW)]) / _IN_A_ROW
+            return seconds(device, "wall", partial(_repeat, steps[form])) / _IN_A_ROW
 
         times, _ = in_turns(list(steps), rounds, take)
         for form, values in times.items():
@@ -177,6 +176,11 @@ def _measure(options: Options, name: str, model: Model, device: torch.device) ->
                 case=name, form=form, graph=graph, elements=elements, milliseconds=[round(v, 4) for v in values],
                 peak=memory[form], environment=describe(device),
             )  # fmt: skip
+
+
+def _repeat(step: Step) -> None:
+    for _ in range(_IN_A_ROW):
+        step()
 
 
 def _one_line(error: Exception) -> str:
