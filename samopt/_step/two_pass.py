@@ -346,20 +346,15 @@ class TwoPass:
                 second.begin(self._replay, start, self._memory)
                 yield handle
             finally:
-                try:
-                    second.restore_weights()
-                finally:
-                    second.restore_weights()  # does nothing unless an interrupt hit the first one
+                second.restore_weights()
             error = yield 0  # the type of the exception that ended the block, or None
             yield 0  # the exception
             yield 0  # its traceback
             second.loss = handle.loss
             self._finish(second, failed=error is not None)
-        finally:
-            try:
-                self._abandon(second)
-            finally:
-                self._abandon(second)  # does nothing unless an interrupt hit the first one
+        finally:  # these do nothing unless an interrupt cut short what is above
+            second.restore_weights()
+            self._abandon(second)
         yield 0
 
     def _second_pass(self, first_loss: Any, may_lack_gradients: bool) -> SecondPass:
@@ -392,14 +387,11 @@ class TwoPass:
         """Put back what is left, combine the gradients and measure; whatever happens, the next step can begin."""
         failed = failed or second.is_combining
         try:
-            try:
-                second.end(self._replay, failed=failed)
-            finally:
-                second.end(self._replay, failed=failed)  # does nothing unless an interrupt hit the first one
+            second.end(self._replay, failed=failed)
             if not failed:
                 self._deliver(second)
         except BaseException:
-            self._ascent.base.zero_grad()
+            second.end(self._replay, failed=True)  # again: an interrupt may have cut the first one short
             raise
         finally:
             self._current = None
