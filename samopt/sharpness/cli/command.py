@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import samopt
 from samopt.sharpness._measuring.losses import LossFn, accuracy
 from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.results import Result, to_json
@@ -191,7 +190,11 @@ class _Loaded:
             "weights": list(options.weights),
             "data": options.data,
             "batches": len(self.batches),
-            "environment": {"samopt": samopt.__version__, "torch": torch.__version__, "device": options.device},
+            "environment": {
+                "samopt": sys.modules["samopt"].__version__,
+                "torch": torch.__version__,
+                "device": options.device,
+            },
         }
 
 
