@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 # One thread a worker: the workers already fill the cores, and torch's own threads would only compete with them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help demo test slow docs package lint clean
+.PHONY: help demo test quick slow docs package lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -18,8 +18,11 @@ help: ## Show this list
 demo: $(VENV)/.installed-bench ## Train on real digits with and without SAM; print a table, write results/
 	$(BIN)/python -m benchmarks demo $(ARGS)
 
-test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k asam" narrows, JOBS=4 uses more cores)
+test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k asam" narrows, JOBS=4 uses more cores; "make quick" is a part)
 	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
+
+quick: $(VENV)/.installed-dev ## Run the quick part of the tests: every optimizer, its parts, the steps
+	$(PYTEST) -n $(JOBS) --dist worksteal tests/variants tests/parts tests/numerics tests/replay tests/step/test_conformance.py $(ARGS)
 
 slow: $(VENV)/.installed-dev ## Run the tests that take tens of seconds each
 	$(PYTEST) -m slow $(ARGS)

@@ -470,7 +470,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         self._ascent.load_state_dict(own)
-        if self._stall is not None and self.base_optimizer.state:  # training has begun before
+        if self._stall is not None and self.state:  # accelerate loads a fresh optimizer's state into itself
             self._stall.dismiss()
         self._passes.reset()
 
@@ -552,7 +552,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     def _prepare(self) -> None:
         """Note that the base is about to be stepped with the present gradients."""
-        if not self.is_one_pass:
+        if self._passes.waits_for_step:
             self._watch_for_stall()
         self._passes.reset()
         self._opt_called = True  # what learning rate schedules made for this optimizer look for

@@ -27,7 +27,7 @@ from benchmarks.harness.training import build_model, epoch_order
 try:
     import pytorch_lightning as pl
 
-    from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor
+    from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessCallback
 except ImportError as missing:
     raise BenchmarkError(str(missing)) from missing
 
@@ -126,9 +126,7 @@ def train(
     tests: DataLoader[Any] = DataLoader(list(zip(*parts, strict=True)), batch_size=None)
     watch = _Watch()
     examples = min(SHARPNESS_BATCHES, len(batches)) * batch_size
-    monitor = SharpnessMonitor(
-        MEASURES, every_n_steps=len(batches), examples=examples, max_fraction=None, plot=plot or False
-    )
+    monitor = SharpnessCallback(MEASURES, every=len(batches), examples=examples, max_fraction=None, plot=plot or False)
     aware = [] if variant is None else [SharpnessAwareTraining(variant, **options)]
     for logger in ("pytorch_lightning", "lightning.pytorch"):  # the package logs under both names
         logging.getLogger(logger).setLevel(logging.ERROR)

@@ -115,7 +115,7 @@ def command(words: Sequence[str]) -> int:
         },
         processing_class=tokenizer,
         compute_metrics=_accuracy,
-        callbacks=[SharpnessCallback(_MEASURES, examples=task.sharpness_examples, max_fraction=fraction)],
+        callbacks=[SharpnessCallback(_MEASURES, every=None, examples=task.sharpness_examples, max_fraction=fraction)],
     )
     start = time.process_time()
     trainer.train()

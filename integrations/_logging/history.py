@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from samopt.sharpness._measuring.optional_packages import require
+from samopt.sharpness._measuring.style import colors, finish, new_panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["draw_history"]
 
-_COLUMNS = 2
-_PANEL = 5.0, 3.4  # inches
 _TITLES = {"sam": "rise in the optimizer's own ascent"}
 
 
@@ -29,21 +26,13 @@ def draw_history(history: Mapping[int, Mapping[str, float]], names: Sequence[str
         ModuleNotFoundError: If matplotlib is not installed.
     """
     panels = [(name, lines) for name in names if (lines := _lines(history, f"sharpness/{name}"))]
-    columns = min(_COLUMNS, len(panels)) or 1
-    rows = math.ceil(len(panels) / columns) or 1
-    figure: Figure = require("matplotlib.figure", "a plot").Figure(
-        figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained"
-    )
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, grid = new_panels(max(1, len(panels)))
     for (name, lines), axes in zip(panels, grid, strict=False):
-        for label, points in lines.items():
-            axes.plot(points.keys(), points.values(), marker=".", label=label)
-        if len(lines) > 1 or "" not in lines:
-            axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-        axes.set_title(_TITLES.get(name) or name.replace("_", " "))
+        for (label, points), shade in zip(lines.items(), colors(len(lines)), strict=True):
+            axes.plot(list(points), list(points.values()), marker=".", color=shade, label=label or None)
         axes.set_xlabel("optimizer step")
-    for axes in grid[len(panels) :]:
-        axes.remove()
+        axes.set_ylabel("value")
+        finish(axes, _TITLES.get(name) or name.replace("_", " "))
     return figure
 
 

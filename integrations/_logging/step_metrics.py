@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from samopt import StepMetrics
+from samopt.sharpness._measuring.step_means import log_keys
 
 __all__ = ["free_metrics"]
 
-_NAMES = {"sharpness": "sam"}
 _SCALED = ("grad_norm", "perturbed_grad_norm")
 
 
@@ -20,8 +20,7 @@ def free_metrics(step: StepMetrics, gradient_scale: Tensor | None = None) -> dic
         gradient_scale: What a ``GradScaler`` had multiplied the gradients by, 0-dim.
     """
     values = step.to_dict()
-    values.pop("loss", None)
     if gradient_scale is not None:
         scale = float(gradient_scale)
         values |= {name: values[name] / scale for name in _SCALED if name in values}
-    return {f"sharpness/{_NAMES.get(name, name)}": value for name, value in values.items()}
+    return log_keys(values)

@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
         'pip install "samopt[lightning]"'
     ) from error
 
-from .monitor import SharpnessMonitor
+from .monitor import SharpnessCallback
 from .training import SharpnessAwareTraining, is_second_pass
 
-__all__ = ["SharpnessAwareTraining", "SharpnessMonitor", "is_second_pass"]
+__all__ = ["SharpnessAwareTraining", "SharpnessCallback", "is_second_pass"]

@@ -32,7 +32,7 @@ def training_loss(trainer: Trainer, module: LightningModule) -> Callable[[nn.Mod
     takes_index = len(inspect.signature(module.training_step).parameters) > 1
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        state = ModuleState([module], module.parameters(), ignored=REPORTS)
+        state = ModuleState([module], ignored=REPORTS)
         state.begin()
         state.save(moving=module.parameters())  # the measure moves them, and the graph holds them
         arguments = (independent_copy(batch), 0) if takes_index else (independent_copy(batch),)
@@ -45,7 +45,7 @@ def training_loss(trainer: Trainer, module: LightningModule) -> Callable[[nn.Mod
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{type(module).__name__}.training_step returned {type(value).__name__} for a batch that "
-                "SharpnessMonitor measures on, so there is no loss to perturb; give it loss_fn="
+                "SharpnessCallback measures on, so there is no loss to perturb; give it loss_fn="
             )
         return value
 

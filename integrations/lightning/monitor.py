@@ -14,11 +14,12 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 import samopt.sharpness
-from samopt import SharpnessAwareOptimizer
+from samopt import SharpnessAwareOptimizer, StepMetrics
 from samopt.distributed import mean_over_ranks
+from samopt.sharpness._measuring.step_means import StepMeans, log_keys
+from samopt.sharpness.presets import DEFAULT, Measures, named_measures
 
 from .._logging.history import draw_history
-from .._logging.measures import Measures, named_measures, per_layer_values
 from .._logging.progress import with_bar
 from .._logging.step_metrics import free_metrics
 from .loss import training_loss
@@ -26,34 +27,40 @@ from .packages import Callback
 from .refusals import refuse_sharded_measurement
 from .sample import Sample
 
-__all__ = ["SharpnessMonitor"]
+__all__ = ["SharpnessCallback"]
 
 _SOURCES = ("training", "validation")
 
 
-class SharpnessMonitor(Callback):
+class SharpnessCallback(Callback):
     """Logs sharpness as ``sharpness/...`` through the trainer's loggers, with or without sharpness-aware training.
 
-    Every so many optimizer steps it runs measures of ``samopt.sharpness`` on one fixed sample. The model, its gradients
+    Every so many optimizer steps, or at each validation, it runs measures of ``samopt.sharpness`` on one fixed
+    sample. The model, its gradients
     and all random streams stay as they are, so a monitored run is the unmonitored one, bit for bit. What a samopt
     optimizer measures anyway (the one-step sharpness ``sharpness/sam``, the radius, gradient norms) is logged at every
     ``log_every_n_steps`` for nothing but its reading. In a run of several processes each measures on a sample of its
     own data, and all log the mean. Other callbacks can follow every value, as in
-    ``EarlyStopping("sharpness/worst_case")``. At the end of training there is a picture of it all.
+    ``EarlyStopping("sharpness/worst_case")``: between measurements they see the last one. At the end of training there
+    is a picture of it all.
 
-    Cost: at most ``max_fraction`` of the training time; a measure that would take more is left out, which a warning
-    says, and has a larger budget the next time. Memory: the sample, and what the measures say.
+    Cost: the first measurement always happens, before a validation whose callbacks follow it, and at the end of a run
+    that is shorter than ``every``. Later ones take at most ``max_fraction`` of the training time; a measure that would
+    take more is left out, which a warning says, and has a larger budget the next time. Memory: the sample, and what the
+    measures say.
 
     Args:
-        measures: Names out of "worst_case" and "average_case" (adaptive sharpness), "per_layer" and "lambda_max";
-            functions of ``samopt.sharpness``, with arguments bound by ``functools.partial``; or a dict from names to
-            functions, or to options of a measure that has the name.
-        every_n_steps: Optimizer steps between measurements, >= 1.
+        measures: Names out of "worst_case" and "average_case" (adaptive sharpness), "worst_case_plain", "one_step"
+            (SAM's own), "per_layer", "lambda_max", "trace", "quantization" and "weight_noise"; functions of
+            ``samopt.sharpness``, with arguments bound by ``functools.partial``; or a dict from own names to functions,
+            or from one of these names to other options.
+        every: Optimizer steps between measurements, >= 1; None measures at each validation.
         examples: Size of the sample, >= 1: the first so many examples, in whole batches. Measuring begins once they
             have gone by, or all that there are. A resumed run takes a new sample.
         data: Of which data: "training" or "validation".
         batches: Batches to measure on instead, on any device.
         loss_fn: ``loss_fn(model, batch) -> scalar``; None is the module's ``training_step``, in evaluation mode.
+        average_metrics: Log what the optimizer measures averaged over the steps since the last log, not of one step.
         max_fraction: Largest share of the training time, in (0, 1]; None for no limit.
         path: File to append each record to, as a line of JSON, in the first process.
         plot: Where to save the picture; TensorBoard gets it, too. True is ``sharpness.png`` in the logger's folder, if
@@ -70,26 +77,27 @@ class SharpnessMonitor(Callback):
 
     def __init__(
         self,
-        measures: Measures = ("worst_case", "average_case"),
+        measures: Measures = DEFAULT,
         *,
-        every_n_steps: int = 500,
+        every: int | None = 500,
         examples: int = 256,
         data: str = "training",
         batches: list[Any] | None = None,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        average_metrics: bool = False,
         max_fraction: float | None = 0.05,
         path: str | Path | None = None,
         plot: str | Path | bool = True,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("examples", examples)):
-            if value < 1:
+        for name, value in (("every", every), ("examples", examples)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if data not in _SOURCES:
             raise ValueError(f'data must be "training" or "validation", got {data!r}; give other data as batches=')
-        self.every_n_steps = every_n_steps
+        self.every = every
         self.history: dict[int, dict[str, float]] = {}
         self.monitor: samopt.sharpness.SharpnessMonitor | None = None
-        self._measures = named_measures(measures)
+        self._measures = named_measures(measures, warm=True)
         self._examples = examples
         self._data = data
         self._batches = batches
@@ -97,10 +105,12 @@ class SharpnessMonitor(Callback):
         self._path = path
         self._plot = plot
         self._sample = Sample(examples)
+        self._latest: dict[str, float] = {}
+        self._means = StepMeans() if average_metrics else None
         self._last_step = 0
         self._loaded: dict[str, Any] = {}
         self._make_monitor = functools.partial(
-            samopt.sharpness.SharpnessMonitor, measures=self._measures, every=every_n_steps, max_fraction=max_fraction
+            samopt.sharpness.SharpnessMonitor, measures=self._measures, every=every, max_fraction=max_fraction
         )
         self._make_monitor(nn.Linear(1, 1), _no_loss, [torch.zeros(1)])  # checks the options now
 
@@ -123,8 +133,8 @@ class SharpnessMonitor(Callback):
         if self._loss_fn is None and (iterates or not pl_module.automatic_optimization):
             reason = "takes its batches itself" if iterates else "runs the optimizer (automatic_optimization=False)"
             raise TypeError(
-                f"SharpnessMonitor takes training_step for the loss, but that of {type(pl_module).__name__} {reason}; "
-                "give it loss_fn=, as in SharpnessMonitor(loss_fn=samopt.sharpness.cross_entropy)"
+                f"SharpnessCallback takes training_step for the loss, but that of {type(pl_module).__name__} {reason}; "
+                "give it loss_fn=, as in SharpnessCallback(loss_fn=samopt.sharpness.cross_entropy)"
             )
         self.monitor = None
         self._sample = Sample(self._examples)
@@ -145,8 +155,8 @@ class SharpnessMonitor(Callback):
             self._begin(trainer, pl_module, trainer.strategy.batch_to_device(self._batches))
         elif self._data == "validation" and not trainer.enable_validation:
             raise ValueError(
-                "SharpnessMonitor was to measure on validation data, of which the trainer has none; give it some, or "
-                'use SharpnessMonitor(data="training")'
+                "SharpnessCallback was to measure on validation data, of which the trainer has none; give it some, or "
+                'use SharpnessCallback(data="training")'
             )
         elif self._data == "validation" and self._sample.is_complete:  # from the sanity check
             self._begin(trainer, pl_module, self._sample.batches)
@@ -168,7 +178,7 @@ class SharpnessMonitor(Callback):
                 self._begin(trainer, pl_module, self._sample.batches)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a sample of the validation data anew.
+        """Begin a new sample of the validation data.
 
         Args:
             trainer: The trainer.
@@ -220,27 +230,59 @@ class SharpnessMonitor(Callback):
         self._last_step = trainer.global_step
         row: int = trainer.fit_loop.epoch_loop._batches_that_stepped  # loggers count rows in these, as their own do
         step = row + 1
+        if self._means is not None and (last := _last_step(trainer)) is not None:
+            self._means.add(last)
         values = {} if self.monitor is None else self.monitor.step(step)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
-        is_logged = every > 0 and step % every == 0
-        if step % self.every_n_steps and not is_logged:
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # a connector sets it
+        is_due = self.every is not None and step % self.every == 0
+        if is_due or (interval > 0 and step % interval == 0):
+            self._log(trainer, pl_module, values, step)
+        elif self._latest and _is_followed(trainer, self):
+            pl_module.log_dict(self._latest, logger=False, on_step=True, on_epoch=False)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure where ``every`` is None, or where another callback follows a measure and there is none so far.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+        """
+        is_followed = _is_followed(trainer, self)
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not (is_followed or self.every is None):
             return
+        if self.monitor is None and self._data == "training":
+            self._begin_with_what_there_is(trainer, pl_module)
+        if self.monitor is not None and (self.every is None or not self.monitor.has_measured):
+            step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._log(trainer, pl_module, self.monitor.measure(within_budget=True, step=step), step)
+        elif self._latest and is_followed:
+            pl_module.log_dict(self._latest, logger=False, on_step=False, on_epoch=True)
+
+    def _begin_with_what_there_is(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sample.end()
+        if self._sample.batches:
+            self._begin(trainer, pl_module, self._sample.batches)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule | None, values: dict[str, float], step: int) -> None:
+        """Log a measurement, and what the optimizer measured anyway."""
         record = self.monitor.history[-1] if self.monitor is not None and self.monitor.history else {}
         if record.get("step") == step:
-            values |= per_layer_values(record)
             for name, reason in record.get("skipped", {}).items():
                 rank_zero_warn(f"sharpness/{name} left out at step {step}: {reason}")
-        free = _free_metrics(trainer)
+        free = _free_metrics(trainer) if self._means is None else log_keys(self._means.take())
         values = mean_over_ranks(free | values)
-        if values.keys() - free.keys():
+        measured = {name: value for name, value in values.items() if name not in free}
+        if measured:
             self.history[step] = values
+            self._latest = measured
         for logger in trainer.loggers if values else ():
-            logger.log_metrics(values, step=row)
-        if values and not trainer.barebones:
-            pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+            logger.log_metrics(values, step=step - 1)
+        if values and pl_module is not None and not trainer.barebones:
+            on_step = not trainer.validating
+            pl_module.log_dict(self._latest | values, logger=False, on_step=on_step, on_epoch=not on_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the picture.
+        """Measure if nothing has been measured so far, and draw the picture.
 
         Args:
             trainer: The trainer.
@@ -249,6 +291,13 @@ class SharpnessMonitor(Callback):
         Raises:
             ModuleNotFoundError: If a picture was asked for by its path, and matplotlib is not installed.
         """
+        if self.monitor is None:
+            self._begin_with_what_there_is(trainer, pl_module)
+        if self.monitor is None:
+            rank_zero_warn("SharpnessCallback measured nothing: no batch of its data has gone by")
+        elif not self.monitor.has_measured:
+            step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+            self._log(trainer, None, self.monitor.finish(step), step)
         folder = trainer.log_dir or trainer.default_root_dir  # asks every process
         is_trial: bool = trainer.fast_dev_run  # type: ignore[attr-defined]  # a connector sets it
         if self._plot is False or not self.history or not trainer.is_global_zero or is_trial:
@@ -258,7 +307,7 @@ class SharpnessMonitor(Callback):
         except ModuleNotFoundError as error:
             if self._plot is not True:
                 raise
-            rank_zero_info(f"SharpnessMonitor draws no picture: {error}")
+            rank_zero_info(f"SharpnessCallback draws no picture: {error}")
             return
         path = Path(folder) / "sharpness.png" if self._plot is True else Path(self._plot)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,6 +343,20 @@ class SharpnessMonitor(Callback):
             monitor.load_state_dict(self._loaded["monitor"])
             self._loaded = {}
         self.monitor = monitor
+
+
+def _is_followed(trainer: Trainer, own: Callback) -> bool:
+    """Return whether another callback monitors a measure, as EarlyStopping and ModelCheckpoint do."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    return any(str(getattr(other, "monitor", "")).startswith("sharpness/") for other in callbacks if other is not own)
+
+
+def _last_step(trainer: Trainer) -> StepMetrics | None:
+    """Return what the sharpness-aware optimizer measured in its last step."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # a connector sets it
+    sources = [callback for callback in callbacks if getattr(callback, "runs_second_pass", False)]
+    sources += [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, SharpnessAwareOptimizer)]
+    return sources[0].last_step if sources else None
 
 
 def _free_metrics(trainer: Trainer) -> dict[str, float]:

@@ -144,6 +144,6 @@ def refuse_sharded_measurement(trainer: Trainer) -> None:
     kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     if kinds & {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}:
         raise ValueError(
-            f"SharpnessMonitor needs the whole model in each process, but {type(trainer.strategy).__name__} shards it "
+            f"SharpnessCallback needs the whole model in each process, but {type(trainer.strategy).__name__} shards it "
             'over several; leave the monitor out, or use Trainer(strategy="ddp")'
         )

@@ -144,7 +144,7 @@ class SharpnessAwareTraining(Callback):
         self._group_options = [{key: group[key] for key in keys} for group in optimizer.param_groups]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take part in the trainer's steps from here on; options are this run's, whatever a checkpoint says.
+        """Take part in the trainer's steps from here on. Options are those of this run, not of a checkpoint.
 
         Args:
             trainer: The trainer.

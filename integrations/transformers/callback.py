@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +18,9 @@ from samopt import StepMetrics
 from samopt._replay.random_state import RngState
 from samopt.sharpness import SharpnessMonitor
 from samopt.sharpness._measuring.batches import map_tensors
+from samopt.sharpness._measuring.step_means import StepMeans, log_keys
+from samopt.sharpness.presets import DEFAULT, Measures, named_measures
 
-from .._logging.measures import Measures, named_measures, per_layer_values
 from .._logging.progress import with_bar
 from .._logging.step_metrics import free_metrics
 from .._second_pass.batch_copies import independent_copy
@@ -35,21 +35,26 @@ class SharpnessCallback(TrainerCallback):
     """Logs sharpness as ``sharpness/...``: to the log history, TensorBoard and whatever ``report_to`` names.
 
     In a sharpness-aware Trainer it is one of the ``callbacks``; any other gets it by ``SharpnessCallback().attach(
-    trainer)``, since only a Trainer can log. At each evaluation, or every so many steps, it runs measures of
+    trainer)``, since only a Trainer can log. Every so many steps, or at each evaluation, it runs measures of
     ``samopt.sharpness`` on the same sample of the evaluation data. The model, its gradients and all random streams stay
     as they are. In a run of several processes the first one measures. What the optimizer measured anyway is logged
-    beside the training loss.
+    beside the training loss. The last values are among the metrics of an evaluation, as ``eval_sharpness/...``, for
+    ``metric_for_best_model``.
 
-    Cost: at most ``max_fraction`` of the training time; a measure that would take more is left out, which a warning
-    says, and has a larger budget the next time.
+    Cost: the first measurement always happens, at the end of a run that is shorter than ``every``. Later ones take at
+    most ``max_fraction`` of the training time; a measure that would take more is left out, which a warning says, and
+    has a larger budget the next time.
 
     Args:
-        measures: Names out of "worst_case" and "average_case" (adaptive sharpness), "per_layer" and "lambda_max";
-            functions of ``samopt.sharpness``, with arguments bound by ``functools.partial``; or a dict from names to
-            functions, or to options of a measure that has the name. None is SAM's one-step sharpness at radius 0.05.
+        measures: Names out of "worst_case" and "average_case" (adaptive sharpness), "worst_case_plain", "one_step"
+            (SAM's own), "per_layer", "lambda_max", "trace", "quantization" and "weight_noise"; functions of
+            ``samopt.sharpness``, with arguments bound by ``functools.partial``; or a dict from own names to functions,
+            or from one of these names to other options.
         every: Optimizer steps between measurements, >= 1; None measures at each evaluation.
         examples: Size of the sample, drawn from the evaluation data, >= 1.
         loss_fn: ``loss_fn(model, batch) -> scalar``; None is the Trainer's own ``compute_loss``.
+        average_metrics: Log what the optimizer measures averaged over the steps since the last log, not of one step;
+            without the norms of gradients where a ``GradScaler`` scales them.
         max_fraction: Largest share of the training time, in (0, 1]; None for no limit.
         seed: Of the sample.
         path: File to append each record to, as a line of JSON.
@@ -60,11 +65,12 @@ class SharpnessCallback(TrainerCallback):
 
     def __init__(
         self,
-        measures: Measures | None = None,
+        measures: Measures = DEFAULT,
         *,
-        every: int | None = None,
+        every: int | None = 500,
         examples: int = 256,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        average_metrics: bool = False,
         max_fraction: float | None = 0.05,
         seed: int = 0,
         path: str | Path | None = None,
@@ -72,6 +78,8 @@ class SharpnessCallback(TrainerCallback):
         for name, value in (("every", every), ("examples", examples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self._latest: dict[str, float] = {}
+        self._means = StepMeans() if average_metrics else None
         self.every = every
         self.examples = examples
         self.monitor: SharpnessMonitor | None = None
@@ -82,8 +90,8 @@ class SharpnessCallback(TrainerCallback):
         self._last_evaluation: int | None = None
         self._make_monitor = functools.partial(
             SharpnessMonitor,
-            measures=None if measures is None else named_measures(measures),
-            every=every or sys.maxsize,
+            measures=named_measures(measures, warm=True),
+            every=every,
             path=path,
             max_fraction=max_fraction,
         )
@@ -151,11 +159,17 @@ class SharpnessCallback(TrainerCallback):
             control: Not used.
             **kwargs: Not used.
         """
+        if self._means is not None:
+            measured = getattr(_innermost(kwargs.get("optimizer")), "last_step", None)
+            if not isinstance(measured, StepMetrics):  # a sharpness-aware Trainer steps the base
+                measured = getattr(getattr(self._bound(), "sam_optimizer", None), "last_step", None)
+            if isinstance(measured, StepMetrics):
+                self._means.add(measured)
         if self.monitor is not None:
             self._log(self.monitor.step(state.global_step), state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure, unless ``every`` is given.
+        """Measure where ``every`` is None, and add the last values to the evaluation's metrics.
 
         Args:
             args: Not used.
@@ -163,11 +177,29 @@ class SharpnessCallback(TrainerCallback):
             control: Not used.
             **kwargs: Not used.
         """
-        if self.monitor is None or self.every is not None or not self._bound().is_in_train:
+        if self.monitor is None or not self._bound().is_in_train:
             return
-        if self._last_evaluation != state.global_step:  # an evaluation on several data sets says so once for each
-            self._last_evaluation = state.global_step
-            self._log(self.monitor.measure(within_budget=True), state)
+        is_first = self._last_evaluation != state.global_step  # several data sets are evaluated one after the other
+        self._last_evaluation = state.global_step
+        if is_first and self.every is None:
+            self._log(self.monitor.measure(within_budget=True, step=state.global_step), state)
+        metrics = kwargs.get("metrics")
+        if isinstance(metrics, dict):
+            metrics.update({f"eval_{name}": value for name, value in self._latest.items()})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure if nothing has been measured so far.
+
+        Args:
+            args: Not used.
+            state: The run's state.
+            control: Not used.
+            **kwargs: Not used.
+        """
+        if self.monitor is not None:
+            self._log(self.monitor.finish(state.global_step), state)
 
     def on_log(
         self,
@@ -188,9 +220,18 @@ class SharpnessCallback(TrainerCallback):
         """
         step = getattr(_innermost(kwargs.get("optimizer")), "last_step", None)
         if logs is not None and "loss" in logs and isinstance(step, StepMetrics):
-            values = free_metrics(step)
+            values = free_metrics(step) | self.take_averages()
             if values and not values.keys() <= logs.keys():
                 self._bound().log(values)
+
+    def take_averages(self) -> dict[str, float]:
+        """Return the optimizer's measurements averaged since the last call, for logs; nothing unless asked for."""
+        if self._means is None:
+            return {}
+        values = log_keys(self._means.take())
+        if self._bound().accelerator.scaler is not None:  # it has scaled the gradients by changing factors
+            values = {name: value for name, value in values.items() if not name.endswith("grad_norm")}
+        return values
 
     def _bound(self) -> Trainer:
         if self._trainer is None:
@@ -202,10 +243,13 @@ class SharpnessCallback(TrainerCallback):
 
     def _log(self, values: dict[str, float], state: TrainerState) -> None:
         record = self.monitor.history[-1] if self.monitor is not None and self.monitor.history else {}
-        if values:
+        if values and record:
             trainer = self._bound()
             pending = trainer.control.should_log  # logging clears it, and the training loss may be waiting for it
-            trainer.log(values | per_layer_values(record))
+            self._latest = {
+                name: values[name] for name in values if name.removeprefix("sharpness/") in record["measures"]
+            }
+            trainer.log(values)
             trainer.control.should_log = pending
         if record.get("step") == state.global_step:
             for name, reason in record.get("skipped", {}).items():

@@ -30,7 +30,7 @@ class Run:
     """What lives from the creation of a Trainer's optimizer to the end of training.
 
     The optimizer around the base is made at the first step, when the wrapped model is known and a checkpoint has been
-    loaded. Its options are the arguments' and those of the user's own parameter groups, whatever a checkpoint says: a
+    loaded. Its options are those of the arguments and of the user's own parameter groups, not those of a checkpoint: a
     run that is resumed with another ``sam_rho`` uses that one.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +25,8 @@ else:
     _Base = object
 
 __all__ = ["SAMTrainer", "SAMTrainerMixin", "make_sharpness_aware"]
+
+_T = TypeVar("_T")
 
 
 class SAMTrainerMixin(_Base):
@@ -150,6 +152,9 @@ class SAMTrainerMixin(_Base):
             return
         if "loss" in logs and self._run is not None:
             logs.update(self._run.metrics())
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, SharpnessCallback):
+                    logs.update(callback.take_averages())
         super().log(logs, start_time)
 
     def _step_again(
@@ -177,11 +182,12 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
     """
 
 
-def make_sharpness_aware(trainer: Trainer, **options: Any) -> Trainer:
-    """Make an existing Trainer instance sharpness-aware, whatever its class.
+def make_sharpness_aware(trainer: _T, **options: Any) -> _T:
+    """Make an existing Trainer instance of any class sharpness-aware.
 
     Args:
-        trainer: A Trainer that is not sharpness-aware yet, before ``train()``. Its class is replaced by a subclass.
+        trainer: A Trainer that is not sharpness-aware yet, before ``train()``. Its class is replaced by a subclass. An
+            object of another kind that holds one Trainer in an attribute (setfit's) has that one made sharpness-aware.
         **options: The fields of ``SAMArguments``: ``sam="asam", sam_rho=0.5``. May be left out if the Trainer's
             arguments have them.
 
@@ -189,10 +195,13 @@ def make_sharpness_aware(trainer: Trainer, **options: Any) -> Trainer:
         The same instance.
 
     Raises:
-        TypeError: If there are no options, neither here nor in the Trainer's arguments.
+        TypeError: If there is no Trainer, or not one alone; or there are no options, neither here nor in its arguments.
         ValueError: If an option is out of range, the Trainer is sharpness-aware already, or it cannot run a second
             pass.
     """
+    if not isinstance(trainer, Trainer):
+        make_sharpness_aware(_trainer_inside(trainer), **options)
+        return trainer
     kind = type(trainer)
     if isinstance(trainer, SAMTrainerMixin):
         raise ValueError(f"{kind.__name__} is sharpness-aware already; set the fields of its arguments instead")
@@ -210,6 +219,25 @@ def make_sharpness_aware(trainer: Trainer, **options: Any) -> Trainer:
     vars(trainer)["_attached_arguments"] = arguments
     _bind_callbacks(trainer)
     return trainer
+
+
+def _trainer_inside(wrapper: Any) -> Trainer:
+    """Return the one Trainer that an object of another kind holds."""
+    found = f"the class {wrapper.__name__}" if isinstance(wrapper, type) else type(wrapper).__name__
+    attributes = {} if isinstance(wrapper, type) else getattr(wrapper, "__dict__", {})
+    inside = {name: value for name, value in attributes.items() if isinstance(value, Trainer)}
+    if len(inside) == 1:
+        return next(iter(inside.values()))
+    if inside:
+        raise TypeError(
+            f"{found} holds several Trainers, in {', '.join(inside)}; give the one that is meant, as in "
+            f"make_sharpness_aware(trainer.{next(iter(inside))}, ...)"
+        )
+    reason = "" if isinstance(wrapper, type) else ", which holds none"
+    raise TypeError(
+        f"make_sharpness_aware needs a transformers Trainer, got {found}{reason}; give an instance of Trainer, or the "
+        "attribute that holds one"
+    )
 
 
 def _bind_callbacks(trainer: Trainer) -> None:

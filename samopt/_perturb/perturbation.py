@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,46 +121,58 @@ class Perturbation:
             rounding for low-precision weights, the radius asked for the others.
         """
         with torch.no_grad():
-            return self._ascend(noise, None, None if backup is None else backup.blocks)
+            return self._ascend(noise, None if backup is None else backup.blocks)
 
-    def displaced(self, memory: ScratchPool, noise: Noise | None = None) -> tuple[dict[Tensor, Tensor], Tensor]:
+    def displaced(
+        self, memory: ScratchPool, noise: Noise | None = None, *, may_link: bool = False
+    ) -> tuple[dict[Tensor, Tensor], Tensor]:
         """Write ``w + epsilon`` into other memory; no weight is written.
 
         Args:
             memory: Where to. The next call with the same pool overwrites the values.
             noise: As for ``move``.
+            may_link: Whether autograd may link the values to their parameters: small ones are then new tensors.
 
         Returns:
-            For each parameter a tensor that holds ``w + epsilon`` without autograd, a ``DTensor`` where the parameter
-            is one; and the norm of the move, as ``move`` returns it.
+            For each parameter a tensor that holds ``w + epsilon``, a ``DTensor`` where the parameter is one; and the
+            norm of the move, as ``move`` returns it.
         """
+        found: dict[Tensor, Tensor] = {}
+        moves = []
         with torch.no_grad():
-            places = [memory.like_all(some.parameters, some.block.weights) for some in self._blocks]
-            applied = self._ascend(noise, places, None)
-            found: dict[Tensor, Tensor] = {}
-            for some, displaced in zip(self._blocks, places, strict=True):
+            for some, length, step in self._steps():
+                applied: Tensor | None
+                link = some.backend.linked if may_link else None
+                linked = None if link is None else link(some.block, step, length)
+                if linked is not None:
+                    values, applied = linked
+                else:
+                    values = memory.like_all(some.parameters, some.block.weights)
+                    applied = some.backend.ascend(some.block, step, length, some.noise(noise), into=values)
                 if some.parameters is not some.block.weights:
-                    displaced = list(map(_as_parameter, some.parameters, displaced))
-                found.update(zip(some.parameters, displaced, strict=True))
-        return found, applied
+                    values = list(map(_as_parameter, some.parameters, values))
+                found.update(zip(some.parameters, values, strict=True))
+                moves.append(step.asked(length) if applied is None else applied)
+            return found, self._combine(moves, largest=self._linf)
 
     def release_directions(self) -> None:
         """Drop the references to the directions, so that their memory can be reused; call it after the move."""
         self._blocks = []
 
-    def _ascend(
-        self, noise: Noise | None, places: list[list[Tensor]] | None, backups: Sequence[SavedWeights] | None
-    ) -> Tensor:
-        """Run the ascent of every block, into other places if given; return the norm of the move."""
+    def _ascend(self, noise: Noise | None, backups: Sequence[SavedWeights] | None) -> Tensor:
+        """Run the ascent of every block; return the norm of the move."""
         moves = []
-        for index, (some, length, radius) in enumerate(zip(self._blocks, self._norms.blocks, self._radii, strict=True)):
-            arguments = some.block, StepSize(self.norm, radius, some.region.sign, self._linf), length, some.noise(noise)
-            if backups is not None and backups[index].kernel is not None:
-                applied = some.backend.ascend(*arguments, backup=backups[index].kernel_backup)
-            else:
-                applied = some.backend.ascend(*arguments, into=None if places is None else places[index])
-            moves.append(arguments[1].asked(length) if applied is None else applied)
+        for index, (some, length, step) in enumerate(self._steps()):
+            saved = None if backups is None else backups[index]
+            given = {} if saved is None or saved.kernel is None else {"backup": saved.kernel_backup}
+            applied = some.backend.ascend(some.block, step, length, some.noise(noise), **given)
+            moves.append(step.asked(length) if applied is None else applied)
         return self._combine(moves, largest=self._linf)
+
+    def _steps(self) -> Iterator[tuple[MovingBlock, Tensor, StepSize]]:
+        """Yield each block with its norm and the size of its step."""
+        for some, length, radius in zip(self._blocks, self._norms.blocks, self._radii, strict=True):
+            yield some, length, StepSize(self.norm, radius, some.region.sign, self._linf)
 
     def _measure(self) -> Norms:
         """Return the norms: all at once where one backend can, else block by block."""

@@ -7,6 +7,7 @@ of samopt. A ``finally`` around the call also runs at a ``KeyboardInterrupt``, w
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -70,6 +71,14 @@ class _WatchedCall:
         self.inner: Callable[..., Any] | None = vars(module).get(_SLOT)  # of module.compile()
         self.watchers: tuple[CallWatcher, ...] = ()
 
+    # nn.Module leaves the slot out of copies and pickles. RNNs, parametrized modules and other classes with a
+    # __getstate__ of their own do not, and the copy would run the forward of the original. None is an empty slot.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.inner, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module()
         assert module is not None
@@ -89,11 +98,6 @@ class _WatchedCall:
                 for end_aside in resume:
                     end_aside()
         return self._run(outermost, call, module, args, kwargs) if outermost else call(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # nn.Module leaves the slot out of copies; RNNs and other classes with their own __getstate__ do not. None is an
-        # empty slot.
-        return type(None), ()
 
     def _run(
         self,
@@ -127,12 +131,12 @@ def _end(
         try:
             watcher.end(module, args, kwargs, output)
         except Exception:
-            watchers.pop()
             watcher.running = None
+            watchers.pop()
             _end(watchers, module, args, kwargs, output)
             raise
+        watcher.running = None  # before the pop: an interrupt between them only repeats this
         watchers.pop()
-        watcher.running = None
 
 
 def watch(models: Iterable[nn.Module], watcher: CallWatcher, *, only_these: bool = False) -> Callable[[], None]:

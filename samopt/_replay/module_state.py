@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,35 +14,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from samopt._replay.own_generators import GENERATORS, position_of, set_position
 from samopt.distributed import is_fully_sharded
 
 __all__ = ["ModuleState", "every_module", "sample"]
 
-_OWN_TO_TORCH = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+_ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
+_VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (list, tuple, dict, set, deque)
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
 
 
 class ModuleState:
-    """Buffers, parameters of other owners, and plain attributes of modules.
+    """Buffers, parameters of other owners, submodules, and plain attributes of modules.
 
     A forward may write into a buffer, replace or resize it, update a momentum encoder or a codebook, keep a hidden
-    state, count its calls, append to a list, or assign a new parameter. After a second pass all of this must be as the
-    first pass left it. ``begin`` notes what there is before the first pass; ``save`` copies what that pass changed,
-    since the second pass will change the same; ``restore`` puts it back.
+    state, count its calls, append to a list, draw from a generator of its own, or assign a new parameter. After a
+    second pass all of this must be as the first pass left it. ``begin`` notes what there is before the first pass;
+    ``save`` copies what that pass changed, since the second pass will change the same; ``restore`` puts it back.
+
+    The second pass begins with names, containers, arrays and generators as they were before the first. Tensors that the
+    first pass wrote into keep what it left.
 
     What changed is told by identity, address and version counter. Writes through ``.data`` leave no trace there, so
     tensors of up to 4,096 elements are always copied, and of larger ones 64 entries are compared: on an accelerator,
-    that waits for the device once where such tensors exist. Of parameters that the optimizer trains, only the address
-    and the version counter are compared.
+    that waits for the device once where such tensors exist. Parameters that are moved need none of this.
+
+    Attributes may hold tensors, NumPy arrays, random generators, containers of these, and objects that hold plain data
+    alone (a meter, say). Other objects are left alone.
 
     Cost: a walk over the modules, and a copy of what changed. A frozen backbone is not copied.
 
     Args:
         models: The modules.
-        owned: The parameters of the optimizer.
         others: Objects besides modules whose attributes are kept in the same way.
         ignored: Names of attributes to leave alone.
     """
@@ -47,18 +57,19 @@ class ModuleState:
     def __init__(
         self,
         models: Sequence[nn.Module],
-        owned: Iterable[Tensor] = (),
         *,
         others: Sequence[object] = (),
         ignored: Iterable[str] = (),
     ) -> None:
         self._models = models
         self._more_models: tuple[nn.Module, ...] = ()
-        self._owned = set(owned)
         self._others: list[tuple[object, frozenset[str]]] = [(each, frozenset()) for each in others]
-        self._ignored = _OWN_TO_TORCH.union(ignored)
+        self._ignored = _ALWAYS_IGNORED.union(ignored)
+        self._ignored_of: dict[type, frozenset[str]] = {}
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
+        self._moved: set[int] = set()  # ids of what the last second pass moved, and the next one will, most likely
+        self._now: _Found | None = None
         self._bound: _Found | None = None
         self._at_start: _Found | None = None
         self._at_end: _Found | None = None
@@ -77,11 +88,12 @@ class ModuleState:
     def begin(self) -> None:
         """Note the tensors there are before the first pass, and what plain attributes are bound to."""
         found = self._look()
+        self._now = None
         self._known = {}
         self._samples = []
         for tensor in found.tensors:
-            self._known[id(tensor)] = (tensor, _mark(tensor))
-            if tensor.numel() > _SMALL and not (tensor.requires_grad and tensor in self._owned):
+            if id(tensor) not in self._moved and tensor.numel() > _SMALL:  # others are copied in any case, or put back
+                self._known[id(tensor)] = (tensor, _mark(tensor))
                 self._samples.append((tensor, sample(tensor)))
         self._at_start = found
         self._at_end = None
@@ -99,26 +111,34 @@ class ModuleState:
         before, self._at_end = self._at_end, None
         return (lambda: None) if before is None else self._look().changes_since(before)
 
+    def parameters_with_gradients(self) -> list[Tensor]:
+        """Return the parameters of the models that have a gradient; ``save`` uses the same look."""
+        self._now = self._look()
+        return [tensor for tensor in self._now.tensors if tensor.grad is not None]
+
     def save(self, moving: Iterable[Tensor] = ()) -> None:
         """Copy what the first pass changed, and note what every name is bound to.
-
-        Plain attributes are then bound as before the first pass: the second begins with the same hidden state.
 
         Args:
             moving: Parameters that are moved, and put back with the perturbation.
         """
         if not (self._models or self._more_models or self._others):
             return
-        self._bound = found = self._look()
+        self._bound, self._now = self._now or self._look(), None
         changed = self._silently_changed()
-        left_out = set(moving)
+        moved = self._moved = set(map(id, moving))
         with torch.no_grad():
-            for tensor in found.tensors:
-                if tensor in left_out:
+            for tensor in self._bound.tensors:
+                if id(tensor) in moved:
                     continue
                 known = self._known.get(id(tensor))
-                is_small = tensor.numel() <= _SMALL and not (tensor.requires_grad and tensor in self._owned)
-                if is_small or known is None or known[1] != _mark(tensor) or id(tensor) in changed:
+                if (
+                    tensor.numel() <= _SMALL
+                    or known is None
+                    or known[0] is not tensor
+                    or known[1] != _mark(tensor)
+                    or id(tensor) in changed
+                ):
                     self._copies.append(_Copy(tensor, tensor.data, tensor.detach().clone(), tensor._version))
         if self._at_start is not None:
             self._at_start.bind()
@@ -137,10 +157,10 @@ class ModuleState:
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
-        found = _Found([], [], [], [], [])
+        found = _Found([], [], [], [], [], [])
         seen: set[int] = set()
         pending: list[Any] = []
-        namespaces = [(vars(each), self._ignored | left_alone) for each, left_alone in self._others]
+        spaces = [(vars(each), self._ignored | left_alone) for each, left_alone in self._others]
         modules = every_module([*self._models, *self._more_models])
         # FSDP registers shards and gathered parameters in turn, and frees the memory of the latter itself.
         is_sharded = is_fully_sharded(modules)
@@ -149,31 +169,40 @@ class ModuleState:
                 if registry:
                     found.registries.append((registry, registry.copy()))
                     pending.extend(registry.values())
-            if not type(module).__module__.startswith("torch."):  # torch's own modules keep no state in attributes
-                namespaces.append((vars(module), self._ignored))
-        for namespace, ignored in namespaces:
+            if module._modules:
+                found.registries.append((module._modules, module._modules.copy()))
+            kind = type(module)
+            ignored = self._ignored_of.get(kind)
+            if ignored is None:
+                ignored = self._ignored_of[kind] = self._ignored | _constants(kind)
+            spaces.append((vars(module), ignored))
+        for space, ignored in spaces:
             attributes = {}
-            for name, value in namespace.items():
-                if name not in ignored:
-                    attributes[name] = value
-            found.namespaces.append((namespace, attributes, ignored))
+            for name in space.keys() - ignored:
+                attributes[name] = space[name]
+            found.namespaces.append((space, attributes, ignored))
             pending.extend(attributes.values())
         while pending:
             value = pending.pop()
             if isinstance(value, Tensor):
-                if id(value) not in seen and value.is_leaf and not _cannot_change(value):
+                if id(value) in seen or not value.is_leaf:
+                    continue
+                is_usual = type(value) in _PLAIN_TENSORS and not value.is_meta and not value.is_inference()
+                # The short way is for most tensors of most models: this runs for each of them, twice a step.
+                if (is_usual and value.layout is torch.strided and value.is_contiguous()) or not _cannot_change(value):
                     seen.add(id(value))
                     found.tensors.append(value)
-            elif isinstance(value, list | tuple | dict | set | deque) and id(value) not in seen:
+            elif isinstance(value, _VALUES) or id(value) in seen:
+                continue
+            elif isinstance(value, _CONTAINERS):
                 seen.add(id(value))
                 if len(value) <= _LARGE:
                     pending.extend(value.values() if isinstance(value, dict) else value)
                 if not isinstance(value, tuple):
                     found.containers.append((value, value.copy()))
-            elif isinstance(value, GENERATORS) or type(value).__module__.startswith("numpy.random"):
-                position = position_of(value)
-                if position is not None:
-                    found.generators.append((value, position))
+            else:
+                seen.add(id(value))
+                _look_into(value, found, pending)
         return found
 
     def _silently_changed(self) -> set[int]:
@@ -191,24 +220,25 @@ class _Found:
 
     Attributes:
         tensors: Every tensor that a forward may write into, once.
-        registries: Of parameters and of buffers, with their content.
-        namespaces: Attributes of modules that users wrote, and of other objects, with their plain content and the names
-            to leave alone.
+        registries: Of parameters, of buffers and of modules, with their content.
+        namespaces: Attributes of modules and of other objects, with those to keep and the names of those to ignore.
         containers: Lists, dicts, sets and deques in attributes, with their content.
-        generators: Random generators in attributes, with their positions.
+        generators: Functions that put random generators back to their positions.
+        arrays: Functions that put back NumPy arrays.
     """
 
     tensors: list[Tensor]
     registries: list[tuple[Any, Any]]
     namespaces: list[tuple[dict[str, Any], dict[str, Any], frozenset[str]]]
     containers: list[tuple[Any, Any]]
-    generators: list[tuple[Any, Any]]
+    generators: list[Callable[[], Any]]
+    arrays: list[Callable[[], Any]]
 
     def bind(self, *, registries: bool = False) -> None:
-        """Make names and containers hold again what they held.
+        """Make names, containers and generators hold again what they held.
 
         Args:
-            registries: Whether those of parameters and buffers are included.
+            registries: Whether those of parameters, buffers and modules are included.
         """
         if registries:
             for registry, content in self.registries:
@@ -219,8 +249,8 @@ class _Found:
             namespace.update(attributes)
         for container, content in self.containers:
             _refill(container, content)
-        for generator, position in self.generators:
-            set_position(generator, position)
+        for put_back in (*self.generators, *self.arrays):
+            put_back()
 
     def changes_since(self, before: _Found) -> Callable[[], None]:
         """Return what binds the names and fills the containers that have changed since an earlier look.
@@ -246,8 +276,8 @@ class _Found:
                     namespace.pop(name, None)
             for container, content in refills:
                 _refill(container, content)
-            for generator, position in self.generators:
-                set_position(generator, position)
+            for put_back in self.generators:
+                put_back()
 
         return repeat
 
@@ -283,6 +313,37 @@ class _Copy:
             tensor.data = values
 
 
+def _constants(kind: type) -> frozenset[str]:
+    """Return the attributes that torch's own modules of a kind set once, in their constructors."""
+    names: set[str] = set()
+    for each in kind.__mro__:
+        if each.__module__.startswith("torch.nn.modules."):
+            names.update(vars(each).get("__constants__", ()), vars(each).get("__annotations__", ()))
+    return frozenset(names - {"training"})
+
+
+def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
+    """Note the state of a random generator, of a NumPy array, or of an object that holds plain data alone."""
+    if isinstance(value, torch.Generator):
+        found.generators.append(functools.partial(value.set_state, value.get_state()))
+    elif isinstance(value, random.Random):
+        found.generators.append(functools.partial(value.setstate, value.getstate()))
+    elif type(value).__module__.partition(".")[0] == "numpy":
+        numpy = sys.modules["numpy"]
+        if isinstance(value, numpy.ndarray) and value.flags.writeable:
+            found.arrays.append(functools.partial(_put_back_array, value, value.copy()))
+        elif isinstance(value, numpy.random.Generator):
+            bits = value.bit_generator
+            found.generators.append(functools.partial(setattr, bits, "state", bits.state))
+        elif isinstance(value, numpy.random.RandomState):
+            found.generators.append(functools.partial(value.set_state, value.get_state()))
+    elif not isinstance(value, nn.Module | type) and not callable(value):
+        attributes = getattr(value, "__dict__", None)
+        if attributes and _PLAIN_DATA.issuperset(map(type, attributes.values())):
+            found.namespaces.append((attributes, attributes.copy(), frozenset()))
+            pending.extend(attributes.values())
+
+
 def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
     """Return every module in some models once, in an order that does not change.
 
@@ -301,7 +362,7 @@ def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
     """Return what changes when a tensor is written into, or gets other memory."""
-    plain = tensor.layout is torch.strided and type(tensor) in (Tensor, nn.Parameter)
+    plain = tensor.layout is torch.strided and type(tensor) in _PLAIN_TENSORS
     return (tensor.data_ptr() if plain else 0, tensor._version)
 
 
@@ -329,6 +390,13 @@ def _cannot_change(tensor: Tensor) -> bool:
         if stride == 0 and size > 1:
             return True
     return False
+
+
+def _put_back_array(array: Any, values: Any) -> None:
+    """Give a NumPy array its former shape and values."""
+    if array.shape != values.shape:
+        array.resize(values.shape, refcheck=False)
+    array[...] = values
 
 
 def _refill(container: Any, content: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -37,17 +37,19 @@ class Replay:
 
     Args:
         models: The modules that the passes run; empty to look after the random streams only.
-        owned: The parameters of the optimizer.
+        accelerators: Returns the devices besides the CPU whose random streams the model may use.
         observers: Told when passes begin and end.
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], owned: Iterable[Tensor], observers: Iterable[PassObserver] = ()
+        self,
+        models: Sequence[nn.Module],
+        accelerators: Callable[[], Sequence[torch.device]],
+        observers: Iterable[PassObserver] = (),
     ) -> None:
         self.models = models
-        owned = list(owned)
-        self.state = ModuleState(models, owned)
-        self._owned = owned
+        self._accelerators = accelerators
+        self.state = ModuleState(models)
         self._has_begun = False  # whether the start of the first pass was told by ``begin_first``
         self._calls = ForwardCalls(self._at_first_call)
         self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
@@ -55,14 +57,6 @@ class Replay:
         self._is_blind = False
         self._has_warned = False
         self.detach = watch(models, self._calls)
-
-    def use_devices(self, devices: Iterable[torch.device]) -> None:
-        """Set the devices whose random streams the model may use.
-
-        Args:
-            devices: Accelerators; the CPU's stream is always included.
-        """
-        self._calls.devices = tuple(devices)
 
     def begin_first(self) -> RngState:
         """Start a first pass whose beginning is known, and return the random state there."""
@@ -92,6 +86,8 @@ class Replay:
                 f"{self._names()} draws other masks in the second pass than in the first. Set its rate to 0, or take "
                 "these steps without a graph"
             )
+        if start is not None:  # from there, the streams repeat by themselves, whatever the calls and their order
+            self._calls.clear()
         for observer in self._observers:
             observer.replaying = True
         if start is not None:
@@ -134,7 +130,7 @@ class Replay:
             self._begin()
 
     def _begin(self) -> None:
-        self.use_devices(dict.fromkeys(parameter.device for parameter in self._owned if not parameter.is_cpu))
+        self._calls.devices = tuple(self._accelerators())
         self.state.begin()
 
     def _names(self) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-__all__ = ["is_observed", "is_unobserved", "unobserved"]
+__all__ = ["is_observed", "is_unobserved", "outside_transforms", "unobserved"]
 
 _depth = 0
 
@@ -23,6 +24,13 @@ def is_observed() -> bool:
 def is_unobserved() -> bool:
     """Return whether a forward call that runs now is inside ``unobserved``."""
     return _depth > 0
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """Return a context that runs code outside every transform of ``torch.func``."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 @contextmanager

@@ -24,26 +24,39 @@ class MovedShards(CallWatcher):
 
     Args:
         models: The modules.
-        enter: Moves the weights.
+        enter: Moves the weights where a training forward begins.
+        enter_again: Moves them where its backward pass begins, if they have been put back meanwhile.
         leave: Puts them back.
+        be_exact: Puts them back and drops copies that were gathered from them, before any other forward.
 
     Attributes:
         exact_depth: How many contexts hold the weights exact.
         has_stale_copies: Whether copies were gathered from shards that have been put back since.
     """
 
-    def __init__(self, models: Sequence[nn.Module], enter: Callable[[], None], leave: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        enter: Callable[[], None],
+        enter_again: Callable[[], None],
+        leave: Callable[[], None],
+        be_exact: Callable[[], None],
+    ) -> None:
         self._enter = enter
+        self._enter_again = enter_again
         self._leave = leave
+        self._be_exact = be_exact
         self.exact_depth = 0
         self.has_stale_copies = False
+        self._after_forward: Any = None
+        self._has_graph = False
         self._handles: list[Any] = []
         for model in models:
             # torch 2.4 has the second of these under a private name only.
             before_loading: Any = getattr(model, "register_load_state_dict_pre_hook", None)
             before_loading = before_loading or model._register_load_state_dict_pre_hook
-            self._handles.append(model.register_state_dict_pre_hook(self._be_exact))  # type: ignore[no-untyped-call]
-            self._handles.append(before_loading(self._be_exact))
+            self._handles.append(model.register_state_dict_pre_hook(self._before_look))  # type: ignore[no-untyped-call]
+            self._handles.append(before_loading(self._before_look))
 
     def detach(self) -> None:
         """Remove the hooks for state dicts."""
@@ -59,10 +72,13 @@ class MovedShards(CallWatcher):
             args: Its positional arguments.
             kwargs: Its keyword arguments.
         """
-        if self._trains(module):
-            self._enter()
-        else:
-            self._leave()
+        if not self._trains(module):
+            self._be_exact()
+            return
+        self._enter()
+        self._has_graph = False
+        # In front of FSDP's own hook: shards must have moved before it gathers them for the backward pass.
+        self._after_forward = module.register_forward_hook(self._follow_backward, prepend=True)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Follow the backward pass of a training forward.
@@ -73,22 +89,27 @@ class MovedShards(CallWatcher):
             kwargs: Its keyword arguments.
             output: What it returned; ``RAISED`` where it raised.
         """
-        if not self._trains(module):
+        after_forward, self._after_forward = self._after_forward, None
+        if after_forward is None:
             return
-        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        for tensor in tensors:
-            tensor.register_hook(self._before_backward)  # type: ignore[no-untyped-call]  # torch has no types here
-        if not tensors and torch._C._current_graph_task_id() == -1:  # a checkpoint may stop the forward early
+        after_forward.remove()
+        if not self._has_graph and torch._C._current_graph_task_id() == -1:  # a checkpoint may stop the forward early
             self._leave()  # the forward raised, or nothing can be differentiated
 
+    def _follow_backward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                self._has_graph = True
+                tensor.register_hook(self._before_backward)  # type: ignore[no-untyped-call]  # torch has no types here
+
     def _before_backward(self, gradient: Tensor) -> None:
-        self._enter()
+        self._enter_again()
         if torch.is_grad_enabled():
             return  # create_graph=True: a backward through this one will read the weights again, so they stay
         # The engine has no public way to say "when this backward is over"; DDP and FSDP use the same call.
         torch.autograd.Variable._execution_engine.queue_callback(self._leave)
 
-    def _be_exact(self, *args: Any) -> None:
+    def _before_look(self, *args: Any) -> None:
         self._leave()
 
     def _trains(self, module: nn.Module) -> bool:

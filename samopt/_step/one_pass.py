@@ -67,10 +67,12 @@ class OnePass:
         self._loss: Any = None
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
-        self._shards = (
-            MovedShards(models, self._enter_forward, self._leave) if is_fully_sharded(every_module(models)) else None
-        )
-        self._shifted = ShiftedParameters(self._displaced) if models and self._shards is None else None
+        self._shards: MovedShards | None = None
+        self._shifted: ShiftedParameters | None = None
+        if is_fully_sharded(every_module(models)):
+            self._shards = MovedShards(models, self._enter_forward, self._enter, self._leave, self._be_exact)
+        elif models:
+            self._shifted = ShiftedParameters(self._displaced)
         self._stop_watching: Callable[[], None] | None = None
         self._is_retired = False
         if models:
@@ -161,7 +163,7 @@ class OnePass:
         ascent = self._ascent
         parameters = ascent.parameters()
         gradients = StashedGradients(parameters, [parameter.grad for parameter in parameters])
-        state = ModuleState(self._models, parameters)
+        state = ModuleState(self._models)
         random = RngState.capture(ascent.accelerators())
         state.save()
         self._is_aside = True
@@ -334,7 +336,7 @@ class OnePass:
         perturbation = self._perturbation()
         if perturbation is None:
             return {}
-        values, applied = perturbation.displaced(self._memory, self._ascent.rounding_noise())
+        values, applied = perturbation.displaced(self._memory, self._ascent.rounding_noise(), may_link=True)
         self._moved = StepMetrics(radius=perturbation.radius(), applied_radius=applied)
         return values
 
@@ -402,11 +404,12 @@ class OnePass:
             )
         targets = self._ascent.targets_along(self._direction)
         self._has_ascended = True
+        if any([some.weights for some in targets]):
+            perturbation = self._ascent.perturbation(targets)
+            if not (perturbation.is_empty or perturbation.usable is False):
+                return perturbation
         self._moved = StepMetrics(radius=torch.zeros(()), applied_radius=torch.zeros(()))
-        if not any([some.weights for some in targets]):
-            return None
-        perturbation = self._ascent.perturbation(targets)
-        return None if perturbation.is_empty or perturbation.usable is False else perturbation
+        return None
 
     def _can_move(self) -> bool:
         return any(some.weights for some in self._ascent.targets_along(self._direction))

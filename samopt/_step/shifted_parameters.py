@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from samopt._replay.call_watch import RAISED, CallWatcher, is_compiled
 from samopt._replay.module_state import every_module, sample
-from samopt._replay.unobserved import is_unobserved
+from samopt._replay.unobserved import is_unobserved, outside_transforms
 
 __all__ = ["ShiftedParameters"]
 
@@ -50,19 +49,19 @@ class ShiftedParameters(CallWatcher):
     replaced by another tensor before, as ``functional_call`` does, is left alone.
 
     Args:
-        displaced: Makes the values at ``w + epsilon``, by parameter; empty while there is no direction. Its argument
-            says whether they need memory of their own, because a graph may hold the last ones.
+        displaced: Makes the values at ``w + epsilon``, by parameter; empty while there is no direction. Those that
+            autograd has not linked to their parameter yet are linked here. Its argument says whether they need memory
+            of their own, because a graph may hold the last ones.
     """
 
     def __init__(self, displaced: Callable[[bool], dict[Tensor, Tensor]]) -> None:
         self._displaced = displaced
-        self._shifted: dict[Tensor, Tensor] | None = None
-        self._values: dict[Tensor, Tensor] = {}
-        self._versions: list[int] = []
+        self._shifted: dict[int, Tensor] | None = None  # by id: Tensor.__hash__ is a call of Python
+        self._shifted_marks: _Marks = ([], [])
         self._weights: list[Tensor] = []
-        self._marks: _Marks = ([], [])
+        self._weight_marks: _Marks = ([], [])
         self._is_stale = False
-        self._samples: dict[Tensor, Tensor] = {}
+        self._samples: dict[int, Tensor] = {}
         self._replaced: dict[nn.Module, list[tuple[str, Tensor, Tensor]]] = {}
         self._flat: list[tuple[nn.RNNBase, Any, Any]] = []
         self._entered: set[int] = set()
@@ -92,7 +91,7 @@ class ShiftedParameters(CallWatcher):
         is_in_backward = torch._C._current_graph_task_id() != -1
         if self._shifted is None:
             self._shift()
-        elif not is_in_backward and (self._is_stale or _marks(self._weights) != self._marks):
+        elif not is_in_backward and (self._is_stale or _marks(self._weights) != self._weight_marks):
             self._shift(beside=True)
         assert self._shifted is not None
         if not self._shifted:
@@ -114,7 +113,7 @@ class ShiftedParameters(CallWatcher):
                 names: Any = owner._parameters if self._uses_registry else vars(owner)
                 places: list[tuple[str, Tensor, Tensor]] = []
                 for name, parameter in owner._parameters.items():
-                    if parameter is not None and (tensor := shifted.get(parameter)) is not None:
+                    if parameter is not None and (tensor := shifted.get(id(parameter))) is not None:
                         places.append((name, parameter, tensor))
                         self._replaced[owner] = places
                         names[name] = tensor
@@ -160,7 +159,7 @@ class ShiftedParameters(CallWatcher):
         Args:
             module: What is called.
         """
-        if self._uses_registry or not any(map(self._is_covered, (module, *module._modules.values()))):
+        if self._uses_registry or not self._is_covered(module):
             return None
         aside = []
         for owner in every_module([module]):
@@ -177,7 +176,6 @@ class ShiftedParameters(CallWatcher):
     def forget(self) -> None:
         """Drop the shifted tensors: the weights, or the direction, are about to change."""
         self._shifted = None
-        self._values = {}
         self._weights = []
         self._entered = set()
 
@@ -187,48 +185,48 @@ class ShiftedParameters(CallWatcher):
         Args:
             beside: Keep the values of the last ones, which were made in this step.
         """
-        with torch.no_grad(), temporarily_clear_interpreter_stack():  # they outlive a transform of torch.func
-            self._values = self._displaced(beside)
-            with torch.enable_grad():
-                tensors = list(map(_shifted_tensor, self._values, self._values.values()))
-        self._shifted = dict(zip(self._values, tensors, strict=True))
-        self._versions = [tensor._version for tensor in tensors]
-        self._weights = list(self._values)
-        self._marks = _marks(self._weights)
+        with outside_transforms():  # they outlive a transform of torch.func
+            with torch.no_grad():
+                found = self._displaced(beside)
+            self._weights, self._shifted = [], {}
+            for parameter, values in found.items():
+                tensor: Any = values
+                if not tensor.requires_grad:
+                    tensor = _AtShiftedValues.apply(parameter, values)  # type: ignore[no-untyped-call]
+                tensor._is_param = True  # isinstance(tensor, nn.Parameter) is asked by some forwards
+                self._weights.append(parameter)
+                self._shifted[id(parameter)] = tensor
+        self._shifted_marks = _marks(self._shifted.values())
+        self._weight_marks = _marks(self._weights)
         self._is_stale = False
         self._count += 1
         is_due = self._count <= _CHECKS or self._count % _CHECK_EVERY == 0
-        self._samples = {parameter: sample(values) for parameter, values in self._values.items()} if is_due else {}
+        self._samples = {key: sample(tensor) for key, tensor in self._shifted.items()} if is_due else {}
 
     def _written(self) -> str | None:
         """Return the name of a replaced parameter that the forward wrote into, or None."""
         assert self._shifted is not None
-        if not self._samples and _marks(self._shifted.values()) == (self._versions, _addresses(self._values.values())):
+        if not self._samples and _marks(self._shifted.values()) == self._shifted_marks:
             return None
-        versions = dict(zip(self._shifted, self._versions, strict=True))
+        marks = dict(zip(self._shifted, zip(*self._shifted_marks, strict=True), strict=True))
         for owner, places in self._replaced.items():
             for name, parameter, tensor in places:
-                values = self._values[parameter]
                 # A write through .data leaves no trace but the values. They are compared in some steps only: it costs.
-                before = self._samples.get(parameter)
-                is_changed = before is not None and not torch.equal(before, sample(values))
-                if is_changed or tensor._version != versions[parameter] or not _shares_memory(tensor, values):
+                before = self._samples.get(id(parameter))
+                is_changed = before is not None and not torch.equal(before, sample(tensor))
+                if is_changed or (tensor._version, _address(tensor)) != marks[id(parameter)]:
                     return f"{type(owner).__name__}.{name}"
         return None
 
-    def _is_covered(self, module: nn.Module | None) -> bool:
-        """Return whether a replacement hides a parameter that was given to a module during a forward."""
-        for name, parameter, _ in self._replaced.get(module, ()):  # type: ignore[arg-type]  # None is no key
-            if module._parameters.get(name) is not parameter:  # type: ignore[union-attr]
-                return True
+    def _is_covered(self, module: nn.Module) -> bool:
+        """Return whether a replacement hides a parameter that was given to a module, or to one right in it."""
+        for owner in (module, *module._modules.values()) if module._modules else (module,):
+            if owner in self._replaced:
+                registry = owner._parameters
+                for name, parameter, _ in self._replaced[owner]:
+                    if registry.get(name) is not parameter:
+                        return True
         return False
-
-
-def _shifted_tensor(parameter: Tensor, values: Tensor) -> Tensor:
-    """Return a tensor with some values whose gradient is that of a parameter."""
-    tensor: Tensor = _AtShiftedValues.apply(parameter, values)  # type: ignore[no-untyped-call]  # torch has no types
-    tensor._is_param = True  # isinstance(tensor, nn.Parameter) is asked by some forwards
-    return tensor
 
 
 def _cover(places: list[tuple[dict[str, Any], str, Tensor]]) -> None:
@@ -237,24 +235,16 @@ def _cover(places: list[tuple[dict[str, Any], str, Tensor]]) -> None:
         attributes[name] = tensor
 
 
-def _marks(tensors: Iterable[Tensor]) -> _Marks:
+def _marks(tensors: Collection[Tensor]) -> _Marks:
     """Return what changes when one of some tensors is written into, or gets other memory."""
-    tensors = list(tensors)
-    return [tensor._version for tensor in tensors], _addresses(tensors)
+    return [tensor._version for tensor in tensors], list(map(_address, tensors))
 
 
-def _addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Return the addresses of plain tensors; others have none."""
-    return [tensor.data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0 for tensor in tensors]
+def _address(tensor: Tensor) -> int:
+    """Return the address of a plain tensor; 0 for others."""
+    return tensor.data_ptr() if type(tensor) is nn.Parameter or type(tensor) is Tensor else 0
 
 
 def _reads_registry(module: nn.Module) -> bool:
     """Return whether a module finds the parameters in it by its registry: compiled code does, and DataParallel."""
     return is_compiled(module) or isinstance(module, nn.DataParallel)
-
-
-def _shares_memory(tensor: Tensor, values: Tensor) -> bool:
-    """Return whether a tensor still has the memory that it was given."""
-    if type(tensor) is not Tensor:
-        return True
-    return tensor.data_ptr() == values.data_ptr() and tensor.shape == values.shape

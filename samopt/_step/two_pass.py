@@ -13,7 +13,6 @@ from torch.amp.grad_scaler import OptState
 from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
-from samopt._replay.module_state import every_module
 from samopt._replay.random_state import RngState
 from samopt._replay.replay import PassObserver, Replay
 from samopt._step.ascent import Ascent
@@ -67,7 +66,7 @@ class TwoPass:
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
-        self._replay = Replay(models, ascent.parameters(), observers)
+        self._replay = Replay(models, ascent.accelerators, observers)
         self._memory = ScratchPool()
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None
@@ -342,25 +341,20 @@ class TwoPass:
         second = self._second_pass(first_loss, may_lack_gradients)
         handle = PassHandle(second.is_needed)
         try:
-            self._current = second
             try:
+                self._current = second
                 second.begin(self._replay, start, self._memory)
                 yield handle
             finally:
-                try:
-                    second.restore_weights()
-                finally:
-                    second.restore_weights()  # does nothing unless an interrupt hit the first one
+                second.restore_weights()
             error = yield 0  # the type of the exception that ended the block, or None
             yield 0  # the exception
             yield 0  # its traceback
             second.loss = handle.loss
             self._finish(second, failed=error is not None)
-        finally:
-            try:
-                self._abandon(second)
-            finally:
-                self._abandon(second)  # does nothing unless an interrupt hit the first one
+        finally:  # these do nothing unless an interrupt cut short what is above
+            second.restore_weights()
+            self._abandon(second)
         yield 0
 
     def _second_pass(self, first_loss: Any, may_lack_gradients: bool) -> SecondPass:
@@ -383,7 +377,6 @@ class TwoPass:
             measure_grad_norms=self._measure_grad_norms,
         )
         self._warn_of_unknown_parameters(first_loss)
-        self._replay.use_devices(ascent.accelerators())
         ascent.advance_rounding()
         self._is_ready = False
         self._is_unscaled = False
@@ -394,14 +387,11 @@ class TwoPass:
         """Put back what is left, combine the gradients and measure; whatever happens, the next step can begin."""
         failed = failed or second.is_combining
         try:
-            try:
-                second.end(self._replay, failed=failed)
-            finally:
-                second.end(self._replay, failed=failed)  # does nothing unless an interrupt hit the first one
+            second.end(self._replay, failed=failed)
             if not failed:
                 self._deliver(second)
         except BaseException:
-            self._ascent.base.zero_grad()
+            second.end(self._replay, failed=True)  # again: an interrupt may have cut the first one short
             raise
         finally:
             self._current = None
@@ -447,14 +437,10 @@ class TwoPass:
 
     def _gradients_of_others(self) -> StashedGradients:
         """Return the parameters of the models that another optimizer trains, with their gradients."""
-        owned = set(self._ascent.parameters())
-        others: list[Tensor] = [
-            parameter
-            for module in every_module([*self._models, *self._included])
-            for parameter in module._parameters.values()
-            if parameter is not None and parameter.grad is not None and parameter not in owned
-        ]
-        others = list(dict.fromkeys(others))
+        if not (self._models or self._included):
+            return StashedGradients([], [])
+        owned = set(map(id, self._ascent.parameters()))
+        others = [tensor for tensor in self._replay.state.parameters_with_gradients() if id(tensor) not in owned]
         return StashedGradients(others, [parameter.grad for parameter in others])
 
     def _warn_of_unknown_parameters(self, first_loss: Any) -> None:

@@ -23,6 +23,8 @@ class Backend:
         norm: ``||T d||_2`` over the block, 0-dim fp64, on its device.
         ascend: Writes the perturbed weights into the weights or into other memory, as ``reference.ascend`` does.
             Returns the norm of the move if the backend knows it, else None.
+        linked: Returns the perturbed weights as new tensors that autograd links to the weights, and the norm of the
+            move; None where ``ascend`` into other memory is faster.
         measure: The norms of several blocks of one device at once, for backends where each launch counts.
         backup: Makes a backup that ``ascend(..., backup=)`` fills while it moves the weights, for backends that save a
             pass over memory by it; None where the caller copies the weights.
@@ -35,6 +37,7 @@ class Backend:
     supports: Callable[[Block], str | None]
     norm: Callable[[Block], Tensor]
     ascend: Callable[..., Tensor | None]
+    linked: Callable[[Block, StepSize, Tensor], tuple[list[Tensor], Tensor] | None] | None = None
     measure: Callable[[Sequence[Block]], Norms] | None = None
     backup: Callable[[Block, list[Tensor]], Any] | None = None
     restore: Callable[[Any], None] | None = None
@@ -45,7 +48,7 @@ class Backend:
 BACKENDS = {
     "reference": Backend("reference", reference.supports, reference.norm, reference.ascend),
     "foreach": Backend("foreach", foreach.supports, foreach.norm, foreach.ascend),
-    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.ascend, on_host=True),
+    "cpu": Backend("cpu", cpu.supports, cpu.norm, cpu.ascend, linked=cpu.linked, on_host=True),
     "triton": Backend(
         "triton",
         triton.supports,

@@ -325,10 +325,10 @@ class Momentum(KnownDirection):
         """
         if self.own:
             return [self._average.get(parameter) for parameter in parameters]
-        momenta = []
+        momenta, names = [], self._names
         for parameter in parameters:
             state = base.state.get(parameter)
-            momentum = self._momentum_in(state) if state else None
+            momentum = _first_tensor(state, names) if state else None
             if momentum is None:
                 if state or parameter in self._stepped:
                     raise ValueError(self._missing(base, f"keeps {sorted(map(str, state or ()))}"))
@@ -375,14 +375,6 @@ class Momentum(KnownDirection):
         self._stepped = set()
         self._average = by_parameter(state.get("average", []), parameters)
 
-    def _momentum_in(self, state: Mapping[str, Any]) -> Tensor | None:
-        """Return the first buffer that the state of a parameter holds under a known name."""
-        for name in self._names:
-            momentum = state.get(name)
-            if isinstance(momentum, Tensor):
-                return momentum
-        return None
-
     @property
     def _names(self) -> tuple[str, ...]:
         return (self.buffer,) if self.buffer is not None else _BUFFERS
@@ -398,6 +390,15 @@ class Momentum(KnownDirection):
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to other parameters; it learns again which ones were stepped.
         return vars(self) | {"_stepped": set()}
+
+
+def _first_tensor(state: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
+    """Return the first tensor that the state of a parameter holds under one of some names."""
+    for name in names:
+        momentum = state.get(name)
+        if isinstance(momentum, Tensor):
+            return momentum
+    return None
 
 
 def _preconditioned(momentum: Tensor, state: Any, group: dict[str, Any], base: Optimizer) -> Tensor:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
+from samopt.sharpness._measuring.losses import Loss
+from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import unwrap
 
 if TYPE_CHECKING:
@@ -35,27 +36,30 @@ class ActiveUnits(Result):
     layers: dict[str, float]
     dead: dict[str, float]
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw the active and the dead fraction of each layer.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.barh(list(self.layers), list(self.layers.values()), color="#0072B2", label="active")
-        axes.plot(list(self.dead.values()), list(self.dead), "o", color="#D55E00", label="units never active")
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1)
+        active = "active" if label is None else f"{label}: active"
+        axes.plot(list(self.layers.values()), list(self.layers), "o", color=color, label=active)
+        axes.plot(list(self.dead.values()), list(self.dead), "x", color=color, label="units that were never active")
+        if not axes.yaxis_inverted():
+            axes.invert_yaxis()
+        axes.set_xlim(-0.02, 1.02)
         axes.set_xlabel("fraction")
         axes.set_ylabel("layer")
-        axes.legend(frameon=False)
 
 
 def active_units(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     threshold: float = 0.0,
     mode: str = "eval",
     progress: ProgressOption = None,
@@ -71,8 +75,8 @@ def active_units(
         model: The model; it comes back bit for bit.
         loss_fn: ``loss_fn(model, batch) -> scalar``; its value is not used.
         batches: Batches.
-        layers: Names of the modules to look at, after whose activation a unit counts; None for every module that is an
-            activation with exact zeros (ReLU and its like). A function such as ``torch.relu`` is no module.
+        layers: Name or names of the modules to look at, after whose activation a unit counts; None for every module
+            that is an activation with exact zeros (ReLU and its like). A function such as ``torch.relu`` is no module.
         threshold: What counts as inactive, >= 0; 0 for exact zeros.
         mode: "eval", "train", or "keep".
         progress: See ``ProgressOption``.
@@ -101,13 +105,13 @@ def active_units(
     fractions = []
     with measuring(
         model, loss_fn, batches, name="active units", mode=mode, cost_per_batch=FORWARD, progress=progress
-    ) as subject:
+    ) as measured:
         with ExitStack() as hooks:
             for name, module in modules.items():
                 hooks.callback(module.register_forward_hook(counters[name]).remove)
-            for batch in subject.batches:
-                fractions.append(_fraction_of(subject, batch, counters))
-        cost = subject.progress.cost
+            for batch in measured.batches:
+                fractions.append(_fraction_of(measured, batch, counters))
+        cost = measured.progress.cost
     silent = [name for name, counter in counters.items() if counter.seen == 0]
     if silent:
         raise ValueError(f"layers {silent} were never called by loss_fn; leave them out")
@@ -117,7 +121,7 @@ def active_units(
         value=sum(counter.active for counter in counters.values()) / total,
         standard_error=mean_and_error(fractions)[1],
         cost=cost,
-        settings={"threshold": threshold, "mode": mode},
+        settings={"threshold": threshold, **measured.settings},
         layers={name: counter.active / counter.seen for name, counter in counters.items()},
         dead={name: counter.dead for name, counter in counters.items()},
     )
@@ -150,16 +154,16 @@ class _Counter:
         return 0.0 if self._ever is None else 1 - float(self._ever.float().mean())
 
 
-def _fraction_of(subject: Subject, batch: Any, counters: dict[str, _Counter]) -> float:
+def _fraction_of(measured: MeasuredModel, batch: Any, counters: dict[str, _Counter]) -> float:
     """Run one batch, and return the fraction active in it."""
     before = [(counter.active, counter.seen) for counter in counters.values()]
-    subject.loss(batch)
+    measured.loss(batch)
     active = sum(counter.active - b for counter, (b, _) in zip(counters.values(), before, strict=True))
     seen = sum(counter.seen - b for counter, (_, b) in zip(counters.values(), before, strict=True))
     return active / seen if seen else 0.0
 
 
-def _choose(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
+def _choose(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     if layers is None:
         chosen: dict[str, nn.Module] = {
@@ -171,7 +175,7 @@ def _choose(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
                 "count with layers="
             )
         return chosen
-    names = list(layers)
+    names = [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in names if name not in modules]
     if unknown or not names:
         raise ValueError(

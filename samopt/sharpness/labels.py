@@ -10,6 +10,7 @@ from torch import Tensor
 
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.results import Result
+from samopt.sharpness._measuring.style import BLUE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,14 +32,16 @@ class LabelSharpness(Result):
     pair: tuple[int, int] | None
     per_example: tuple[float, ...]
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw the distribution over examples.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
         finite = [value for value in self.per_example if value < float("inf")]
-        axes.hist(finite, bins=50, color="#0072B2")
+        axes.hist(finite, bins=50, color=color, label=label)
         axes.set_xlabel("largest change of the label per unit of distance")
         axes.set_ylabel(f"examples ({len(self.per_example) - len(finite)} more with a twin of another label)")
 

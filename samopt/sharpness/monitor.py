@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.results import Result, plain, to_json
+from samopt.sharpness._measuring.losses import Loss
+from samopt.sharpness._measuring.results import plain, to_json
+from samopt.sharpness._measuring.step_means import StepMeans, log_keys
 from samopt.sharpness._measuring.time_budget import Budget, OverBudget
-from samopt.sharpness.nearby.worst_case import worst_case
+from samopt.sharpness.presets import DEFAULT, Measures, named_measures
 
 __all__ = ["SharpnessMonitor"]
-
-MeasureFn = Callable[..., Result]
 
 
 class SharpnessMonitor:
     """Measures a model every so many steps, keeps a history, and says what to log.
 
-    Belongs to no framework: call ``step()`` after each optimizer step. At every ``every``-th call it runs the measures
-    on the same batches and returns numbers to log; the model, its gradients and all random streams stay as they are, so
-    a monitored run is the unmonitored one, bit for bit. It never takes more than ``max_fraction`` of the time since the
-    first ``step()``: a measure that would is left out, and the record says so. What is left of the budget accumulates,
-    so that an expensive measure runs less often rather than never.
+    Belongs to no framework: call ``step()`` after each optimizer step, and ``finish()`` at the end. At every
+    ``every``-th call it runs the measures on the same batches and returns numbers to log; the model, its gradients and
+    all random streams stay as they are, so a monitored run is the unmonitored one, bit for bit.
+
+    The first measurement always happens, at the end of a run that is shorter than ``every``. Later ones take no more
+    than ``max_fraction`` of the time since the first ``step()``, the first one not counted: a measure that would is
+    left out, and the record says so and which options change it. What is left of the budget accumulates, so that an
+    expensive measure runs less often rather than never.
 
     In a loop::
 
@@ -37,6 +39,7 @@ class SharpnessMonitor:
             ...
             optimizer.step(closure)
             logger.log(monitor.step())
+        logger.log(monitor.finish())
 
     In a callback: make one where the model is on its device (first training batch), call ``values =
     monitor.step(global_step)`` once an optimizer step, log ``values`` if it is not empty, and save and load
@@ -45,13 +48,15 @@ class SharpnessMonitor:
 
     Args:
         model: The model in training; compiled and data-parallel wrappers are looked into.
-        loss_fn: ``loss_fn(model, batch) -> scalar``; ``sharpness.cross_entropy`` or ``sharpness.hf_loss`` often fit.
+        loss_fn: ``loss_fn(model, batch) -> scalar``; or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: What to measure on, the same ones every time; read once, here, and kept. A few hundred examples do.
-        every: Steps between measurements, >= 1.
-        measures: Functions called as ``measure(model, loss_fn, batches, progress=...)`` and returning a ``Result``, by
-            name; or a list of such functions, named by their ``__name__``. Bind arguments with ``functools.partial``.
-            None is SAM's one-step sharpness at radius 0.05.
+        every: Steps between measurements, >= 1; None measures at the end and where ``measure()`` is called.
+        measures: Names out of "worst_case" and "average_case" (adaptive sharpness), "worst_case_plain", "one_step"
+            (SAM's own), "per_layer", "lambda_max", "trace", "quantization" and "weight_noise"; functions of
+            ``samopt.sharpness``, with arguments bound by ``functools.partial``; or a dict from own names to functions,
+            or from one of these names to other options.
         optimizer: A samopt optimizer, whose ``last_step`` joins each record; it costs nothing but reading it.
+        average_metrics: Log the optimizer's measurements averaged over the steps since the last record.
         path: File to append each record to, as a line of JSON; numbers that are not finite are null there.
         max_fraction: Largest share of the time that measuring may take, in (0, 1]; None for no limit.
 
@@ -84,17 +89,18 @@ class SharpnessMonitor:
     def __init__(
         self,
         model: nn.Module,
-        loss_fn: LossFn,
+        loss_fn: Loss,
         batches: Iterable[Any],
         *,
-        every: int = 500,
-        measures: Mapping[str, MeasureFn] | Iterable[MeasureFn] | None = None,
+        every: int | None = 500,
+        measures: Measures = DEFAULT,
         optimizer: Any = None,
+        average_metrics: bool = False,
         path: str | Path | None = None,
         max_fraction: float | None = 0.05,
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        if every is not None and every < 1:
+            raise ValueError(f"every must be at least 1, got {every}; None measures at the end")
         if optimizer is not None and not hasattr(optimizer, "last_step"):
             raise TypeError(
                 f"optimizer must be a samopt optimizer, which has last_step, got {type(optimizer).__name__}; leave it "
@@ -104,13 +110,14 @@ class SharpnessMonitor:
         self.loss_fn = loss_fn
         self.batches = read_batches(batches)
         self.every = every
-        self.measures = _named(measures)
+        self.measures = named_measures(measures, warm=True)
         self.optimizer = optimizer
         self.path = None if path is None else Path(path)
         self.history: list[dict[str, Any]] = []
         self._budget = Budget(max_fraction, time.perf_counter)
         self._steps = 0
         self._worked: set[str] = set()
+        self._means = StepMeans() if average_metrics else None
 
     def step(self, step: int | None = None) -> dict[str, float]:
         """Note that the optimizer has stepped, and measure where it is time to.
@@ -119,20 +126,49 @@ class SharpnessMonitor:
             step: Number of optimizer steps so far, for the record and for when to measure; None counts the calls.
 
         Returns:
-            What to log, if this call measured anything: ``"sharpness/NAME"`` for each measure and ``"sam/NAME"`` for
-            each metric of the optimizer. Otherwise an empty dict.
+            What to log, if this call measured anything: ``"sharpness/NAME"`` for each measure, for each layer of a
+            measure by layer ``"sharpness/NAME/LAYER"``, and ``"sharpness/METRIC"`` for each measurement of the
+            optimizer, whose own sharpness is ``"sharpness/sam"``. Otherwise an empty dict.
         """
         self._budget.start()
         self._steps = self._steps + 1 if step is None else step
-        if self._steps % self.every:
+        if self._means is not None and self.optimizer is not None:
+            self._means.add(self.optimizer.last_step)
+        if self.every is None or self._steps % self.every:
             return {}
         return self.measure(within_budget=True)
 
-    def measure(self, *, within_budget: bool = False) -> dict[str, float]:
+    def finish(self, step: int | None = None) -> dict[str, float]:
+        """Measure if nothing has been measured so far, since the run was shorter than ``every``.
+
+        Args:
+            step: As for ``step``.
+
+        Returns:
+            As ``step``.
+
+        Raises:
+            RuntimeError: If a measure fails on its first run.
+            ValueError: Likewise.
+        """
+        if self.has_measured:
+            return {}
+        values = self.measure(step=step)
+        if not self.has_measured:
+            warnings.warn("this run measured no sharpness: every measure was left out", stacklevel=2)
+        return values
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether a measure has run, in this run or in the one that it continues."""
+        return any(record["measures"] for record in self.history)
+
+    def measure(self, *, within_budget: bool = False, step: int | None = None) -> dict[str, float]:
         """Measure now.
 
         Args:
-            within_budget: Leave out what would take more than its share of the time.
+            within_budget: Leave out what would take more than its share of the time, but for its first run.
+            step: Number of optimizer steps so far, for the record; None for what ``step`` knows.
 
         Returns:
             As ``step``.
@@ -142,11 +178,14 @@ class SharpnessMonitor:
             ValueError: Likewise.
         """
         self._budget.start()
+        self._steps = self._steps if step is None else step
         record: dict[str, Any] = {"step": self._steps, "seconds": self._budget.elapsed, "measures": {}}
         skipped: dict[str, str] = {}
         for name, measure in self.measures.items():
+            is_free = within_budget and name not in self._worked
+            limited = within_budget and not is_free
             try:
-                with self._budget.spend(name, limited=within_budget) as progress:
+                with self._budget.spend(name, limited=limited, charged=not is_free) as progress:
                     result = measure(self.model, self.loss_fn, self.batches, progress=progress)
             except OverBudget as reason:
                 skipped[name] = str(reason)
@@ -161,7 +200,7 @@ class SharpnessMonitor:
         if skipped:
             record["skipped"] = skipped
         if self.optimizer is not None:
-            record["metrics"] = self.optimizer.last_step.to_dict()
+            record["metrics"] = (self._means and self._means.take()) or self.optimizer.last_step.to_dict()
         self._append(record)
         return self.to_log(record)
 
@@ -173,7 +212,10 @@ class SharpnessMonitor:
             record: An entry of ``history``.
         """
         values = {f"sharpness/{name}": float(result["value"]) for name, result in record["measures"].items()}
-        return values | {f"sam/{name}": float(value) for name, value in record.get("metrics", {}).items()}
+        for name, result in record["measures"].items():
+            layers = result.get("layers") if result["measure"] == "per_layer" else None
+            values |= {f"sharpness/{name}/{layer}": float(one["value"]) for layer, one in (layers or {}).items()}
+        return log_keys(record.get("metrics", {})) | values
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the number of steps and the time used so far."""
@@ -188,6 +230,7 @@ class SharpnessMonitor:
         self._steps = state_dict["steps"]
         self.history = list(state_dict["history"])
         self._budget.load_state_dict(state_dict["budget"])
+        self._worked = {name for record in self.history for name in record["measures"]}
 
     def _append(self, record: dict[str, Any]) -> None:
         self.history.append(record)
@@ -195,29 +238,3 @@ class SharpnessMonitor:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(to_json(record) + "\n")
-
-
-def _named(measures: Mapping[str, MeasureFn] | Iterable[MeasureFn] | None) -> dict[str, MeasureFn]:
-    if measures is None:
-        return {"one_step": _one_step}
-    named: dict[str, MeasureFn] = {}
-    pairs: Iterable[tuple[str, MeasureFn]] = (
-        measures.items() if isinstance(measures, Mapping) else (("", measure) for measure in measures)
-    )
-    for name, measure in pairs:
-        if not callable(measure):
-            raise TypeError(
-                f"a measure must be a function such as sharpness.worst_case, got {measure!r}; bind its arguments with "
-                "functools.partial(sharpness.worst_case, rho=0.1)"
-            )
-        key = name or getattr(getattr(measure, "func", measure), "__name__", type(measure).__name__)
-        if key in named:
-            raise ValueError(f"two measures are called {key!r}; give a dict with a name for each")
-        named[key] = measure
-    if not named:
-        raise ValueError("measures is empty; leave it out for the default, SAM's one-step sharpness")
-    return named
-
-
-def _one_step(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], **options: Any) -> Result:
-    return worst_case(model, loss_fn, batches, rho=0.05, steps=1, **options)

@@ -135,6 +135,13 @@ def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).to(dtype)
 
 
+def rhos_of(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Each parameter's number for the radius: ``rho``, or ``scale`` in the groups of a TRAM."""
+    return [
+        group["rho"] if "rho" in group else group["scale"] for group in optimizer.param_groups for _ in group["params"]
+    ]
+
+
 def batch(dtype: torch.dtype = torch.float32, seed: int = 0, size: int = 16) -> tuple[Tensor, Tensor]:
     """Inputs ``(size, 6)`` and labels ``(size,)``."""
     generator = torch.Generator().manual_seed(seed)
@@ -190,7 +197,7 @@ def textbook_step(
     first = loss_of(model, data)
     first.backward()
     parameters = [p for group in base.param_groups for p in group["params"]]
-    rhos = [group["rho"] for group in base.param_groups for _ in group["params"]]
+    rhos = rhos_of(base)
     saved = [p.detach().clone() for p in parameters]
     moves = epsilon(saved, [p.grad for p in parameters], rhos)
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor, is_second_pass
+from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessCallback, is_second_pass
 from tests.helpers import lit
 
 RANKS = 2
@@ -129,7 +129,7 @@ def main(folder: Path) -> None:
             module = Sharded()
             exchanges = Callback()
             strategy = ModelParallelStrategy(RANKS, 1, process_group_backend="gloo")
-        monitor = SharpnessMonitor(MEASURES, every_n_steps=5, examples=EXAMPLES, max_fraction=None)
+        monitor = SharpnessCallback(MEASURES, every=5, examples=EXAMPLES, max_fraction=None)
         trainer = lit.trainer(
             folder,
             [callback, exchanges, *([monitor] if scenario.get("monitored") else [])],

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from samopt import sharpness
-from samopt.integrations.lightning import SharpnessMonitor
+from samopt.integrations.lightning import SharpnessCallback
 from tests.helpers import lit
 
 MEASURES = {
@@ -22,9 +22,9 @@ MEASURES = {
 FREE = {"sam", "perturbed_loss", "grad_norm", "perturbed_grad_norm", "radius", "applied_radius"}
 
 
-def monitor(**options: Any) -> SharpnessMonitor:
+def monitor(**options: Any) -> SharpnessCallback:
     """Return one that measures every three steps on eight examples, unless told otherwise."""
-    return SharpnessMonitor(**{"measures": MEASURES, "every_n_steps": 3, "examples": 8, "max_fraction": None} | options)
+    return SharpnessCallback(**{"measures": MEASURES, "every": 3, "examples": 8, "max_fraction": None} | options)
 
 
 class Quiet(lit.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import samopt
 from samopt.parts import ReusedGradient
-from tests.helpers.cases import Preset, loss_of, sam_epsilon
+from tests.helpers.cases import Preset, loss_of, rhos_of, sam_epsilon
 
 
 class Loop:
@@ -21,7 +21,7 @@ class Loop:
 
     def __call__(self, model: nn.Module, base: torch.optim.Optimizer, data: tuple[Tensor, Tensor]) -> Tensor:
         self.parameters = [p for group in base.param_groups for p in group["params"]]
-        self.rhos = [group["rho"] for group in base.param_groups for _ in group["params"]]
+        self.rhos = rhos_of(base)
         self.model, self.base, self.data = model, base, data
         loss, gradients = self.step()
         self.steps += 1

@@ -138,7 +138,8 @@ def test_a_group_that_does_not_move_takes_part_in_the_combination(preset) -> Non
         [d if p.dim() == 2 else None for p, d in zip(loop.parameters, direction, strict=True)],
         loop.rhos,
     )
-    base.rho = preset.rho
+    for group in base.param_groups:
+        group["rho"] = preset.rho
     for step in range(4):
         data = batch(DOUBLE, seed=step)
         optimizer.step(closure_of(optimizer, model, data))
@@ -155,7 +156,7 @@ def test_a_step_between_two_ascents_can_leave_out_the_second_pass_altogether() -
         data = batch(DOUBLE, seed=step)
         optimizer.zero_grad()
         loss_of(model, data).backward()
-        if optimizer.may_move():
+        if optimizer.perturbs_this_step:
             with optimizer.perturbed():
                 loss_of(model, data).backward()
         optimizer.step()
@@ -345,10 +346,12 @@ def test_settings_out_of_range_are_refused(make, message) -> None:
 
 @pytest.mark.parametrize("base", ["sgd-momentum", "adamw"])
 def test_directions_by_name_are_the_presets(base) -> None:
-    for name, ahead in (("momentum", False), ("momentum-ahead", True)):
+    for name in ("momentum", "momentum-uphill"):
         model, twin = mlp(), mlp()
         named = samopt.SAM(BASES[base](model.parameters()), rho=0.1, direction=name, model=model)
-        preset = samopt.MomentumSAM(BASES[base](twin.parameters()), rho=0.1, ahead=ahead, model=twin)
+        preset = samopt.MomentumSAM(
+            BASES[base](twin.parameters()), rho=0.1, uphill=name == "momentum-uphill", model=twin
+        )
         for step in range(3):
             for each, of in ((named, model), (preset, twin)):
                 each.zero_grad()
@@ -358,7 +361,7 @@ def test_directions_by_name_are_the_presets(base) -> None:
 
 
 def test_a_radius_is_not_also_a_budget() -> None:
-    with pytest.raises(TypeError, match=r"budget= and max_radius= .* rho=0.1"):
+    with pytest.raises(TypeError, match=r"rho=0.1; its radius follows from budget= and max_radius="):
         samopt.LESAM(mlp().parameters(), torch.optim.SGD, lr=0.1, rho=0.1)
 
 

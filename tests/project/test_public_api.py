@@ -31,6 +31,7 @@ PUBLIC = [
     "StepMetrics",
     "available",
     "create",
+    "find_rho",
 ]
 MODULES = sorted([*REPOSITORY.glob("samopt/**/*.py"), *REPOSITORY.glob("integrations/**/*.py")])
 

@@ -206,7 +206,7 @@ def test_random_models_take_the_step_of_a_loop_that_seeds_each_pass(kind, form):
         torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-12, atol=1e-12)
 
 
-def test_the_hook_and_the_model_go_with_the_optimizer():
+def test_what_follows_the_model_goes_with_the_optimizer():
     model = dropout_model()
     optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -214,10 +214,11 @@ def test_the_hook_and_the_model_go_with_the_optimizer():
     with optimizer.perturbed():
         loss_of(model, data(0)).backward()
     optimizer.step()
-    assert len(model._forward_pre_hooks) == 1
+    assert "_compiled_call_impl" in vars(model)  # where the model's calls are followed
     del optimizer, scheduler
     gc.collect()
-    assert len(model._forward_pre_hooks) == 0
+    assert "_compiled_call_impl" not in vars(model)
+    assert not model._forward_pre_hooks and not model._forward_hooks
 
     optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
     loss_of(model, data(0)).backward()
@@ -260,3 +261,18 @@ def test_the_stream_of_apples_gpu_is_asked_for_without_naming_it(monkeypatch):
     assert before.has_moved()
     before.restore()
     assert torch.equal(streams["mps"], torch.arange(4))
+
+
+def test_deep_copies_that_torch_makes_by_hand_run_their_own_forward():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Linear(6, 3))
+    plain = copy.deepcopy(model)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    twin, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    assert all("_compiled_call_impl" not in vars(m) or vars(m)["_compiled_call_impl"] is None for m in twin.modules())
+    twin(data(0))
+    plain(data(0))
+    for name, value in twin.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name])
+        assert torch.equal(model.state_dict()[name], before[name])
+    del optimizer

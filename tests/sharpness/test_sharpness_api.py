@@ -14,31 +14,50 @@ from tests.helpers.pages import REPOSITORY, Block, Heading, read
 MEASURES = [
     "active_units",
     "average_case",
+    "fgsm",
+    "forgetting",
     "gauss_newton_eigenvalues",
     "hessian_eigenvalues",
     "hessian_trace",
     "interpolate",
+    "intrinsic_dimension",
     "label_sharpness",
     "landscape",
     "per_layer",
     "preconditioned_eigenvalues",
+    "quantization",
     "spectral_density",
+    "weight_noise",
     "worst_case",
 ]
 RESULTS = [
     "ActiveUnits",
     "AverageCase",
     "Eigenvalues",
+    "Forgetting",
     "Interpolation",
+    "IntrinsicDimension",
     "LabelSharpness",
     "Landscape",
     "PerLayer",
     "Result",
+    "Robustness",
     "SpectralDensity",
     "Trace",
     "WorstCase",
 ]
-OTHERS = ["SharpnessMonitor", "accuracy", "cross_entropy", "hf_loss", "normalize_logits"]
+OTHERS = [
+    "Comparison",
+    "RhoSearch",
+    "SharpnessMonitor",
+    "WarmStart",
+    "compare",
+    "find_rho",
+    "accuracy",
+    "cross_entropy",
+    "hf_loss",
+    "normalize_logits",
+]
 
 
 def test_the_public_names_are_the_listed_ones():
@@ -83,17 +102,21 @@ def test_a_docstring_describes_every_argument_and_the_cost(name):
         assert re.search(r"^Cost(?: and memory)?: ", docstring, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURES if name != "label_sharpness"])
+@pytest.mark.parametrize("name", [name for name in MEASURES if name not in ("intrinsic_dimension", "label_sharpness")])
 def test_measures_of_models_share_their_first_arguments(name):
     parameters = list(inspect.signature(getattr(sharpness, name)).parameters.values())
     assert [parameter.name for parameter in parameters[:3]] == ["model", "loss_fn", "batches"]
 
 
-def test_the_page_uses_only_options_that_the_command_has(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    blocks = [part.source for part in read(REPOSITORY / "docs" / "sharpness.md") if isinstance(part, Block)]
-    commands = [block for block in blocks if "-m samopt.sharpness" in block]
+@pytest.mark.parametrize("page", ["sharpness", "compare-models", "choose-rho"])
+def test_a_page_uses_only_options_that_the_command_has(page, capsys):
+    blocks = [part.source for part in read(REPOSITORY / "docs" / f"{page}.md") if isinstance(part, Block)]
+    commands = [
+        line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "-m samopt.sharpness" in line
+    ]
     assert commands
-    assert set(re.findall(r"--[\w-]+", " ".join(commands))) <= known
+    for command in commands:
+        with pytest.raises(SystemExit):
+            main([command.split("-m samopt.sharpness")[1].split()[0], "--help"])
+        known = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[\w.-]+", command)) <= known

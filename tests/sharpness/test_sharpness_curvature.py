@@ -12,6 +12,7 @@ from torch.func import functional_call, hessian, jacrev
 
 import samopt
 from samopt import sharpness
+from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness.curvature.spectral_density import tridiagonalize
 from tests.helpers.cases import batch, mlp
 from tests.helpers.quadratics import Weights, normal, quadratic, symmetric
@@ -432,3 +433,63 @@ def test_eigenvalues_that_do_not_converge_say_so():
         sharpness.hessian_eigenvalues(
             model, quadratic(matrix + 1e-14 * symmetric(400)), [None], k=4, basis=5, tolerance=1e-16
         )
+
+
+# --- errors over batches, and warm starts ---------------------------------------------------------------------------
+
+
+def test_the_first_eigenvalue_is_the_mean_of_its_batches_quotients():
+    model, batches = mlp(torch.float64), [batch(torch.float64, seed, size) for seed, size in ((0, 12), (1, 4))]
+    result = sharpness.hessian_eigenvalues(model, sharpness.cross_entropy, batches, tolerance=1e-10)
+    assert (12 * result.per_batch[0] + 4 * result.per_batch[1]) / 16 == pytest.approx(result.value, rel=1e-8)
+    assert result.standard_error == pytest.approx(mean_and_error(result.per_batch, [12, 4])[1])
+
+
+def test_an_eigenvalues_error_is_its_derivative_in_the_shares_of_the_batches():
+    model, batches = mlp(torch.float64), [batch(torch.float64, seed, 8) for seed in range(3)]
+    result = sharpness.hessian_eigenvalues(model, sharpness.cross_entropy, batches, tolerance=1e-12)
+
+    def at(shares):
+        def loss_fn(m, _):
+            return sum(s * sharpness.cross_entropy(m, b) for s, b in zip(shares, batches, strict=True))
+
+        return sharpness.hessian_eigenvalues(model, loss_fn, [None], tolerance=1e-12).value
+
+    for index in range(3):
+        up, down = ([1 / 3 + (sign if i == index else 0) for i in range(3)] for sign in (1e-4, -1e-4))
+        assert result.per_batch[index] == pytest.approx((at(up) - at(down)) / 2e-4, rel=1e-5)
+
+
+def test_a_trace_is_the_mean_of_its_batches_traces():
+    model, batches = mlp(torch.float64), [batch(torch.float64, seed, size) for seed, size in ((0, 12), (1, 4))]
+    whole = sharpness.hessian_trace(model, sharpness.cross_entropy, batches, samples=4)
+    each = [sharpness.hessian_trace(model, sharpness.cross_entropy, [one], samples=4).value for one in batches]
+    assert whole.per_batch == pytest.approx(each, rel=1e-10)
+    assert whole.value == pytest.approx((12 * each[0] + 4 * each[1]) / 16, rel=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_warm_start_finds_the_same_eigenvalues_at_less_cost(k):
+    model, batches = mlp(torch.float64), [batch(torch.float64, 0, 32)]
+    start = sharpness.WarmStart()
+    options = {"k": k, "tolerance": 1e-3}
+    cold = sharpness.hessian_eigenvalues(model, sharpness.cross_entropy, batches, **options)
+    first = sharpness.hessian_eigenvalues(model, sharpness.cross_entropy, batches, start=start, **options)
+    assert first == cold
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.02)
+    cold = sharpness.hessian_eigenvalues(model, sharpness.cross_entropy, batches, **options)
+    warm = sharpness.hessian_eigenvalues(model, sharpness.cross_entropy, batches, start=start, **options)
+    assert warm.values == pytest.approx(cold.values, rel=2e-3)
+    assert warm.cost < 0.8 * cold.cost
+
+
+def test_a_warm_start_of_another_size_is_a_cold_one():
+    start = sharpness.WarmStart()
+    small, large = mlp(torch.float64), nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 3)).double()
+    sharpness.hessian_eigenvalues(small, sharpness.cross_entropy, [batch(torch.float64)], start=start)
+    expected = sharpness.hessian_eigenvalues(large, sharpness.cross_entropy, [batch(torch.float64)])
+    assert (
+        sharpness.hessian_eigenvalues(large, sharpness.cross_entropy, [batch(torch.float64)], start=start) == expected
+    )

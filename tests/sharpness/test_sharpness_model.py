@@ -61,6 +61,12 @@ MEASURES = {
         model, *arguments, {k: v * 0.5 for k, v in model.state_dict().items()}, points=3, per_layer=True, **options
     ),
     "active_units": sharpness.active_units,
+    "quantization": partial(sharpness.quantization, accuracy_fn=sharpness.accuracy),
+    "weight_noise": partial(sharpness.weight_noise, samples=1, scales=[0.1, 0.2]),
+    "fgsm": partial(sharpness.fgsm, accuracy_fn=sharpness.accuracy, sizes=[0.1]),
+    "forgetting": lambda model, *arguments, **options: sharpness.forgetting(
+        model, *arguments, images(next(model.parameters()).dtype)[:1], steps=2, **options
+    ),
 }
 
 
@@ -172,7 +178,8 @@ def test_a_measure_can_be_stopped_from_its_progress(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["worst_case", "average_case", "per_layer", "hessian_trace", "spectral_density", "landscape", "interpolate"],
+    ["worst_case", "average_case", "per_layer", "hessian_trace", "spectral_density", "landscape", "interpolate"]
+    + ["quantization", "weight_noise", "fgsm"],
 )
 def test_progress_ends_at_the_announced_cost(name):
     seen = []

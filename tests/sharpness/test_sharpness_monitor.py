@@ -59,14 +59,60 @@ def test_it_measures_every_so_many_steps():
     assert [bool(monitor.step(step)) for step in (8, 9, 10)] == [False, True, False]
 
 
-def test_by_default_it_logs_the_one_step_sharpness():
+def test_by_default_it_logs_the_worst_and_the_average_case_of_the_presets():
     model = mlp()
-    expected = sharpness.worst_case(
-        model, sharpness.cross_entropy, [batch(), batch(seed=1)], rho=0.05, steps=1
-    ).to_dict()
+    data = [batch(), batch(seed=1)]
+    worst = sharpness.worst_case(model, sharpness.cross_entropy, data, rho=0.5, adaptive=True, steps=10)
+    average = sharpness.average_case(model, sharpness.cross_entropy, data, rho=0.05, adaptive=True)
     monitor = monitor_of(model)
-    assert monitor.step() == {"sharpness/one_step": expected["value"]}
-    assert monitor.history[0]["measures"]["one_step"] == expected
+    assert monitor.step() == {"sharpness/worst_case": worst.value, "sharpness/average_case": average.value}
+    assert monitor.history[0]["measures"]["worst_case"] == worst.to_dict()
+
+
+def test_a_preset_is_named_and_a_layer_is_logged_by_its_name():
+    model = mlp()
+    monitor = monitor_of(model, measures={"one_step": {}, "per_layer": {"steps": 1}})
+    values = monitor.step()
+    expected = sharpness.worst_case(model, sharpness.cross_entropy, [batch(), batch(seed=1)], rho=0.05, steps=1)
+    assert values["sharpness/one_step"] == expected.value
+    assert set(values) == {f"sharpness/{name}" for name in ("one_step", "per_layer", "per_layer/0", "per_layer/2")}
+
+
+def test_the_first_measurement_is_made_whatever_it_costs_and_later_ones_are_not(clock):
+    monitor = monitor_of(measures={"slow": taking(clock, 30.0)}, max_fraction=0.05)
+    assert list(monitor.step()) == ["sharpness/slow"]
+    clock.now += 100.0
+    assert monitor.step() == {}
+    resumed = monitor_of(measures={"slow": taking(clock, 30.0)}, max_fraction=0.05)
+    resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert resumed.step() == {} and resumed.has_measured
+
+
+def test_a_run_shorter_than_every_is_measured_at_its_end():
+    monitor = monitor_of(every=None)
+    assert [monitor.step() for _ in range(5)] == [{}] * 5
+    assert set(monitor.finish()) == {"sharpness/worst_case", "sharpness/average_case"}
+    assert monitor.history[0]["step"] == 5
+    assert monitor.finish() == {}
+
+
+def test_eigenvalues_start_from_the_last_measurement():
+    monitor = monitor_of(measures=["lambda_max"])
+    costs = [(monitor.step(), monitor.history[-1]["measures"]["lambda_max"]["cost"])[1] for _ in range(3)]
+    assert costs[1] < 0.7 * costs[0] and costs[2] < 0.7 * costs[0]
+
+
+def test_the_optimizers_metrics_may_be_averaged():
+    model = mlp()
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
+    monitor = monitor_of(model, optimizer=optimizer, average_metrics=True, every=3, measures=["one_step"])
+    steps, values = [], {}
+    for seed in range(6):
+        optimizer.step(closure_of(optimizer, model, batch(seed=seed)))
+        steps.append(optimizer.last_step.to_dict())
+        values = monitor.step()
+    for name, key in (("grad_norm", "grad_norm"), ("sharpness", "sam"), ("radius", "radius")):
+        assert values[f"sharpness/{key}"] == pytest.approx(sum(step[name] for step in steps[3:]) / 3, rel=1e-6)
 
 
 def test_measures_may_be_functions_partials_or_named():
@@ -86,7 +132,7 @@ def test_measures_may_be_functions_partials_or_named():
         ({"max_fraction": 0.0}, ValueError, r"max_fraction must be in \(0, 1\], got 0"),
         ({"max_fraction": 2}, ValueError, "use None for no limit"),
         ({"measures": []}, ValueError, "measures is empty"),
-        ({"measures": ["worst_case"]}, TypeError, "must be a function such as sharpness.worst_case, got 'worst_case'"),
+        ({"measures": ["sharpest"]}, ValueError, "must be one of worst_case, .* got 'sharpest'"),
         ({"measures": [sharpness.worst_case] * 2}, ValueError, "two measures are called 'worst_case'; give a dict"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)], lr=0.1)}, TypeError, "optimizer must be a samopt optimizer"),
     ],
@@ -103,7 +149,8 @@ def test_the_optimizers_metrics_join_the_record():
     optimizer.step(closure_of(optimizer, model, batch()))
     values = monitor.step()
     metrics = optimizer.last_step.to_dict()
-    assert {name: values[f"sam/{name}"] for name in metrics} == metrics
+    renamed = {"sam" if name == "sharpness" else name: metrics[name] for name in metrics if name != "loss"}
+    assert {name: values[f"sharpness/{name}"] for name in renamed} == renamed
     assert monitor.history[0]["metrics"] == metrics
 
 
@@ -156,13 +203,18 @@ def test_training_does_not_notice_it():
 
 
 def test_what_would_take_more_than_its_share_is_stopped_and_noted(clock):
-    monitor = monitor_of(measures={"slow": taking(clock, 30.0)}, max_fraction=0.05)
+    seconds = iter([0.0, 30.0])
+    monitor = monitor_of(
+        measures={"slow": lambda *given, progress: taking(clock, next(seconds))(*given, progress=progress)},
+        max_fraction=0.05,
+    )
     monitor.step()
     clock.now += 100.0
     assert monitor.step() == {}
     assert monitor.history[-1]["measures"] == {}
     assert monitor.history[-1]["skipped"]["slow"] == (
-        "takes about 30 s, but 5 s are left of a share of 0.05 of the time since the start"
+        "takes about 30 s, but 5 s are left of a share of 0.05 of the time since the start; raise max_fraction (None: "
+        "no limit), or measure fewer examples or something cheaper"
     )
     assert clock.now == 103.0  # one evaluation of ten told enough
 
@@ -185,7 +237,7 @@ def test_an_expensive_measure_runs_less_often_rather_than_never(clock):
         clock.now += 10.0
         monitor.step()
     ran = [record["step"] for record in monitor.history if record["measures"]]
-    spent = 30.0 * len(ran)
+    spent = 30.0 * (len(ran) - 1)  # the first one is not charged
     assert 0.03 * clock.now < spent <= 0.05 * clock.now + 3.0
     assert len(ran) == len(set(ran)) >= 3
 
@@ -200,7 +252,12 @@ def test_a_cheap_measure_still_runs_beside_an_expensive_one(clock):
 
 
 def test_without_a_known_total_time_is_up_when_it_is_up(clock):
-    monitor = monitor_of(measures={"open": taking(clock, 30.0, evaluations=30, total=False)}, max_fraction=0.05)
+    seconds = iter([0.0, 30.0])
+
+    def measure(*given, progress):
+        return taking(clock, next(seconds), evaluations=30, total=False)(*given, progress=progress)
+
+    monitor = monitor_of(measures={"open": measure}, max_fraction=0.05)
     monitor.step()
     clock.now += 100.0
     monitor.step()
@@ -217,7 +274,8 @@ def test_the_share_is_kept_over_a_whole_run(clock):
         clock.now += 1.0
         monitor.step()
     training = 1000.0
-    assert 0.04 * clock.now < clock.now - training < 0.1 * clock.now + 1.0
+    first = 2.0 + 7.0  # not charged
+    assert 0.04 * clock.now < clock.now - training - first < 0.1 * clock.now + 1.0
 
 
 def test_a_budget_is_resumed(clock):
@@ -239,6 +297,7 @@ def test_real_time_is_bounded():
     clock_seconds = 0.0
     model = nn.Sequential(nn.Linear(6, 400), nn.ReLU(), nn.Linear(400, 3))
     monitor = monitor_of(model, measures=[partial(sharpness.worst_case, steps=200)], max_fraction=0.2)
+    monitor.step()  # the first one is not charged
     start = time.perf_counter()
     while time.perf_counter() - start < 1.5:
         sharpness.cross_entropy(model, batch()).backward()
@@ -251,7 +310,7 @@ def test_real_time_is_bounded():
 
 def test_a_measure_that_fails_later_is_left_out_with_a_warning():
     model = mlp()
-    monitor = monitor_of(model)
+    monitor = monitor_of(model, measures=["one_step"])
     assert monitor.step()
     with torch.no_grad():
         model[0].weight.fill_(float("nan"))

@@ -49,8 +49,9 @@ def test_a_checkpoint_is_the_bases_with_a_few_counters(base: str) -> None:
     train(model, optimizer, range(2))
     ours, plain = optimizer.state_dict(), optimizer.base_optimizer.state_dict()
     assert ours.keys() - plain.keys() == {"samopt"}
-    assert ours["samopt"] == {"rounding": 2}
+    assert ours["samopt"] == {"version": 1, "rounding": 2}
     assert [group.pop("samopt_rounding") for group in ours["param_groups"]] == [2]
+    assert [group.pop("samopt_version") for group in ours["param_groups"]] == [1]
     assert_same({key: ours[key] for key in plain}, plain)
     sizes = [len(pickle.dumps(value)) for value in (ours, plain)]
     assert sizes[0] - sizes[1] < 64

@@ -27,10 +27,21 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+class Network(nn.Module):
+    """A class of its own: torch compiles no frame of an ``nn.Sequential`` that is compiled in place."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        layers = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5 if dropout else 0.0)]
+        self.layers = nn.Sequential(*layers, nn.Linear(16, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
 def build(dropout):
     torch.manual_seed(0)
-    layers = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5 if dropout else 0.0)]
-    return nn.Sequential(*layers, nn.Linear(16, 3))
+    return Network(dropout)
 
 
 def loss_of(model, x):
@@ -64,7 +75,10 @@ CASES = [
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_compiled_model_is_compiled_once_and_trains_as_a_seeded_loop(backend, setup, form, variant):
     wrap, rho, eta = VARIANTS[variant]
-    dropout = form == "closure" or setup == "compiled"  # what the explicit form cannot see, it warns about
+    dropout = form == "closure" or setup in (
+        "compiled",
+        "in place",
+    )  # else it warns
     inner = build(dropout)
     counter = CompileCounterWithBackend(backend)
     called, given = compile_it(inner, setup, counter)
@@ -124,11 +138,13 @@ def test_a_compiled_model_is_compiled_once_and_trains_as_a_seeded_loop(backend, 
     torch.testing.assert_close(list(inner.buffers()), list(twin.buffers()), **exact)
 
 
-@pytest.mark.parametrize("setup", ["inner", "in place"])
+@pytest.mark.parametrize("setup", ["inner", "in place, later"])
 def test_masks_that_cannot_be_replayed_are_announced_once(setup):
     inner = build(dropout=True)
-    called, given = compile_it(inner, setup, "eager")
+    called, given = (inner, inner) if setup == "in place, later" else compile_it(inner, setup, "eager")
     optimizer = samopt.SAM(torch.optim.SGD(inner.parameters(), lr=0.1), model=given)
+    if setup == "in place, later":  # torch keeps the compiled call where the optimizer follows the model's calls
+        inner.compile(backend="eager", fullgraph=True)
     with pytest.warns(UserWarning, match="Give model= the module that your loop calls") as caught:
         for seed in range(2):
             wrapped_step(optimizer, [lambda seed=seed: loss_of(called, data(seed))] * 2, "explicit")
@@ -142,7 +158,53 @@ def test_an_eager_model_gets_no_such_warning(recwarn):
     for form in ("closure", "explicit"):
         wrapped_step(optimizer, [lambda: loss_of(model, data(0))] * 2, form)
     frozen = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
-    loss_of(model[0], data(0)).backward()  # a part of the model, without random numbers
+    loss_of(model.layers[0], data(0)).backward()  # a part of the model, without random numbers
     with frozen.perturbed():
-        loss_of(model[0], data(0)).backward()
+        loss_of(model.layers[0], data(0)).backward()
     assert not recwarn.list
+
+
+FORMS_OF_A_STEP = ["perturbed", "backward", "closure"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS_OF_A_STEP)
+def test_a_compiled_training_step_is_the_uncompiled_one(form):
+    """The parts that cannot be compiled run as they are: a graph break, and no other result.
+
+    In a compiled step the calls of the model before ``perturbed()`` cannot be seen, so dropout is warned about there.
+    """
+    weights = []
+    for is_compiled in (True, False):
+        model = build(dropout=form != "perturbed").double()
+        optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.3, model=model)
+
+        def train_step(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            if form == "perturbed":
+                loss = loss_of(model, x)
+                loss.backward()
+                with optimizer.perturbed(loss):
+                    loss_of(model, x).backward()
+                optimizer.step()
+            elif form == "backward":
+                loss = optimizer.backward(lambda: loss_of(model, x))
+                optimizer.step()
+            else:
+
+                def closure():
+                    optimizer.zero_grad()
+                    loss = loss_of(model, x)
+                    loss.backward()
+                    return loss
+
+                loss = optimizer.step(closure)
+            return loss
+
+        run = torch.compile(train_step, backend="eager") if is_compiled else train_step
+        for seed in range(3):
+            torch.manual_seed(seed)
+            run(data(seed).double())
+        weights.append([*model.parameters(), *model.buffers()])
+        assert not optimizer.is_perturbed
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)

@@ -22,6 +22,7 @@ from tests.helpers.cases import (
     loss_of,
     mlp,
     parameter_groups,
+    rhos_of,
     same_bits,
 )
 from tests.helpers.published import PRESETS
@@ -69,6 +70,15 @@ def explicit_step(
     return loss.detach()
 
 
+def backward_step(
+    optimizer: samopt.SharpnessAwareOptimizer, model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = optimizer.backward(lambda: loss_of(model, data))
+    optimizer.step()
+    return loss.detach()
+
+
 def assert_near(model: nn.Module, reference: nn.Module, dtype: torch.dtype) -> None:
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, **TOLERANCE[dtype])
@@ -77,7 +87,7 @@ def assert_near(model: nn.Module, reference: nn.Module, dtype: torch.dtype) -> N
 @each_pairing
 @each_dtype
 @each_grouping
-@pytest.mark.parametrize("form", ["closure", "explicit"])
+@pytest.mark.parametrize("form", ["closure", "explicit", "backward"])
 def test_training_equals_the_textbook_loop(variant, base, dtype, factors, form) -> None:
     model, optimizer = build(variant, base, dtype, factors, stochastic_rounding=False)
     reference = mlp(dtype)
@@ -88,7 +98,7 @@ def test_training_equals_the_textbook_loop(variant, base, dtype, factors, form) 
         if form == "closure":
             loss = optimizer.step(closure_of(optimizer, model, data)).detach()
         else:
-            loss = explicit_step(optimizer, model, data)
+            loss = (backward_step if form == "backward" else explicit_step)(optimizer, model, data)
         expected = by_hand(reference, stock, data)
         torch.testing.assert_close(loss, expected, **TOLERANCE[dtype])
     assert_near(model, reference, dtype)
@@ -186,7 +196,7 @@ def test_second_gradient_is_taken_where_the_formula_says(variant, factors) -> No
     loss_of(model, data).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start = [p.detach().clone() for p in parameters]
-    rhos = [group["rho"] for group in optimizer.param_groups for _ in group["params"]]
+    rhos = rhos_of(optimizer)
     expected = variant.epsilon(start, [p.grad for p in parameters], rhos)
     optimizer.ascend()
     for parameter, before, epsilon in zip(parameters, start, expected, strict=True):

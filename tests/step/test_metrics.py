@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import samopt
 from samopt._perturb.perturbation import Perturbation
+from samopt.parts import checks
 from samopt.step_metrics import as_scalar
 from tests.helpers.cases import batch, curved, linear, mlp, tensors, wrapped_step
 
@@ -169,6 +170,7 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_on_an_accelerator_never_waits_for_it(dtype, variant, form, monkeypatch):
     monkeypatch.setattr(Perturbation, "usable", None)  # an accelerator's: the host cannot tell
+    monkeypatch.setattr(checks, "_is_on_host", lambda value: False)
     wrap, rho, _ = VARIANTS[variant]
     parameters = tensors((3, 2), (4,), dtype=dtype)
     groups = [{"params": [parameters[0]]}, {"params": [parameters[1]], "rho": torch.tensor(0.7)}]

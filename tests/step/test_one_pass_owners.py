@@ -17,8 +17,8 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 
 import samopt
 from samopt.parts.direction import Momentum
-from tests.helpers.cases import batch, bits, loss_of, mlp, same_bits
-from tests.helpers.one_pass import RHO, assert_close, hand_step, one_pass, sgd
+from tests.helpers.cases import batch, bits, loss_of, mlp, sam_epsilon, same_bits
+from tests.helpers.one_pass import RHO, assert_close, hand_step, momenta_of, one_pass, sgd
 
 DOUBLE = torch.float64
 OLDER = "the older one no longer perturbs the model"
@@ -162,31 +162,19 @@ def test_two_optimizers_on_parts_of_the_weights_are_both_at_work() -> None:
         for optimizer in both:
             optimizer.step()
 
-        def backward(data=data):
-            """Move the second part, too, then take the gradient."""
-            inner = lambda: (twin.zero_grad(), loss_of(twin, data).backward())  # noqa: E731
-            second = [group["lr"] for group in stocks[1].param_groups]
-            gradients = []
-
-            def keep():
-                inner()
-                gradients.extend(p.grad.clone() for p in twin.parameters())
-
-            frozen = copy.deepcopy(stocks[1])  # a step of a copy, so that only the gradient is left
-            frozen.param_groups[0]["params"] = stocks[1].param_groups[0]["params"]
-            frozen.state.clear()
-            frozen.state.update({p: copy.deepcopy(s) for p, s in stocks[1].state.items()})
-            before = [p.detach().clone() for p in split(twin)[1]]
-            hand_step(frozen, keep, rho=0.1)
-            with torch.no_grad():
-                for p, value in zip(split(twin)[1], before, strict=True):
-                    p.copy_(value)
-            for p, gradient in zip(twin.parameters(), gradients, strict=True):
-                p.grad = gradient
-            assert second
-
-        hand_step(stocks[0], backward, rho=0.5)
-        stocks[1].step()
+        parts, start = split(twin), bits(twin)
+        with torch.no_grad():
+            for part, stock, rho in zip(parts, stocks, (0.5, 0.1), strict=True):
+                moves = sam_epsilon(part, momenta_of(stock), [rho] * len(part))
+                for p, move in zip(part, moves, strict=True):
+                    p.sub_(move)
+        twin.zero_grad()
+        loss_of(twin, data).backward()
+        with torch.no_grad():
+            for p, value in zip(twin.parameters(), start, strict=True):
+                p.copy_(value)
+        for stock in stocks:
+            stock.step()
     assert_close(model, twin)
 
 
@@ -344,8 +332,6 @@ def test_an_average_of_samopts_own_serves_any_base(base) -> None:
         given = {p: average for p, average in zip(twin.parameters(), averages, strict=True)}
 
         def epsilon(weights, momenta, rhos, given=given):
-            from tests.helpers.cases import sam_epsilon
-
             return sam_epsilon(weights, list(given.values()), rhos)
 
         def backward(step=step):

@@ -92,9 +92,15 @@ def constructor_errors() -> list[tuple[Callable[[nn.Module, torch.optim.Optimize
     return [
         (lambda m, b: samopt.SAM(samopt.SAM(b)), "SAM cannot wrap SAM, which already wraps SGD; .*" + two_forms),
         (lambda m, b: samopt.ASAM(samopt.SAM(b)), "ASAM cannot wrap SAM, which already wraps SGD"),
-        (lambda m, b: samopt.SAM(b, lr=0.1, momentum=0.9), "instance together with lr=, momentum=; .*" + two_forms),
-        (lambda m, b: samopt.SAM(b, sgd), "instance together with <class 'torch.optim.sgd.SGD'>; .*" + two_forms),
-        (lambda m, b: samopt.SAM(b, 0.1), "instance together with 0.1; .*" + two_forms),
+        (
+            lambda m, b: samopt.SAM(b, lr=0.1, momentum=0.9),
+            "instance together with lr=, momentum=, which SAM does not know.*" + two_forms,
+        ),
+        (
+            lambda m, b: samopt.SAM(b, sgd),
+            "instance together with <class 'torch.optim.sgd.SGD'>, which SAM does not know.*" + two_forms,
+        ),
+        (lambda m, b: samopt.SAM(b, 0.1), "instance together with 0.1, which SAM does not.*" + two_forms),
         (lambda m, b: samopt.SAM(m.parameters(), b), "parameters together with an instance of SGD; " + two_forms),
         (lambda m, b: samopt.SAM(m.parameters(), lr=0.1), "got generator and None; " + two_forms),
         (lambda m, b: samopt.SAM(m, sgd, lr=0.1), "SAM got a module, Sequential; write SAM\\(model.parameters\\(\\)"),
@@ -105,7 +111,7 @@ def constructor_errors() -> list[tuple[Callable[[nn.Module, torch.optim.Optimize
             lambda m, b: samopt.SAM(b, backend="cuda"),
             f"backend must be \"auto\" or one of {re.escape(str(sorted(kernels.BACKENDS)))}, got 'cuda'",
         ),
-        (lambda m, b: samopt.SAM(b, model="resnet"), "model must be a torch.nn.Module, got str"),
+        (lambda m, b: samopt.SAM(b, model="resnet"), "model must be a torch.nn.Module or a list of modules, got str"),
         (
             lambda m, b: samopt.SAM(b, model=mlp()),
             "given model=Sequential, but none of its parameters is among the 4 that the base optimizer updates; build",

@@ -80,19 +80,19 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 
 
-def lengths(metric: str, weights: Weights, g: Weights, eta: float) -> list[Tensor]:
-    if metric == "adaptive":
+def lengths(geometry: str, weights: Weights, g: Weights, eta: float) -> list[Tensor]:
+    if geometry == "adaptive":
         return [weights[0].abs() + eta, torch.ones_like(weights[1])]
-    if metric == "fisher":
+    if geometry == "fisher":
         return [(1 + eta * each**2) ** -0.5 for each in g]
     return [torch.ones_like(each) for each in g]
 
 
 def hand_step(
-    weights: Weights, g: Weights, radii: tuple[float, float], metric: str, eta: float, x: Tensor, y: Tensor
+    weights: Weights, g: Weights, radii: tuple[float, float], geometry: str, eta: float, x: Tensor, y: Tensor
 ) -> Weights:
     """SGD with the gradient at ``w + r T^2 g / ||T g||``."""
-    scales = lengths(metric, weights, g, eta)
+    scales = lengths(geometry, weights, g, eta)
     norm = math.sqrt(sum(float(((t * each) ** 2).sum()) for t, each in zip(scales, g, strict=True)))
     moved = [w + r * t * t * each / norm for w, r, t, each in zip(weights, radii, scales, g, strict=True)]
     second = gradient((moved[0], moved[1]), x, y)
@@ -133,13 +133,13 @@ def region(name: str) -> object:
 @pytest.mark.parametrize("geometry", ["adaptive", "euclidean", "fisher"])
 @pytest.mark.parametrize("divergence", DISTANCES)
 @pytest.mark.parametrize("name", TRUST_REGIONS)
-def test_radius_and_update_by_hand(name: str, divergence: str, metric: str) -> None:
+def test_radius_and_update_by_hand(name: str, divergence: str, geometry: str) -> None:
     model = Softmax()
     weights: Weights = (model.weight.detach().clone(), model.bias.detach().clone())
-    base = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "rho": 0.5 * SCALE}], lr=LR)
-    eta = {"adaptive": 0.02, "euclidean": 0.0, "fisher": 2.0}[metric]
+    base = torch.optim.SGD([{"params": [model.weight]}, {"params": [model.bias], "scale": 0.5 * SCALE}], lr=LR)
+    eta = {"adaptive": 0.02, "euclidean": 0.0, "fisher": 2.0}[geometry]
     optimizer = samopt.TRAM(
-        base, model=model, trust_region=region(name), divergence=divergence, scale=SCALE, geometry=metric, eta=eta
+        base, model=model, trust_region=region(name), divergence=divergence, scale=SCALE, geometry=geometry, eta=eta
     )
     trusted = Trusted(name, weights)
     seen = []
@@ -152,7 +152,7 @@ def test_radius_and_update_by_hand(name: str, divergence: str, metric: str) -> N
         distance = DISTANCES[divergence](reference, current)
         trusted.advance(weights)
         radii = (SCALE * distance, 0.5 * SCALE * distance)
-        weights = hand_step(weights, gradient(weights, x, y), radii, metric, eta, x, y)
+        weights = hand_step(weights, gradient(weights, x, y), radii, geometry, eta, x, y)
         assert optimizer.last_step.distance.item() == pytest.approx(distance, rel=1e-9, abs=1e-15)
         assert optimizer.last_step.radius.item() == pytest.approx(radii[0], rel=1e-9, abs=1e-15)
         torch.testing.assert_close((model.weight.data, model.bias.data), weights, **EXACT)
@@ -306,7 +306,7 @@ def test_previous_with_lbfgs_is_the_evaluation_before() -> None:
             with torch.no_grad():
                 points.append(model(batch(torch.float64)[0]).softmax(1))
         else:
-            distances.append(optimizer._distance.item())
+            distances.append(optimizer.radius.metrics()["distance"].item())
         return closure()
 
     optimizer.step(watched)

@@ -82,11 +82,11 @@ def test_scale_is_scheduled_as_rho_and_costs_one_pass_at_zero() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rho": 0.05}, TypeError, r"it takes no rho, got 0.05; use scale=, or samopt.ASAM for a constant radius"),
-        ({"scale": -1.0}, ValueError, "rho must be >= 0 and finite, got -1.0"),
+        ({"rho": 0.05}, TypeError, r"got rho=0.05; its radius is scale times .*: use scale=, or samopt.ASAM"),
+        ({"scale": -1.0}, ValueError, "scale must be >= 0 and finite, got -1.0"),
         ({"max_radius": 0.0}, ValueError, "max_radius must be > 0, got 0.0; use scale=0"),
         ({"divergence": "js"}, ValueError, r"divergence must be one of \['kl'"),
-        ({"geometry": "round"}, ValueError, r"metric must be one of \['adaptive', 'euclidean', 'fisher'\]"),
+        ({"geometry": "round"}, ValueError, r"geometry must be one of \['adaptive', 'euclidean', 'fisher'\]"),
         (
             {"trust_region": "last"},
             ValueError,

@@ -143,9 +143,9 @@ def test_the_reference_is_all_that_the_state_dict_gains() -> None:
     optimizer.step(closure_of(optimizer, model, batch()))
     state = optimizer.state_dict()
     own = state.pop("samopt")
-    assert set(own) == {"rounding", "trust_region"}
-    assert set(own["trust_region"]) == {"kind", "weights"}
-    for (name, held), weight in zip(own["trust_region"]["weights"].items(), before, strict=True):
+    assert set(own) == {"version", "rounding", "radius"}
+    assert set(own["radius"]) == {"kind", "weights"}
+    for (name, held), weight in zip(own["radius"]["weights"].items(), before, strict=True):
         assert dict(model.named_parameters())[name].shape == held.shape
         assert torch.equal(held, weight)
     stock = torch.optim.SGD(mlp().parameters(), lr=0.1, momentum=0.9)

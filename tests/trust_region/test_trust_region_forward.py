@@ -200,7 +200,7 @@ def test_nothing_that_counts_is_no_distance() -> None:
         optimizer.zero_grad()
         model(inputs(4), labels=torch.full((4,), -100)).square().mean().backward()
         optimizer.ascend()
-        assert optimizer._distance.item() == 0.0
+        assert optimizer.radius.metrics()["distance"].item() == 0.0
         optimizer.restore()
         optimizer.step()
 
@@ -260,7 +260,7 @@ def test_an_abandoned_pass_does_not_count() -> None:
         expected = kl_divergence(Categorical(logits=start), Categorical(logits=model(x))).mean()
     loss_of(model, (x, y)).backward()
     optimizer.ascend()
-    torch.testing.assert_close(optimizer._distance, expected, **EXACT)
+    torch.testing.assert_close(optimizer.radius.metrics()["distance"], expected, **EXACT)
     optimizer.restore()
 
 
@@ -272,10 +272,11 @@ def test_hooks_go_with_the_optimizer_and_copies_of_the_model_are_free_of_them() 
     for each in (copied, restored):
         loss_of(each, batch()).backward()
     with pytest.raises(RuntimeError, match="saw no forward call"):
-        optimizer._measured_distance()
+        optimizer.radius._measured_distance()
     del optimizer
     gc.collect()
     assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 0
+    assert "_compiled_call_impl" not in vars(model)
 
 
 def test_users_hooks_see_the_reference_once_with_inputs_as_given() -> None:

@@ -46,7 +46,7 @@ def take_step(optimizer: torch.optim.Optimizer, model: nn.Module, data: tuple[Te
 def unreadable(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device whose values cannot be brought to the host: reading one raises."""
     streams = SimpleNamespace(get_rng_state=lambda device: None, set_rng_state=lambda state, device: None)
-    monkeypatch.setattr("samopt._replay.forward_calls.device_module", lambda device: streams)
+    monkeypatch.setattr("samopt._replay.random_state.device_module", lambda device: streams)
     real = torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": real())
     for read in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
@@ -136,11 +136,26 @@ def test_equal_parameters_have_no_distance_in_a_compiled_model() -> None:
         assert optimizer.last_step.distance.item() == 0.0
 
 
-def test_a_model_compiled_in_place_is_told_so() -> None:
+def test_a_model_compiled_in_place_has_the_distance_of_an_eager_one() -> None:
+    torch._dynamo.reset()
+    distances = []
+    for in_place in (True, False):
+        model = network()
+        if in_place:
+            model.compile(backend="aot_eager")
+        optimizer = samopt.TRAM(torch.optim.SGD(model.parameters(), lr=0.3), model=model)
+        for step in range(3):
+            take_step(optimizer, model, batch(seed=step))
+            distances.append(optimizer.last_step.distance.item())
+    assert distances[:3] == pytest.approx(distances[3:], rel=1e-5, abs=1e-9)
+    assert distances[0] == 0.0 and distances[1] > 0.0
+
+
+def test_a_model_compiled_in_place_after_the_optimizer_was_made_is_told_so() -> None:
     torch._dynamo.reset()
     model = nn.Linear(6, 3)
-    model.compile(backend="aot_eager")
     optimizer = samopt.TRAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    model.compile(backend="aot_eager")
     nn.functional.cross_entropy(model(batch()[0]), batch()[1]).backward()
     with pytest.raises(RuntimeError, match=r"compile it with torch.compile\(model\), not model.compile\(\)"):
         optimizer.ascend()

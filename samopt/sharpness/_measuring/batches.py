@@ -8,18 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samopt._replay.random_state import RngState
+from samopt.sharpness._measuring.optimizer_parts import RngState
 
-__all__ = ["map_tensors", "read_batches"]
+__all__ = ["LABEL_KEYS", "batch_size", "label_key", "map_tensors", "read_batches"]
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+"""Where a batch that is a mapping may have its labels."""
 
 
-def read_batches(batches: Iterable[Any], m: int | None = None) -> list[Any]:
+def read_batches(batches: Iterable[Any], m: int | None = None, *, keep_rest: bool = False) -> list[Any]:
     """Return every batch, or every whole piece of ``m`` examples of each batch.
 
     Args:
         batches: Batches; read to the end, once.
         m: Examples a piece; None leaves the batches as they are. What is left of a batch after its last whole piece is
             not used.
+        keep_rest: Keep it after all, as a smaller piece.
 
     Raises:
         TypeError: If ``batches`` is one batch rather than several, or a batch cannot be cut.
@@ -40,7 +44,7 @@ def read_batches(batches: Iterable[Any], m: int | None = None) -> list[Any]:
     if m is not None:
         if m < 1:
             raise ValueError(f"m must be at least 1, got {m}; leave it out to use the batches as they are")
-        read = [piece for batch in read for piece in _pieces(batch, m)]
+        read = [piece for batch in read for piece in _pieces(batch, m, keep_rest)]
     if not read:
         raise ValueError(
             "there are no batches to measure on"
@@ -68,20 +72,55 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return batch
 
 
+def label_key(batch: Mapping[Any, Any]) -> str | None:
+    """Return the key of a mapping's labels, or None where it has none.
+
+    Args:
+        batch: The mapping.
+    """
+    return next((key for key in LABEL_KEYS if key in batch), None)
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of examples of a batch: the length of its labels, else of its first tensor; 1 without tensors.
+
+    Args:
+        batch: Any batch.
+    """
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        key = label_key(batch)
+        labels = None if key is None else batch[key]
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        labels = batch[1]
+    for part in (labels, batch):
+        sizes = _sizes(part)
+        if sizes:
+            return sizes[0]
+    graphs = getattr(batch, "num_graphs", None)  # as torch_geometric counts its examples
+    return graphs if isinstance(graphs, int) and graphs > 0 else 1
+
+
+def _sizes(part: Any) -> list[int]:
+    """Return the length of each tensor that has one."""
+    sizes: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.dim() > 0 and tensor.shape[0] > 0:
+            sizes.append(tensor.shape[0])
+        return tensor
+
+    map_tensors(part, note)
+    return sizes
+
+
 def _usable_in_a_graph(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False):
         return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _pieces(batch: Any, m: int) -> list[Any]:
-    sizes: set[int] = set()
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.dim() > 0:
-            sizes.add(tensor.shape[0])
-        return tensor
-
-    map_tensors(batch, note)
+def _pieces(batch: Any, m: int, keep_rest: bool) -> list[Any]:
+    sizes = set(_sizes(batch))
     if len(sizes) != 1:
         raise TypeError(
             f"m={m} asks for pieces of each batch, but the first dimensions of its tensors are {sorted(sizes)}, not "
@@ -92,4 +131,4 @@ def _pieces(batch: Any, m: int) -> list[Any]:
     def cut(start: int) -> Any:
         return map_tensors(batch, lambda tensor: tensor[start : start + m] if tensor.dim() > 0 else tensor)
 
-    return [cut(start) for start in range(0, size - m + 1, m)]
+    return [cut(start) for start in range(0, size if keep_rest else size - m + 1, m)]

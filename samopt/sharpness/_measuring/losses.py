@@ -1,7 +1,9 @@
-"""Ready losses for the batches people have: (inputs, labels), or keyword arguments of a Hugging Face model."""
+"""Losses for the batches people have: (inputs, labels), dicts with labels, and what a Hugging Face model takes."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -9,28 +11,86 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from samopt.sharpness._measuring.batches import map_tensors
+from samopt.sharpness._measuring.batches import LABEL_KEYS, label_key, map_tensors
 
-__all__ = ["LossFn", "accuracy", "cross_entropy", "hf_loss"]
+__all__ = ["Loss", "LossFn", "accuracy", "as_loss_fn", "cross_entropy", "hf_loss", "split_batch"]
 
 LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> scalar``: the batch's loss, averaged over its examples."""
 
+Loss: TypeAlias = LossFn | nn.Module | Callable[[Tensor, Tensor], Tensor]
+"""A ``LossFn``; or a loss of outputs and labels, such as ``nn.CrossEntropyLoss()`` or ``functional.mse_loss``."""
+
 _IGNORED = -100  # the label that torch's cross-entropy and Hugging Face's models leave out
+_OUTPUT_NAMES = {"input", "inputs", "output", "outputs", "out", "pred", "preds", "prediction", "predictions"} | {
+    "logits",
+    "y_hat",
+    "y_pred",
+}
+_LABEL_NAMES = {"target", "targets", "label", "labels", "y", "y_true", "truth"}
+_MODEL_NAMES = {"model", "module", "net", "network"}
+
+
+def as_loss_fn(loss: Any) -> LossFn:
+    """Return any accepted loss as ``loss_fn(model, batch) -> scalar``.
+
+    A module, and a function whose first two arguments are called like outputs and labels (as all of
+    ``torch.nn.functional`` are), is a loss of outputs and labels. Any other function is called with model and batch.
+
+    Args:
+        loss: A ``Loss``.
+
+    Raises:
+        TypeError: If it is no loss.
+        ValueError: If its reduction is not a mean over examples.
+    """
+    if inspect.isclass(loss):
+        raise TypeError(f"loss_fn is the class {loss.__name__}; make an object of it: {loss.__name__}()")
+    if not callable(loss):
+        raise TypeError(
+            f"loss_fn must be a function loss_fn(model, batch) or a torch loss such as nn.CrossEntropyLoss(), got "
+            f"{type(loss).__name__}"
+        )
+    if isinstance(loss, _OutputLoss) or not _takes_outputs_and_labels(loss):
+        function: LossFn = loss
+        return function
+    reduction = getattr(loss, "reduction", None) or getattr(loss, "keywords", {}).get("reduction", "mean")
+    if reduction not in ("mean", "batchmean"):
+        raise ValueError(
+            f'the loss has reduction="{reduction}", but a measure needs the mean over the examples of a batch; use '
+            'reduction="mean"'
+        )
+    return _OutputLoss(loss)
+
+
+class _OutputLoss:
+    """A loss of outputs and labels, as a function of the model and a batch.
+
+    Args:
+        criterion: ``criterion(outputs, labels) -> scalar``.
+    """
+
+    def __init__(self, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.criterion = criterion
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        inputs, labels = split_batch(model, batch)
+        return self.criterion(_logits(model, call_model(model, inputs)), labels)
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     """Return the mean cross-entropy of ``model(inputs)`` against ``labels``, in at least fp32.
 
     Args:
-        model: Returns logits of shape ``(n, classes, ...)``.
-        batch: ``(inputs, labels)``, moved to the model's device; further entries are not used.
+        model: Returns logits of shape ``(n, classes, ...)``, or an output with ``logits`` of shape ``(n, classes)``.
+        batch: ``(inputs, labels)`` or a dict with labels, moved to the model's device; further entries of a pair are
+            not used.
 
     Raises:
-        TypeError: If the batch is no such pair.
+        TypeError: If the batch has no labels.
     """
-    inputs, labels = _pair(model, batch)
-    logits = model(inputs)
+    inputs, labels = split_batch(model, batch)
+    logits = _logits(model, call_model(model, inputs))
     return functional.cross_entropy(logits if logits.dtype is torch.float64 else logits.float(), labels)
 
 
@@ -59,27 +119,47 @@ def accuracy(model: nn.Module, batch: Any) -> Tensor:
     Args:
         model: Returns logits, or an output with ``logits``, whose classes are the last dimension (the second one where
             the labels say so, as in segmentation).
-        batch: ``(inputs, labels)``, or a mapping with ``labels``.
+        batch: ``(inputs, labels)``, or a mapping with labels.
 
     Raises:
         TypeError: If the batch is neither.
     """
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Mapping) and "labels" in batch:  # a Hugging Face model may need its labels to run
         moved = map_tensors(dict(batch), _mover(model))
-        labels = moved.get("labels")
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"accuracy needs a batch with 'labels', got the keys {sorted(batch)}")
-        output = model(**moved)
+        labels = moved["labels"]
+        output = model(**moved) if _accepts(model, moved) else call_model(model, split_batch(model, batch)[0])
     else:
-        inputs, labels = _pair(model, batch)
-        output = model(inputs)
+        inputs, labels = split_batch(model, batch)
+        output = call_model(model, inputs)
     logits = output if isinstance(output, Tensor) else output.logits
     predictions = logits.argmax(-1 if logits.shape[:-1] == labels.shape else 1)
     counted = labels != _IGNORED
-    return ((predictions == labels) & counted).sum() / counted.sum()
+    hits: Tensor = (predictions == labels) & counted
+    fraction: Tensor = hits.sum() / counted.sum()
+    return fraction
 
 
-def _pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+def split_batch(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Return the inputs and the labels of a batch, moved to the model's device.
+
+    Args:
+        model: The model.
+        batch: ``(inputs, labels)``, or a mapping with labels.
+
+    Raises:
+        TypeError: If there are no labels.
+    """
+    moved: Any
+    if isinstance(batch, Mapping):
+        key = label_key(batch)
+        if key is None:
+            raise TypeError(
+                f"a batch that is a mapping needs labels under one of {', '.join(LABEL_KEYS)}, got the keys "
+                f"{sorted(map(str, batch))}; write loss_fn(model, batch)"
+            )
+        moved = map_tensors(dict(batch), _mover(model))
+        labels = moved.pop(key)
+        return moved, labels
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         found = type(batch).__name__ + (f" with {len(batch)} entries" if isinstance(batch, tuple | list) else "")
         raise TypeError(
@@ -88,6 +168,63 @@ def _pair(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         )
     inputs, labels = map_tensors(tuple(batch[:2]), _mover(model))
     return inputs, labels
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Return ``model(inputs)``, with the entries of a mapping as keyword arguments where the model takes them.
+
+    Args:
+        model: The model.
+        inputs: The inputs.
+    """
+    if isinstance(inputs, Mapping):
+        if _accepts(model, inputs):
+            return model(**inputs)
+        if len(inputs) == 1:
+            return model(next(iter(inputs.values())))
+    return model(inputs)
+
+
+def _logits(model: nn.Module, output: Any) -> Tensor:
+    logits: Any = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and logits.dim() > 2 and isinstance(output, Mapping):
+        raise TypeError(
+            f"{type(model).__name__} returned logits of shape {list(logits.shape)}, one row a token, whose labels the "
+            "model itself shifts and masks; use sharpness.hf_loss"
+        )
+    if logits is None and isinstance(output, tuple) and output:
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{type(model).__name__} returned {type(output).__name__}, which holds no tensor of outputs for a loss of "
+            "outputs and labels; write loss_fn(model, batch)"
+        )
+    return logits
+
+
+def _takes_outputs_and_labels(loss: Any) -> bool:
+    """Return whether the first two arguments are outputs and labels, rather than a model and a batch."""
+    if isinstance(loss, nn.Module):
+        return not _positional(type(loss).forward)[1:2] or _positional(type(loss).forward)[1] not in _MODEL_NAMES
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    names = _positional(loss)
+    return len(names) > 1 and names[0] in _OUTPUT_NAMES and names[1] in _LABEL_NAMES
+
+
+def _positional(function: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-in functions have none
+        return []
+    return [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+
+
+def _accepts(model: nn.Module, arguments: Mapping[Any, Any]) -> bool:
+    """Return whether ``model(**arguments)`` names arguments that its ``forward`` has."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return all(isinstance(name, str) and (takes_any or name in parameters) for name in arguments)
 
 
 def _mover(model: nn.Module) -> Callable[[Tensor], Tensor]:

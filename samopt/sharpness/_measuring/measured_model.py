@@ -10,25 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt._perturb.movable_weights import MovableWeights
-from samopt._replay.random_state import RngState
-from samopt._replay.unobserved import unobserved
-from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.buffers import SavedBuffers
+from samopt.sharpness._measuring.batches import batch_size, read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss, LossFn, as_loss_fn
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedBuffers, unobserved
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
+from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness._measuring.weights import Selection, select, unwrap
 
-__all__ = ["FORWARD", "GRADIENT", "MODES", "Subject", "measuring"]
+__all__ = ["FORWARD", "GRADIENT", "MODES", "MeasuredModel", "measuring"]
 
 FORWARD = 1 / 3  # the cost of a forward pass alone, in gradients: a backward pass costs about twice a forward pass
 GRADIENT = 1.0
 MODES = ("eval", "train", "keep")
 
 
-class Subject:
-    """A model, its loss and its batches, in a state that every evaluation starts from anew.
+class MeasuredModel:
+    """A model, its loss and its batches, in the same state at the start of every evaluation.
 
     Random numbers (dropout masks) and, in training mode, buffers are the same for every evaluation, so the loss is a
     function of the weights and the batch.
@@ -38,6 +36,7 @@ class Subject:
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         weights: The parameters that the measure is about, by name.
         batches: The batches.
+        mode: The mode's name.
         buffers: The buffers' values to start from.
         start: The random state to start from.
         progress: Where the cost goes.
@@ -49,6 +48,7 @@ class Subject:
         loss_fn: LossFn,
         weights: dict[str, nn.Parameter],
         batches: list[Any],
+        mode: str,
         buffers: SavedBuffers,
         start: RngState,
         progress: Progress,
@@ -57,7 +57,11 @@ class Subject:
         self.names = list(weights)
         self.weights = list(weights.values())
         self.batches = batches
+        self.sizes = [batch_size(batch) for batch in batches]
+        """Number of examples of each batch: means over batches weigh them by it."""
         self.progress = progress
+        self.settings: dict[str, Any] = {"model": type(model).__name__, "examples": sum(self.sizes), "mode": mode}
+        """For a result: what was measured, and on how much."""
         self._loss_fn = loss_fn
         self._buffers = buffers
         self._start = start
@@ -73,6 +77,35 @@ class Subject:
             loss = self.call(batch)
         self.progress.advance(FORWARD)
         return loss
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Return the mean over examples of a number that is known for each batch.
+
+        Args:
+            values: One for each batch.
+        """
+        return mean_and_error(values, self.sizes)[0]
+
+    def mean_loss(self) -> float:
+        """Return the mean loss over the examples of all batches; costs a forward pass each."""
+        return self.mean([float(self.loss(batch)) for batch in self.batches])
+
+    def mean_over(self, batches: Sequence[Any]) -> float:
+        """Return the mean loss over the examples of other batches; costs a forward pass each.
+
+        Args:
+            batches: The batches.
+        """
+        losses = [float(self.loss(batch)) for batch in batches]
+        return mean_and_error(losses, [batch_size(batch) for batch in batches])[0]
+
+    def mean_of(self, function: Callable[[nn.Module, Any], Tensor]) -> float:
+        """Return the mean over examples of another number, such as the accuracy; costs a forward pass a batch.
+
+        Args:
+            function: Called as ``function(model, batch)``; returns a scalar.
+        """
+        return self.mean([self.evaluate(function, batch) for batch in self.batches])
 
     def evaluate(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> float:
         """Return another number that a function computes from the model and one batch; costs a forward pass.
@@ -133,20 +166,20 @@ class Subject:
         return gradient
 
     @contextmanager
-    def placement(self) -> Generator[MovableWeights]:
+    def movable_weights(self) -> Generator[MovableWeights]:
         """Let the weights be moved inside this context; they are put back bit for bit, also after an interrupt.
 
         Yields:
             What moves them.
         """
-        placement = MovableWeights(self.weights)
+        movable = MovableWeights(self.weights)
         try:
             try:
-                yield placement
+                yield movable
             finally:
-                placement.undo()
+                movable.undo()
         finally:
-            placement.undo()  # once more, in case an interrupt hit the first one
+            movable.undo()  # once more, in case an interrupt hit the first one
 
     @staticmethod
     def checked(loss: Tensor, number: int) -> float:
@@ -178,7 +211,15 @@ class Subject:
             ValueError: If a graph is being built and the loss has none.
         """
         self._rewind()
-        loss = self._loss_fn(self.model, batch)
+        try:
+            loss = self._loss_fn(self.model, batch)
+        except TypeError as error:
+            if "must be Tensor, not" not in str(error):
+                raise
+            raise TypeError(
+                f"{error}. A loss function is called as loss_fn(model, batch); a loss of outputs and labels must name "
+                "its arguments so, as in def loss(outputs, labels)"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
@@ -203,7 +244,7 @@ class Subject:
 @contextmanager
 def measuring(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     name: str,
@@ -214,7 +255,7 @@ def measuring(
     frozen: bool = False,
     cost_per_batch: float | None = None,
     progress: ProgressOption = None,
-) -> Generator[Subject]:
+) -> Generator[MeasuredModel]:
     """Make a model ready to be measured, and afterwards put back everything but weights that were moved.
 
     Modes, buffers, random streams and hooks come back; weights are put back by who moves them (``MovableWeights``), and
@@ -222,7 +263,7 @@ def measuring(
 
     Args:
         model: The module, perhaps compiled or data-parallel.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: See ``as_loss_fn``.
         batches: An iterable of batches.
         name: What is measured, for the progress bar.
         parameters: Which weights the measure is about.
@@ -234,7 +275,7 @@ def measuring(
         progress: See ``ProgressOption``.
 
     Yields:
-        The subject.
+        The model, ready to be measured.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -242,8 +283,7 @@ def measuring(
     """
     if mode not in MODES:
         raise ValueError(f'mode must be "eval", "train" or "keep", got {mode!r}')
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function loss_fn(model, batch), got {type(loss_fn).__name__}")
+    compute_loss = as_loss_fn(loss_fn)
     model = unwrap(model)
     weights = select(model, parameters, frozen=frozen)
     with ExitStack() as stack:
@@ -261,7 +301,7 @@ def measuring(
         total = None if cost_per_batch is None else cost_per_batch * len(read)
         counter = Progress(progress, name, total)
         stack.callback(counter.close)
-        yield Subject(model, loss_fn, weights, read, buffers, start, counter)
+        yield MeasuredModel(model, compute_loss, weights, read, mode, buffers, start, counter)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from samopt.distributed import is_first_rank
 from samopt.sharpness._measuring.optional_packages import require
 
-__all__ = ["Progress", "ProgressOption"]
+__all__ = ["Progress", "ProgressOption", "part_of"]
 
 ProgressOption: TypeAlias = bool | Callable[[float, float | None], None] | None
 """None: a bar on a terminal, once a measure has run for two seconds. True or False: always or never. Among several
@@ -70,3 +70,18 @@ class Progress:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
+
+
+def part_of(progress: ProgressOption, before: float, number: int, count: int) -> ProgressOption:
+    """Return what follows one of several measurements, so that a function sees their progress as one.
+
+    Args:
+        progress: What follows all of them; a bar belongs to one measurement.
+        before: What the earlier ones have cost.
+        number: Which one this is, from 0.
+        count: How many there are.
+    """
+    if not callable(progress):
+        return progress
+    report = progress
+    return lambda done, total: report(before + done, None if total is None else before + total * (count - number))

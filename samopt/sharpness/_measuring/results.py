@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from samopt.sharpness._measuring.optional_packages import require
+from samopt.sharpness._measuring.style import BLUE, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Result", "mean_and_error", "new_figure", "plain", "to_json"]
+__all__ = ["Result", "mean_and_error", "plain", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -41,50 +41,60 @@ class Result:
         """Return everything as numbers, strings, lists and dicts, ready for JSON."""
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
-    def plot(self) -> Figure:
+    @property
+    def title(self) -> str:
+        """The measure's name in words, and the model's."""
+        words = self.measure.replace("_", " ")
+        model = self.settings.get("model")
+        return words if model is None else f"{words}: {model}"
+
+    def plot(self, title: str | None = None) -> Figure:
         """Return a matplotlib figure.
+
+        Args:
+            title: Its title; None for the measure's name and the model's.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
         figure, axes = new_figure()
         self.draw(axes)
+        finish(axes, self.title if title is None else title)
         return figure
 
-    def draw(self, axes: Axes) -> None:
-        """Draw into given axes.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw into given axes; several results of one measure may be drawn into the same ones.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.bar([self.measure], [self.value], yerr=self.standard_error)
+        name = self.measure.replace("_", " ")
+        axes.errorbar([label or name], [self.value], yerr=self.standard_error, fmt="o", color=color, capsize=4)
+        axes.set_ylabel(name)
+        axes.margins(x=0.3)
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_and_error(values: Sequence[float], sizes: Sequence[float] | None = None) -> tuple[float, float | None]:
     """Return the mean and its standard error; None for fewer than two values.
+
+    With sizes ``n_i``, shares ``p_i = n_i / sum n`` and k values, the mean is ``m = sum p_i x_i`` and its squared error
+    ``k / (k - 1) * sum p_i^2 (x_i - m)^2``; with equal sizes that is the usual formula.
 
     Args:
         values: At least one independent value.
+        sizes: How much each counts, as the number of examples that it is the mean of; None for the same.
     """
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
+    count = len(values)
+    if sizes is None:
+        sizes = [1.0] * count
+    total = math.fsum(sizes)
+    mean = math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / total
+    if count < 2:
         return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
-def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """Return a figure with one pair of axes; pyplot's state is left alone.
-
-    Args:
-        width: In inches.
-        height: In inches.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
-    figure: Figure = require("matplotlib.figure", "a plot").Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    spread = math.fsum(((value - mean) * size / total) ** 2 for value, size in zip(values, sizes, strict=True))
+    return mean, math.sqrt(spread * count / (count - 1))
 
 
 def plain(value: Any) -> Any:

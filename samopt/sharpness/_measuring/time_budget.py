@@ -52,12 +52,15 @@ class Budget:
         return float("inf") if self.fraction is None else self.fraction * self.elapsed - self.spent
 
     @contextmanager
-    def spend(self, name: str, *, limited: bool) -> Generator[Callable[[float, float | None], None]]:
+    def spend(
+        self, name: str, *, limited: bool, charged: bool = True
+    ) -> Generator[Callable[[float, float | None], None]]:
         """Account for the time inside this context.
 
         Args:
             name: Whose time it is.
             limited: Whether to stop what would take more than is left.
+            charged: Whether the time counts as spent.
 
         Yields:
             A function ``progress(done, total)``, which extrapolates and raises as soon as the end will be too late.
@@ -83,7 +86,8 @@ class Budget:
             yield progress
             self._expected[name] = self._clock() - begin
         finally:
-            self.spent += self._clock() - begin
+            if charged:
+                self.spent += self._clock() - begin
 
     def state_dict(self) -> dict[str, Any]:
         """Return the time elapsed, spent and expected."""
@@ -103,5 +107,5 @@ class Budget:
         share = f"{self.fraction:.3g}" if self.fraction is not None else "1"
         return (
             f"takes about {forecast:.2g} s, but {max(left, 0.0):.2g} s are left of a share of {share} of the time "
-            "since the start"
+            "since the start; raise max_fraction (None: no limit), or measure fewer examples or something cheaper"
         )

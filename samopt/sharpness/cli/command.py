@@ -1,39 +1,43 @@
-"""The command line: measures a saved model, and writes JSON and figures."""
+"""The command line: measures saved models, compares them, and looks for a radius."""
 
 from __future__ import annotations
 
-import argparse
-import itertools
+import functools
 import sys
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import samopt
-from samopt.sharpness._measuring.losses import LossFn, accuracy, cross_entropy, hf_loss
+from samopt.sharpness._measuring.losses import LossFn, accuracy
+from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.results import Result, to_json
-from samopt.sharpness.cli.loading import CommandError, load_weights, named_function, read_state_dict
-from samopt.sharpness.cli.requests import MEASURES, Request, parse_request
+from samopt.sharpness.cli.data import has_classes, load_batches, load_loss
+from samopt.sharpness.cli.errors import CommandError, explained, one_line
+from samopt.sharpness.cli.measures import DATA_MEASURES, PAIR_MEASURES, Surroundings, add_measures, run, to_requests
+from samopt.sharpness.cli.models import load_models
+from samopt.sharpness.cli.optimizers import optimizer_maker
+from samopt.sharpness.cli.writing import file_name, make_folder, write, write_figure
+from samopt.sharpness.comparison.compare import COMPARED, compare
+from samopt.sharpness.presets import PRESETS
+from samopt.sharpness.radius.find_rho import find_rho
 
 __all__ = ["main"]
 
-_LOSSES: dict[str, LossFn] = {"cross_entropy": cross_entropy, "hf": hf_loss}
 _USAGE_ERROR, _INTERRUPTED = 2, 130
-
-_EPILOG = """\
-measures (arguments are those of samopt.sharpness.NAME, joined with colons):
-  worst_case:rho=0.1:adaptive=true:norm=linf:steps=20   average_case:rho=0.05:samples=20
-  hessian_eigenvalues:k=5   gauss_newton_eigenvalues   hessian_trace:samples=50   spectral_density
-  landscape:dimensions=2    active_units               per_layer:measure=worst_case:rho=0.1
-  interpolate:points=21 (to the weights given with --end; with accuracy)
-
-example, in a folder with my_project.py:
-  python -m samopt.sharpness --model my_project:build_model --weights model.safetensors \\
-      --data my_project:training_batches --measure worst_case:rho=0.1 --measure hessian_eigenvalues:k=3
+_EXAMPLES = """
+examples, in a folder with my_project.py:
+  python -m samopt.sharpness compare --model my_project:build_model --weights sgd.pt sam.pt --data my_project:batches
+  python -m samopt.sharpness measure --model my_project:build_model --weights model.safetensors \\
+      --data my_project:batches --measures worst_case hessian_eigenvalues --worst_case.rho 0.1
+  python -m samopt.sharpness find_rho --model my_project:build_model --as_built true --data my_project:batches \\
+      --batches 100 --optimizer SGD --optimizer_args '{lr: 0.1, momentum: 0.9}'
+  python -m samopt.sharpness measure --weights a_folder_that_transformers_saved --data my_project:batches
+  python -m samopt.sharpness measure ... --print_config > run.yaml; python -m samopt.sharpness measure --config run.yaml
 """
 
 
@@ -43,129 +47,265 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: Those of the command line; None for the process's.
     """
-    options = _parser().parse_args(arguments)
     try:
-        return _run(options)
-    except CommandError as error:
+        jsonargparse = require("jsonargparse", "the command line")
+    except ModuleNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
+        return _USAGE_ERROR
+    try:
+        options = _parser(jsonargparse).parse_args(arguments)
+        _COMMANDS[options.subcommand](jsonargparse, options[options.subcommand])
+        return 0
+    except (CommandError, jsonargparse.ArgumentError) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return _USAGE_ERROR
     except KeyboardInterrupt:
         print("interrupted; what had been measured is in the output folder", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+@functools.cache
+def _parser(jsonargparse: Any) -> Any:
+    parser = jsonargparse.ArgumentParser(
         prog="python -m samopt.sharpness",
-        description="Measure how sharp the loss of a saved model is; write results.json and a figure for each measure.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure how sharp the loss of saved models is.",
+        epilog=_EXAMPLES,
+        formatter_class=_formatter(jsonargparse),
+        exit_on_error=False,
+        allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--model", required=True, metavar="MODULE:FUNCTION", help="a function without arguments that builds the model")
-    add("--weights", type=Path, metavar="FILE", help="safetensors, or a state dict saved with torch.save")
-    add("--end", type=Path, metavar="FILE", help="second weights, for interpolate")
-    add("--key", metavar="NAME", help="where in the file the state dict is, as in state_dict")
-    add("--data", required=True, metavar="MODULE:FUNCTION", help="a function without arguments that returns batches")
-    add("--batches", type=int, default=8, metavar="N", help="use the first N batches (default: %(default)s)")
-    add(
-        "--loss",
-        default="cross_entropy",
-        metavar="LOSS",
-        help="cross_entropy for (inputs, labels), hf for a Hugging Face model's batches, or MODULE:FUNCTION called as "
-        "loss(model, batch) (default: %(default)s)",
-    )
-    add(
-        "--measure",
-        action="append",
-        metavar="NAME[:ARG=VALUE...]",
-        help="may be repeated (default: worst_case and hessian_eigenvalues)",
-    )
-    add("--mode", default="eval", choices=["eval", "train", "keep"], help="default: %(default)s")
-    add("--device", default="cpu", help="as torch names it (default: %(default)s)")
-    add("--output", type=Path, default=Path("results/sharpness"), help="folder (default: %(default)s)")
-    add("--no-plots", action="store_true", help="write results.json only")
+    commands = parser.add_subcommands(required=True)
+    for name, (summary, add) in {
+        "measure": ("Measure models: results.json, and a figure for each measure.", _add_measure),
+        "find_rho": ("Find the radius to train with: find_rho.json and find_rho.png.", _add_find_rho),
+        "compare": ("Compare models: comparison.json, comparison.txt and comparison.png.", _add_compare),
+    }.items():
+        command = jsonargparse.ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
+        command.add_argument("--config", action="config", help="a YAML file with any of the options")
+        _add_common(command)
+        add(command)
+        commands.add_subcommand(name, command, help=summary)
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    requests = [parse_request(text) for text in options.measure or ["worst_case", "hessian_eigenvalues"]]
-    if options.batches < 1:
-        raise CommandError(f"--batches must be at least 1, got {options.batches}")
-    if any(request.name == "interpolate" for request in requests) and options.end is None:
-        raise CommandError("interpolate needs the weights to go to; give them with --end FILE")
-    loss_fn = _LOSSES.get(options.loss) or named_function("--loss", options.loss)
-    model = _model(options)
-    batches = _batches(options)
-    end = None if options.end is None else read_state_dict(options.end, options.key)
-    report: dict[str, Any] = {
-        "model": options.model,
-        "weights": None if options.weights is None else options.weights.name,
-        "data": options.data,
-        "batches": len(batches),
-        "environment": {"samopt": samopt.__version__, "torch": torch.__version__, "device": options.device},
-        "results": {},
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    for number, request in enumerate(requests):
-        start = time.perf_counter()
-        result = _measure(request, model, loss_fn, batches, end, options)
-        seconds = time.perf_counter() - start
-        if number == 0:
-            print(f"{'measure':40} {'value':>12} {'error':>10} {'gradients':>10} {'seconds':>8}")
-        error = "-" if result.standard_error is None else f"{result.standard_error:.2g}"
-        print(f"{request.label:40} {result.value:12.6g} {error:>10} {result.cost:10.1f} {seconds:8.1f}")
-        report["results"][request.label] = {**result.to_dict(), "seconds": seconds}
-        (options.output / "results.json").write_text(to_json(report, indent=1) + "\n", encoding="utf-8")
-        if not options.no_plots:
-            result.plot().savefig(options.output / f"{_file_name(request.label)}.png", dpi=110)
-    print(f"written to {options.output}")
-    return 0
+def _formatter(jsonargparse: Any) -> Any:
+    import argparse
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):  # type: ignore[misc]
+        """Keeps the lines of the examples."""
+
+    return Formatter
 
 
-def _model(options: argparse.Namespace) -> nn.Module:
-    model = named_function("--model", options.model)()
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"--model {options.model} must return a torch.nn.Module, got {type(model).__name__}")
-    if options.weights is not None:
-        load_weights(model, read_state_dict(options.weights, options.key), str(options.weights))
-    try:
-        return model.to(options.device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise CommandError(f"--device {options.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+def _add_common(parser: Any) -> None:
+    add = parser.add_argument
+    add("--model", type=str | None, help="module:Class, module:function, or a folder that transformers saved")
+    add("--model_args", type=dict[str, Any], default={}, help="keyword arguments of the class or function")
+    add(
+        "--weights",
+        nargs="*",
+        type=str,
+        default=[],
+        help="one for each model: safetensors, torch.save's, Lightning's checkpoints, folders that transformers saved",
+    )
+    add("--as_built", type=bool, default=False, help="measure the model as it is built, without loading weights")
+    add("--names", nargs="+", type=str, default=None, help="of the models; by default the names of the files")
+    add("--key", type=str | None, help="where in the files the weights are; by default they are looked for")
+    add("--data", type=str, required=True, help="module:function that returns batches, or module:name of batches")
+    add("--data_args", type=dict[str, Any], default={}, help="keyword arguments of that function")
+    add("--batches", type=int, default=8, help="use the first so many batches")
+    add(
+        "--loss",
+        type=str,
+        default="auto",
+        help="auto (cross entropy of (inputs, labels); the model's own for a transformers batch), cross_entropy, hf, "
+        "module:function called as loss(model, batch), or a torch loss such as torch.nn:MSELoss",
+    )
+    add("--device", type=str, default="cpu", help="as torch names it")
+    add("--output", type=str, default="results/sharpness", help="folder for the results")
+    add("--plots", type=bool, default=True, help="draw figures")
+    add("--elsewhere", type=str | None, help="module:function of other data, for forgetting")
+    add("--mode", type=str, default="eval", help="eval, train or keep")
 
 
-def _batches(options: argparse.Namespace) -> list[Any]:
-    produced = named_function("--data", options.data)()
-    try:
-        return list(itertools.islice(produced, options.batches))
-    except TypeError as error:
-        raise CommandError(
-            f"--data {options.data} must return an iterable of batches, got {type(produced).__name__}"
-        ) from error
+def _add_measure(parser: Any) -> None:
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        type=str | dict[str, Any],
+        default=["worst_case", "hessian_eigenvalues"],
+        help="names, or names with options of their own: '{worst_case: {rho: 0.1}}'; interpolate needs two --weights",
+    )
+    parser.add_argument("--optimizer", type=str | None, help="torch.optim's name, or module:Class")
+    parser.add_argument("--optimizer_args", type=dict[str, Any], default={}, help="its arguments, as in {lr: 0.1}")
+    parser.add_argument("--optimizer_state", type=str | None, help="a file with its state dict")
+    add_measures(parser)
 
 
-def _measure(
-    request: Request, model: nn.Module, loss_fn: LossFn, batches: list[Any], end: Any, options: argparse.Namespace
-) -> Result:
-    keywords: dict[str, Any] = {"mode": options.mode, **request.options}
-    if request.name == "interpolate":
-        keywords |= {"end": end, "accuracy_fn": accuracy}
-    try:
-        return MEASURES[request.name](model, loss_fn, batches, **keywords)
-    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        if not _is_explained(error):
-            raise
-        raise CommandError(f"{request.label}: {error}") from error
+def _add_find_rho(parser: Any) -> None:
+    parser.add_argument("--optimizer", type=str, required=True, help="the base: torch.optim's name, or module:Class")
+    parser.add_argument("--optimizer_args", type=dict[str, Any], default={}, help="its arguments, as in {lr: 0.1}")
+    parser.add_argument("--optimizer_state", type=str | None, help="a file with its state dict")
+    parser.add_argument("--validation", type=str | None, help="module:function of batches to compare on")
+    skip = {"model", "loss_fn", "batches", "optimizer", "validation", "accuracy_fn", "progress"}
+    parser.add_function_arguments(find_rho, skip=skip, fail_untyped=False)
 
 
-def _is_explained(error: Exception) -> bool:
-    """Return whether this package raised it, so that the message is for the person; others need their traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("samopt.")
+def _add_compare(parser: Any) -> None:
+    parser.add_argument(
+        "--measures",
+        nargs="+",
+        type=str | dict[str, Any],
+        default=list(COMPARED),
+        help=f"presets ({', '.join(PRESETS)}), or presets with other options: '{{worst_case: {{rho: 0.1}}}}'",
+    )
 
 
-def _file_name(label: str) -> str:
-    return "".join(character if character.isalnum() or character in "._-" else "-" for character in label)
+class _Loaded:
+    """What every command loads first."""
+
+    def __init__(self, options: Any, *, at_least: int = 1) -> None:
+        if len(options.weights) < at_least and at_least > 1:
+            raise CommandError(f"a comparison needs at least {at_least} --weights, got {len(options.weights)}")
+        self.output = Path(options.output)
+        make_folder(self.output)
+        self.batches = load_batches("--data", options.data, options.data_args, options.batches)
+        other = options.elsewhere
+        self.elsewhere = None if other is None else load_batches("--elsewhere", other, {}, options.batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            self.models = load_models(
+                options.model,
+                options.model_args,
+                options.weights,
+                names=options.names,
+                key=options.key,
+                as_built=options.as_built,
+                device=options.device,
+            )
+        self.first: nn.Module = next(iter(self.models.values()))
+        self.loss_fn: LossFn = load_loss(options.loss, self.first, self.batches[0])
+        self.about: dict[str, Any] = {
+            "model": options.model,
+            "weights": list(options.weights),
+            "data": options.data,
+            "batches": len(self.batches),
+            "environment": {
+                "samopt": sys.modules["samopt"].__version__,
+                "torch": torch.__version__,
+                "device": options.device,
+            },
+        }
+
+
+def _measure(jsonargparse: Any, options: Any) -> None:
+    requests = to_requests(jsonargparse.ArgumentParser, options.measures, options)
+    if any(request.name in PAIR_MEASURES for request in requests) and len(options.weights) != 2:
+        raise CommandError("interpolate goes from one model to another; give two --weights")
+    loaded = _Loaded(options)
+    around = Surroundings(
+        loaded.models,
+        loaded.loss_fn,
+        loaded.batches,
+        options.mode,
+        loaded.elsewhere,
+        optimizer_maker(options.optimizer, options.optimizer_args, options.optimizer_state),
+    )
+    report: dict[str, Any] = {**loaded.about, "results": {}}
+    width = max(len(request.label) for request in requests)
+    print(f"{'measure':{width}} {'model':20} {'value':>12} {'error':>10} {'gradients':>10} {'seconds':>8}")
+    for request in requests:
+        for name, of in _targets(request.name, list(loaded.models)):
+            start = time.perf_counter()
+            with explained(request.label):
+                result = run(request, of, around)
+            seconds = time.perf_counter() - start
+            error = "-" if result.standard_error is None else f"{result.standard_error:.2g}"
+            row = f"{request.label:{width}} {name:20} {result.value:12.6g} {error:>10}"
+            print(f"{row} {result.cost:10.1f} {seconds:8.1f}")
+            report["results"].setdefault(name, {})[request.label] = {**result.to_dict(), "seconds": seconds}
+            write(loaded.output / "results.json", (to_json(report, indent=1) + "\n").encode())
+            if options.plots:
+                _draw(loaded.output, request.label, name, result, alone=len(loaded.models) == 1)
+    print(f"written to {loaded.output}")
+
+
+def _targets(measure: str, names: list[str]) -> list[tuple[str, list[str]]]:
+    """Return what a measure is of: each model, the data, or the pair of models."""
+    if measure in DATA_MEASURES:
+        return [("data", names[:1])]
+    if measure in PAIR_MEASURES:
+        return [(f"{names[0]} to {names[1]}", names)]
+    return [(name, [name]) for name in names]
+
+
+def _draw(folder: Path, label: str, name: str, result: Result, *, alone: bool) -> None:
+    with explained("--plots true"):
+        figure = result.plot(f"{result.measure.replace('_', ' ')}: {name}")
+    write_figure(folder / f"{file_name(label if alone else f'{name} {label}')}.png", figure)
+
+
+def _compare(jsonargparse: Any, options: Any) -> None:
+    loaded = _Loaded(options, at_least=2)
+    with explained("compare"):
+        comparison = compare(
+            loaded.models,
+            loaded.loss_fn,
+            loaded.batches,
+            measures=_presets(options.measures),
+            elsewhere=loaded.elsewhere,
+            accuracy_fn=accuracy if has_classes(loaded.first, loaded.batches[0]) else None,
+            mode=options.mode,
+        )
+    print(comparison)
+    report = {**loaded.about, **comparison.to_dict()}
+    write(loaded.output / "comparison.json", (to_json(report, indent=1) + "\n").encode())
+    write(loaded.output / "comparison.txt", f"{comparison}\n".encode())
+    if options.plots:
+        with explained("--plots true"):
+            figure = comparison.plot()
+        write_figure(loaded.output / "comparison.png", figure)
+    print(f"written to {loaded.output}")
+
+
+def _find_rho(jsonargparse: Any, options: Any) -> None:
+    make = optimizer_maker(options.optimizer, options.optimizer_args, options.optimizer_state)
+    loaded = _Loaded(options)
+    if len(loaded.models) != 1 or make is None:
+        raise CommandError(f"find_rho starts from one model, got {len(loaded.models)} --weights")
+    held_out = options.validation
+    validation = None if held_out is None else load_batches("--validation", held_out, {}, options.batches)
+    names = ("radii", "variant", "steps", "folds", "seed")
+    with explained("find_rho"):
+        search = find_rho(
+            loaded.first,
+            loaded.loss_fn,
+            loaded.batches,
+            optimizer=make(loaded.first),
+            validation=validation,
+            **{name: options[name] for name in names},
+        )
+    for radius, gain, error in zip(search.radii, search.gains, search.errors, strict=True):
+        print(f"rho={radius:<8g} gain in held-out {search.score} {gain:+.4f} ± {error:.4f}")
+    print(search.advice)
+    report = {**loaded.about, **search.to_dict()}
+    write(loaded.output / "find_rho.json", (to_json(report, indent=1) + "\n").encode())
+    if options.plots:
+        with explained("--plots true"):
+            figure = search.plot()
+        write_figure(loaded.output / "find_rho.png", figure)
+    print(f"written to {loaded.output}")
+
+
+def _presets(chosen: Sequence[Any]) -> Any:
+    """Return the measures of a comparison: names and mappings as one mapping."""
+    merged: dict[str, Any] = {}
+    for item in chosen:
+        for name, options in ({item: {}} if isinstance(item, str) else item).items():
+            if name in merged:
+                raise CommandError(f"{name!r} is asked for twice")
+            merged[name] = options
+    return merged
+
+
+_COMMANDS: dict[str, Callable[[Any, Any], None]] = {"measure": _measure, "compare": _compare, "find_rho": _find_rho}

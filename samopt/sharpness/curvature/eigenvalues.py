@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import measuring
 from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
+from samopt.sharpness._measuring.style import BLUE, GREY, ORANGE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.curvature.operators import Curvature, curvature
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Eigenvalues", "Solver", "gauss_newton_eigenvalues", "hessian_eigenvalues"]
+__all__ = ["Eigenvalues", "Solver", "WarmStart", "gauss_newton_eigenvalues", "hessian_eigenvalues"]
 
 _WHICH = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
 _SMALL = 32  # rows up to which the whole matrix is cheaper than an iteration
 _RESTARTS = 300
+_NOISE = 0.1
+_WARM_BASIS = 6
 
 
 @dataclass(frozen=True)
@@ -36,27 +39,96 @@ class Eigenvalues(Result):
         values: The eigenvalues asked for: the largest first (for "smallest" the smallest, for "magnitude" the largest
             in magnitude).
         residuals: ``||A v - lambda v||`` for each, with ``||v|| = 1``: there is an eigenvalue within that distance.
+        per_batch: ``v . H_b v`` for the first eigenvector and each batch's own matrix: their mean is ``value``, and the
+            standard error is theirs, which to first order is that of the eigenvalue.
         threshold: Where the optimizer's stability ends, for ``preconditioned_eigenvalues``; otherwise None.
     """
 
     values: tuple[float, ...]
     residuals: tuple[float, ...]
+    per_batch: tuple[float, ...]
     threshold: float | None = None
 
-    def draw(self, axes: Axes) -> None:
-        """Draw the eigenvalues by rank, with the stability threshold where there is one.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw the eigenvalues along an axis, as a spectrum; with the stability threshold where there is one.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        ranks = range(1, len(self.values) + 1)
-        axes.bar(ranks, self.values, yerr=self.residuals, color="#0072B2", width=0.6)
+        row = label or str(self.settings.get("model", ""))
+        axes.errorbar(
+            self.values, [row] * len(self.values), xerr=self.residuals, fmt="|", markersize=26, color=color, capsize=3
+        )
+        axes.annotate(f"{self.value:.4g}", (self.value, row), (0, 16), textcoords="offset points", ha="center")
+        axes.axvline(0, color=GREY, linewidth=0.8)
         if self.threshold is not None:
-            axes.axhline(self.threshold, color="#D55E00", linestyle="--", label=f"stable below {self.threshold:.4g}")
-            axes.legend(frameon=False)
-        axes.set_xlabel("rank")
-        axes.set_ylabel(self.measure.replace("_", " "))
-        axes.set_xticks(ranks)
+            axes.axvline(self.threshold, color=ORANGE, linestyle="--", label=f"stable below {self.threshold:.4g}")
+        axes.set_xlabel(f"{self.measure.replace('_', ' ')} (loss per squared unit of weight)")
+        axes.margins(x=0.1, y=0.5)
+
+
+class WarmStart:
+    """Lets repeated measurements of a model in training start from the eigenvectors found last: fewer products.
+
+    Give the same object to every call. It keeps one vector of the size of the weights in host memory. The first call,
+    and one whose weights have another size, starts from a random vector.
+
+    Example:
+        >>> import torch
+        >>> from samopt import sharpness
+        >>> model = torch.nn.Linear(10, 10)
+        >>> batch = torch.randn(64, 10), torch.randint(10, (64,))
+        >>> start = sharpness.WarmStart()
+        >>> costs = [
+        ...     sharpness.hessian_eigenvalues(model, torch.nn.CrossEntropyLoss(), [batch], start=start).cost
+        ...     for _ in range(2)
+        ... ]
+        >>> costs[1] < costs[0]
+        True
+    """
+
+    def __init__(self) -> None:
+        self._vector: Tensor | None = None
+
+    def fits(self, like: Tensor) -> bool:
+        """Return whether there is a vector of this size.
+
+        Args:
+            like: A vector.
+        """
+        return self._vector is not None and self._vector.shape == like.shape
+
+    def mix_into(self, random: Tensor) -> Tensor:
+        """Return the vector to start from.
+
+        Args:
+            random: A random vector, a little of which keeps the start from lying in a subspace that the matrix maps
+                into itself.
+        """
+        assert self._vector is not None
+        noise = random * (_NOISE / torch.linalg.vector_norm(random))
+        mixed: Tensor = noise.add_(self._vector.to(random))
+        return mixed
+
+    def keep(self, vectors: Sequence[Tensor]) -> None:
+        """Remember what was found.
+
+        Args:
+            vectors: Eigenvectors of norm 1.
+        """
+        total = torch.stack([vector.cpu() for vector in vectors]).sum(dim=0)
+        self._vector = total / torch.linalg.vector_norm(total)
+
+
+class Solution(NamedTuple):
+    """Eigenvalues as ``Solver`` finds them."""
+
+    values: tuple[float, ...]
+    residuals: tuple[float, ...]
+    per_batch: tuple[float, ...]
+    standard_error: float | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +141,7 @@ class Solver:
         tolerance: Relative accuracy, > 0.
         basis: Lanczos vectors kept in host memory; None for the larger of ``2 k + 1`` and 20.
         seed: Decides the start.
+        start: What is known from earlier, or None.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -79,6 +152,7 @@ class Solver:
     tolerance: float
     basis: int | None
     seed: int
+    start: WarmStart | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -95,8 +169,8 @@ class Solver:
         """The arguments, for a result."""
         return {"k": self.k, "which": self.which, "tolerance": self.tolerance, "seed": self.seed}
 
-    def solve(self, matrix: Curvature) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return the eigenvalues, and the residual of each.
+    def solve(self, matrix: Curvature) -> Solution:
+        """Return the eigenvalues, the residual of each, and what the first one is made of.
 
         Args:
             matrix: The matrix.
@@ -112,8 +186,15 @@ class Solver:
         else:
             values, vectors = self._iterate(matrix)
         order = sorted(range(len(values)), key=lambda i: self._rank(values[i]))[: self.k]
-        residuals = [float(torch.linalg.vector_norm(matrix(vectors[i]) - values[i] * vectors[i])) for i in order]
-        return tuple(values[i] for i in order), tuple(residuals)
+        quotients: list[float] = []
+        residuals = []
+        for i in order:
+            product = matrix(vectors[i], quotients if i == order[0] else None)
+            residuals.append(float(torch.linalg.vector_norm(product - values[i] * vectors[i])))
+        if self.start is not None:
+            self.start.keep([vectors[i] for i in order])
+        error = matrix.standard_error(quotients)
+        return Solution(tuple(values[i] for i in order), tuple(residuals), tuple(quotients), error)
 
     def _rank(self, value: float) -> float:
         return {"largest": -value, "smallest": value, "magnitude": -abs(value)}[self.which]
@@ -133,6 +214,10 @@ class Solver:
 
         generator = stream(matrix.device, "lanczos", self.seed)
         start = torch.randn(matrix.size, generator=generator, device=matrix.device, dtype=matrix.dtype)
+        basis = self.basis
+        if self.start is not None and self.start.fits(start):
+            start = self.start.mix_into(start)
+            basis = basis or max(2 * self.k + 1, _WARM_BASIS)  # the search checks itself once its basis is full
         host = start.cpu().numpy()
         operator = linalg.LinearOperator(
             (matrix.size, matrix.size), matvec=lambda v: matrix(to_matrix(v)).cpu().numpy(), dtype=host.dtype
@@ -143,7 +228,7 @@ class Solver:
                 k=self.k,
                 which=_WHICH[self.which],
                 v0=host,
-                ncv=self.basis if self.basis is None else min(self.basis, matrix.size),
+                ncv=None if basis is None else min(basis, matrix.size),
                 tol=self.tolerance,
                 maxiter=_RESTARTS,
             )
@@ -158,7 +243,7 @@ class Solver:
 
 def hessian_eigenvalues(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     k: int = 1,
@@ -168,6 +253,7 @@ def hessian_eigenvalues(
     parameters: Selection = None,
     mode: str = "eval",
     seed: int = 0,
+    start: WarmStart | None = None,
     progress: ProgressOption = None,
 ) -> Eigenvalues:
     """Return the extreme eigenvalues of the Hessian of the mean loss over all batches.
@@ -177,8 +263,8 @@ def hessian_eigenvalues(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batches: Batches; read once and kept. Each counts the same.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
+        batches: Batches; read once and kept. Means weigh examples.
         k: How many eigenvalues, >= 1.
         which: "largest", "smallest" (the most negative), or "magnitude".
         tolerance: Relative accuracy, > 0.
@@ -186,6 +272,7 @@ def hessian_eigenvalues(
         parameters: Names or patterns: the block of the Hessian to look at; None for every trainable parameter.
         mode: "eval", "train", or "keep".
         seed: Decides the start vector.
+        start: What earlier measurements of this model found, see ``WarmStart``.
         progress: See ``ProgressOption``.
 
     Returns:
@@ -207,13 +294,13 @@ def hessian_eigenvalues(
         [3.0, 2.0]
     """
     return _eigenvalues(
-        "hessian", model, loss_fn, batches, Solver(k, which, tolerance, basis, seed), parameters, mode, progress
+        "hessian", model, loss_fn, batches, Solver(k, which, tolerance, basis, seed, start), parameters, mode, progress
     )
 
 
 def gauss_newton_eigenvalues(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     k: int = 1,
@@ -223,6 +310,7 @@ def gauss_newton_eigenvalues(
     parameters: Selection = None,
     mode: str = "eval",
     seed: int = 0,
+    start: WarmStart | None = None,
     progress: ProgressOption = None,
 ) -> Eigenvalues:
     """Return the extreme eigenvalues of the Gauss-Newton matrix ``mean of J^T H_L J`` over all batches.
@@ -243,6 +331,7 @@ def gauss_newton_eigenvalues(
         parameters: As for ``hessian_eigenvalues``.
         mode: As for ``hessian_eigenvalues``.
         seed: As for ``hessian_eigenvalues``.
+        start: As for ``hessian_eigenvalues``.
         progress: As for ``hessian_eigenvalues``.
 
     Returns:
@@ -264,14 +353,21 @@ def gauss_newton_eigenvalues(
         25.0
     """
     return _eigenvalues(
-        "gauss_newton", model, loss_fn, batches, Solver(k, which, tolerance, basis, seed), parameters, mode, progress
+        "gauss_newton",
+        model,
+        loss_fn,
+        batches,
+        Solver(k, which, tolerance, basis, seed, start),
+        parameters,
+        mode,
+        progress,
     )
 
 
 def _eigenvalues(
     matrix: str,
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     solver: Solver,
     parameters: Selection,
@@ -287,15 +383,16 @@ def _eigenvalues(
         parameters=parameters,
         mode=mode,
         progress=progress,
-    ) as subject:
-        values, residuals = solver.solve(curvature(subject, matrix))
-        cost = subject.progress.cost
+    ) as measured:
+        found = solver.solve(curvature(measured, matrix))
+        cost = measured.progress.cost
     return Eigenvalues(
         measure=name,
-        value=values[0],
-        standard_error=None,
+        value=found.values[0],
+        standard_error=found.standard_error,
         cost=cost,
-        settings={**solver.settings, "mode": mode},
-        values=values,
-        residuals=residuals,
+        settings={**solver.settings, **measured.settings},
+        values=found.values,
+        residuals=found.residuals,
+        per_batch=found.per_batch,
     )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samopt._numerics.low_precision import widen
-from samopt.sharpness._measuring.measured_model import Subject
+from samopt.sharpness._measuring.measured_model import MeasuredModel
+from samopt.sharpness._measuring.results import mean_and_error
 
 __all__ = ["Curvature", "GaussNewton", "Hessian", "curvature", "dot", "product_cost"]
 
@@ -43,13 +44,13 @@ class BatchProduct(Protocol):
 
 
 class Curvature:
-    """The mean over batches of a symmetric matrix, as a function of a flat vector.
+    """The mean over examples of a symmetric matrix, as a function of a flat vector.
 
     Vectors are flat, of all weights one after the other, on the first weight's device and in at least fp32. A product
-    evaluates every batch anew, so no graph is kept.
+    evaluates every batch again, so no graph is kept.
 
     Args:
-        subject: What is measured.
+        measured: What is measured.
         product: Multiplies one batch's matrix.
         cost: Of one product with one batch, in gradients.
 
@@ -57,42 +58,67 @@ class Curvature:
         TypeError: If a weight is complex.
     """
 
-    def __init__(self, subject: Subject, product: BatchProduct, cost: float) -> None:
-        if any(weight.is_complex() for weight in subject.weights):
+    def __init__(self, measured: MeasuredModel, product: BatchProduct, cost: float) -> None:
+        if any(weight.is_complex() for weight in measured.weights):
             raise TypeError(
                 "curvature is measured over real weights, but one of the model's is complex; leave it out with "
                 "parameters=, or use worst_case"
             )
-        self._subject = subject
+        self._measured = measured
         self._product = product
         self._cost = cost
-        self._sizes = [weight.numel() for weight in subject.weights]
+        self._sizes = [weight.numel() for weight in measured.weights]
         self.size = sum(self._sizes)
         """Number of rows."""
-        self.device = subject.weights[0].device
+        self.device = measured.weights[0].device
         """Where vectors are."""
-        self.dtype = widen(subject.weights[0]).dtype
+        self.dtype = widen(measured.weights[0]).dtype
         """What they are."""
 
-    def __call__(self, vector: Tensor) -> Tensor:
+    def __call__(self, vector: Tensor, quotients: list[float] | None = None) -> Tensor:
         """Return the product.
 
         Args:
             vector: Shape ``(size,)``.
+            quotients: Where to append ``v . A_b v`` for the matrix of each batch; their mean is ``v . A v``.
         """
         total: Tensor | None = None  # made after the first product, when the gradient's memory is free again
         parts = self.split(vector)
-        for batch in self._subject.batches:
+        for batch, size in zip(self._measured.batches, self._measured.sizes, strict=True):
             with _twice_differentiable():
                 products = self._product(batch, parts)
             if total is None:
                 total = torch.zeros_like(vector)
             for place, product in zip(torch.split(total, self._sizes), products, strict=True):
                 if product is not None:
-                    place.add_(product.detach().reshape(-1).to(total))
-            self._subject.progress.advance(self._cost)
+                    place.add_(product.detach().reshape(-1).to(total), alpha=size)
+            if quotients is not None:
+                quotients.append(_inner_product(parts, products))
+            self._measured.progress.advance(self._cost)
         assert total is not None  # there is at least one batch
-        return total.div_(len(self._subject.batches))
+        return total.div_(sum(self._measured.sizes))
+
+    def quotients(self, vector: Tensor) -> list[float]:
+        """Return ``v . A_b v`` for the matrix of each batch, without the product's memory.
+
+        Args:
+            vector: Shape ``(size,)``.
+        """
+        parts = self.split(vector)
+        found = []
+        for batch in self._measured.batches:
+            with _twice_differentiable():
+                found.append(_inner_product(parts, self._product(batch, parts)))
+            self._measured.progress.advance(self._cost)
+        return found
+
+    def standard_error(self, quotients: Sequence[float]) -> float | None:
+        """Return the standard error of their mean over batches, or None with fewer than two.
+
+        Args:
+            quotients: One for each batch.
+        """
+        return mean_and_error(quotients, self._measured.sizes)[1]
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Return a flat vector as tensors shaped, placed and typed like the weights.
@@ -100,7 +126,7 @@ class Curvature:
         Args:
             vector: Shape ``(size,)``.
         """
-        weights = self._subject.weights
+        weights = self._measured.weights
         pieces = torch.split(vector, self._sizes)
         return [piece.view(weight.shape).to(weight) for piece, weight in zip(pieces, weights, strict=True)]
 
@@ -109,19 +135,19 @@ class Hessian:
     """``H v`` by differentiating ``g . v`` (Pearlmutter 1994).
 
     Args:
-        subject: What is measured.
+        measured: What is measured.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, measured: MeasuredModel) -> None:
+        self._measured = measured
 
     def __call__(self, batch: Any, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the product; None for weights on which the gradient does not depend."""
-        subject = self._subject
+        measured = self._measured
         with torch.enable_grad():
-            loss = subject.call(batch)
-        gradient = subject.differentiate([loss], subject.weights, create_graph=True)
-        return _pull_back(subject, gradient, vectors, subject.weights)
+            loss = measured.call(batch)
+        gradient = measured.differentiate([loss], measured.weights, create_graph=True)
+        return _pull_back(measured, gradient, vectors, measured.weights)
 
 
 class GaussNewton:
@@ -130,24 +156,24 @@ class GaussNewton:
     What reaches the loss other than through the model's outputs (a penalty on the weights) does not count.
 
     Args:
-        subject: What is measured.
+        measured: What is measured.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, measured: MeasuredModel) -> None:
+        self._measured = measured
 
     def __call__(self, batch: Any, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the product; None for weights on which the outputs do not depend."""
-        subject = self._subject
+        measured = self._measured
         outputs: list[Tensor] = []
 
         def collect(module: nn.Module, args: Any, output: Any) -> None:
             outputs.extend(_logits_of(output, type(module).__name__))
 
-        handle = subject.model.register_forward_hook(collect)
+        handle = measured.model.register_forward_hook(collect)
         try:
             with torch.enable_grad():
-                loss = subject.call(batch)
+                loss = measured.call(batch)
         finally:
             handle.remove()
         if not outputs:
@@ -156,18 +182,18 @@ class GaussNewton:
                 "call model(...) in it, or use hessian_eigenvalues"
             )
         pushed = self._push_forward(outputs, vectors)
-        slope = subject.differentiate([loss], outputs, create_graph=True)
-        bent = _pull_back(subject, slope, pushed, outputs, retain_graph=True)
-        return subject.differentiate(
-            outputs, subject.weights, grad_outputs=[_or_zeros(b, z) for b, z in zip(bent, outputs, strict=True)]
+        slope = measured.differentiate([loss], outputs, create_graph=True)
+        bent = _pull_back(measured, slope, pushed, outputs, retain_graph=True)
+        return measured.differentiate(
+            outputs, measured.weights, grad_outputs=[_or_zeros(b, z) for b, z in zip(bent, outputs, strict=True)]
         )
 
     def _push_forward(self, outputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return ``J v``: the derivative in ``u`` of ``(J^T u) . v``."""
-        subject = self._subject
+        measured = self._measured
         dummies = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        pulled = subject.differentiate(outputs, subject.weights, grad_outputs=dummies, create_graph=True)
-        pushed = _pull_back(subject, pulled, vectors, dummies, retain_graph=True)
+        pulled = measured.differentiate(outputs, measured.weights, grad_outputs=dummies, create_graph=True)
+        pushed = _pull_back(measured, pulled, vectors, dummies, retain_graph=True)
         return [_or_zeros(part, output) for part, output in zip(pushed, outputs, strict=True)]
 
 
@@ -185,19 +211,19 @@ def product_cost(matrix: str) -> float:
     return _COSTS[matrix]
 
 
-def curvature(subject: Subject, matrix: str) -> Curvature:
+def curvature(measured: MeasuredModel, matrix: str) -> Curvature:
     """Return a matrix by name.
 
     Args:
-        subject: What is measured.
+        measured: What is measured.
         matrix: "hessian" or "gauss_newton".
     """
-    product = Hessian(subject) if matrix == "hessian" else GaussNewton(subject)
-    return Curvature(subject, product, product_cost(matrix))
+    product = Hessian(measured) if matrix == "hessian" else GaussNewton(measured)
+    return Curvature(measured, product, product_cost(matrix))
 
 
 def _pull_back(
-    subject: Subject,
+    measured: MeasuredModel,
     outputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -207,9 +233,14 @@ def _pull_back(
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     if not pairs:
         return [None] * len(inputs)
-    return subject.differentiate(
+    return measured.differentiate(
         [o for o, _ in pairs], inputs, grad_outputs=[c.to(o.dtype) for o, c in pairs], **options
     )
+
+
+def _inner_product(vectors: Sequence[Tensor], products: Sequence[Tensor | None]) -> float:
+    pairs = [(v, p.detach()) for v, p in zip(vectors, products, strict=True) if p is not None]
+    return math.fsum(dot(v.reshape(-1), p.reshape(-1).to(v)) for v, p in pairs)
 
 
 def _or_zeros(value: Tensor | None, like: Tensor) -> Tensor:

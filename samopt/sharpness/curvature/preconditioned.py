@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.measured_model import Subject, measuring
+from samopt.sharpness._measuring.losses import Loss
+from samopt.sharpness._measuring.measured_model import MeasuredModel, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.weights import Selection
-from samopt.sharpness.curvature.eigenvalues import Eigenvalues, Solver
+from samopt.sharpness.curvature.eigenvalues import Eigenvalues, Solver, WarmStart
 from samopt.sharpness.curvature.operators import Curvature, curvature
 from samopt.sharpness.curvature.preconditioner import preconditioner_of
 
@@ -21,7 +21,7 @@ __all__ = ["preconditioned_eigenvalues"]
 
 def preconditioned_eigenvalues(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     optimizer: Any,
     *,
@@ -31,6 +31,7 @@ def preconditioned_eigenvalues(
     parameters: Selection = None,
     mode: str = "eval",
     seed: int = 0,
+    start: WarmStart | None = None,
     progress: ProgressOption = None,
 ) -> Eigenvalues:
     """Return the largest eigenvalues of ``P^-1 H`` for the optimizer's present ``P``, and its stability threshold.
@@ -44,7 +45,7 @@ def preconditioned_eigenvalues(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: As for ``hessian_eigenvalues``; the more of the training set, the closer to the theory.
         optimizer: SGD, Adam, AdamW, RMSprop or Adagrad, after its first step; wrappers are looked into. Learning rates
             that differ between groups are part of ``P``, relative to the first group's.
@@ -54,6 +55,7 @@ def preconditioned_eigenvalues(
         parameters: As for ``hessian_eigenvalues``.
         mode: As for ``hessian_eigenvalues``.
         seed: As for ``hessian_eigenvalues``.
+        start: As for ``hessian_eigenvalues``.
         progress: As for ``hessian_eigenvalues``.
 
     Returns:
@@ -76,7 +78,7 @@ def preconditioned_eigenvalues(
         >>> round(result.value, 4), result.threshold
         (3.0, 4.0)
     """
-    solver = Solver(k, "largest", tolerance, basis, seed)
+    solver = Solver(k, "largest", tolerance, basis, seed, start)
     with measuring(
         model,
         loss_fn,
@@ -85,18 +87,19 @@ def preconditioned_eigenvalues(
         parameters=parameters,
         mode=mode,
         progress=progress,
-    ) as subject:
-        preconditioner = preconditioner_of(optimizer, subject.weights)
-        values, residuals = solver.solve(_Sandwich(subject, curvature(subject, "hessian"), preconditioner.scales))
-        cost = subject.progress.cost
+    ) as measured:
+        preconditioner = preconditioner_of(optimizer, measured.weights)
+        found = solver.solve(_Sandwich(measured, curvature(measured, "hessian"), preconditioner.scales))
+        cost = measured.progress.cost
     return Eigenvalues(
         measure="preconditioned_eigenvalues",
-        value=values[0],
-        standard_error=None,
+        value=found.values[0],
+        standard_error=found.standard_error,
         cost=cost,
-        settings={**solver.settings, "mode": mode, "lr": preconditioner.lr},
-        values=values,
-        residuals=residuals,
+        settings={**solver.settings, **measured.settings, "lr": preconditioner.lr},
+        values=found.values,
+        residuals=found.residuals,
+        per_batch=found.per_batch,
         threshold=preconditioner.threshold,
     )
 
@@ -104,15 +107,18 @@ def preconditioned_eigenvalues(
 class _Sandwich(Curvature):
     """``P^-1/2 H P^-1/2``, symmetric and with the eigenvalues of ``P^-1 H``."""
 
-    def __init__(self, subject: Subject, inner: Curvature, scales: Sequence[Tensor | float]) -> None:
+    def __init__(self, measured: MeasuredModel, inner: Curvature, scales: Sequence[Tensor | float]) -> None:
         self.size, self.device, self.dtype = inner.size, inner.device, inner.dtype
         self._inner = inner
         self._root = torch.cat(
             [
                 torch.as_tensor(scale, device=self.device, dtype=self.dtype).expand(weight.shape).reshape(-1)
-                for scale, weight in zip(scales, subject.weights, strict=True)
+                for scale, weight in zip(scales, measured.weights, strict=True)
             ]
         ).sqrt_()
 
-    def __call__(self, vector: Tensor) -> Tensor:
-        return self._inner(vector * self._root).mul_(self._root)
+    def __call__(self, vector: Tensor, quotients: list[float] | None = None) -> Tensor:
+        return self._inner(vector * self._root, quotients).mul_(self._root)
+
+    def standard_error(self, quotients: Sequence[float]) -> float | None:
+        return self._inner.standard_error(quotients)

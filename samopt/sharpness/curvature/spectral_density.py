@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import measuring
 from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.curvature.operators import Curvature, curvature, dot, product_cost
 
@@ -55,24 +56,26 @@ class SpectralDensity(Result):
             for node, weight in zip(self.nodes, self.weights, strict=True)
         )
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw the smoothed density on a logarithmic scale.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
         low, high = min(self.nodes) - 4 * self.width, max(self.nodes) + 4 * self.width
         grid = [low + (high - low) * point / (_POINTS - 1) for point in range(_POINTS)]
         densities = [self.density(at) for at in grid]
-        axes.semilogy(grid, densities, color="#0072B2")
+        axes.semilogy(grid, densities, color=color, label=label)
         axes.set_ylim(bottom=max(densities) * 1e-8)
-        axes.set_xlabel("eigenvalue")
+        axes.set_xlabel("eigenvalue (loss per squared unit of weight)")
         axes.set_ylabel(f"density (nodes widened by {self.width:.2g})")
 
 
 def spectral_density(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     steps: int = 40,
@@ -94,7 +97,7 @@ def spectral_density(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: As for ``hessian_eigenvalues``.
         steps: Lanczos steps a probe, >= 1: the resolution.
         samples: Probes, >= 1: the noise.
@@ -142,14 +145,14 @@ def spectral_density(
         mode=mode,
         cost_per_batch=samples * steps * product_cost(matrix),
         progress=progress,
-    ) as subject:
-        product = curvature(subject, matrix)
+    ) as measured:
+        product = curvature(measured, matrix)
         for sample in range(samples):
             diagonal, beside = tridiagonalize(product, _probe(product, seed, sample), steps, reorthogonalize)
             values, vectors = solve(diagonal, beside)
             nodes += values.tolist()
             weights += (vectors[0] ** 2 / samples).tolist()
-        cost = subject.progress.cost
+        cost = measured.progress.cost
     if width is None:
         width = 0.01 * (max(nodes) - min(nodes)) or 0.01 * max(abs(nodes[0]), 1e-12)
     return SpectralDensity(
@@ -157,7 +160,7 @@ def spectral_density(
         value=max(nodes),
         standard_error=None,
         cost=cost,
-        settings={"matrix": matrix, "steps": steps, "samples": samples, "mode": mode, "seed": seed},
+        settings={"matrix": matrix, "steps": steps, "samples": samples, **measured.settings, "seed": seed},
         nodes=tuple(nodes),
         weights=tuple(weights),
         width=width,

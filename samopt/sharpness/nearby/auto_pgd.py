@@ -11,13 +11,13 @@ from torch import Tensor
 
 from samopt._numerics.low_precision import is_low_precision, widen
 from samopt._numerics.stochastic_rounding import Noise, RoundingNoise
-from samopt._perturb.movable_weights import MovableWeights
 from samopt.sharpness._measuring.batches import map_tensors
-from samopt.sharpness._measuring.measured_model import Subject
+from samopt.sharpness._measuring.measured_model import MeasuredModel
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.seeds import stream
 from samopt.sharpness.nearby.ball import Ball
 
-__all__ = ["Climb", "checkpoints"]
+__all__ = ["AutoPGD", "checkpoints"]
 
 _MOMENTUM = 0.75  # weight of the new step; the rest goes to the previous one
 _ENOUGH = 0.75  # fraction of steps that must raise the loss for the step size to stay
@@ -37,7 +37,7 @@ def checkpoints(steps: int) -> set[int]:
     return found
 
 
-class Climb:
+class AutoPGD:
     """The search on one batch.
 
     The first step from the centre is SAM's own ascent. Later ones move by ``size`` along the steepest direction,
@@ -45,29 +45,33 @@ class Climb:
     too few steps raised the loss. Unlike in the original the search goes on from where it is then, not from the best
     point, so that no copy of it is needed.
 
-    Memory: besides the saved weights of ``placement``, the gradient and one more copy (low-precision weights: fp32
+    Where the gradient is exactly 0, or no step up to a checkpoint has raised the loss, the next step leads to a random
+    point of the ball: a model whose training loss is 0 in fp32 stands on a plateau.
+
+    Memory: besides the saved weights of ``movable``, the gradient and one more copy (low-precision weights: fp32
     copies of the last two perturbations instead).
 
     Args:
-        subject: What is measured.
+        measured: What is measured.
         batch: The batch.
         ball: Where to search.
-        placement: Moves the subject's weights; they are anywhere afterwards.
+        movable: Moves the measured's weights; they are anywhere afterwards.
         key: Decides the random starts and the stochastic rounding.
     """
 
     def __init__(
-        self, subject: Subject, batch: Any, ball: Ball, placement: MovableWeights, key: tuple[int, int]
+        self, measured: MeasuredModel, batch: Any, ball: Ball, movable: MovableWeights, key: tuple[int, int]
     ) -> None:
-        self._subject = subject
+        self._measured = measured
         self._batch = batch
         self._ball = ball
-        self._placement = placement
+        self._movable = movable
         self._key = key
         self._noise = RoundingNoise(key[0])
-        self._held: list[Tensor | None] = [None] * len(subject.weights)
+        self._held: list[Tensor | None] = [None] * len(measured.weights)
         self._previous: list[Tensor] | None = None
         self._has_moved = False
+        self._escapes = 0
         self._foreign: set[int] = set()
         map_tensors(batch, self._note)
         self.loss = torch.zeros(())
@@ -85,8 +89,8 @@ class Climb:
             steps: Steps a restart.
             restarts: The first starts at the centre, the others at random points of the ball.
         """
-        self._placement.undo()
-        self.loss, gradient = self._subject.gradient(self._batch)
+        self._movable.undo()
+        self.loss, gradient = self._measured.gradient(self._batch)
         best = self._search(steps, self._first_from_centre, gradient)
         del gradient
         for restart in range(1, restarts):
@@ -95,16 +99,20 @@ class Climb:
         return best
 
     def _search(
-        self, steps: int, first: Callable[[list[Tensor | None]], bool], gradient: list[Tensor | None]
+        self, steps: int, first: Callable[[list[Tensor | None]], float], gradient: list[Tensor | None]
     ) -> list[float]:
         best: list[float] = []
         highest, last_highest = 0.0, 0.0
         size = last_size = 2 * self._ball.rho
         since, raised, loss_before = 0, 0, 0.0
         checks = checkpoints(steps)
+        is_lost = False
         for step in range(1, steps + 1):
-            moved = first(gradient) if step == 1 else self._step(gradient, size)
-            if not moved:
+            norm = 0.0 if is_lost else first(gradient) if step == 1 else self._step(gradient, size)
+            is_lost = False
+            if norm == 0 and steps > 1 and self._ball.rho > 0:
+                self._escape()
+            elif not 0 < norm < math.inf:
                 break
             rise, gradient = self._evaluate(with_gradient=step < steps)
             if math.isnan(rise):
@@ -117,56 +125,67 @@ class Climb:
                 last_size, last_highest = size, highest
                 size = size / 2 if stalled else size
                 since = raised = 0
+                is_lost = highest == 0
             best.append(highest)
         return best + [highest] * (steps - len(best))
 
     def _evaluate(self, *, with_gradient: bool) -> tuple[float, list[Tensor | None]]:
         gradient: list[Tensor | None] = []
         if with_gradient:
-            loss, gradient = self._subject.gradient(self._batch)
+            loss, gradient = self._measured.gradient(self._batch)
         else:
-            loss = self._subject.loss_in_graph(self._batch)
+            loss = self._measured.loss_in_graph(self._batch)
         return float(loss - self.loss), gradient
 
-    def _first_from_centre(self, gradient: list[Tensor | None]) -> bool:
+    def _first_from_centre(self, gradient: list[Tensor | None]) -> float:
         self._previous, self._has_moved = None, True
-        ascent = self._ball.first_step(self._subject.weights, gradient)
-        if not 0 < float(ascent.norm) < math.inf:
-            return False
+        ascent = self._ball.first_step(self._measured.weights, gradient)
+        norm = float(ascent.norm)
+        if not 0 < norm < math.inf:
+            return norm
         ascent.move(self._next_noise())
-        if any(is_low_precision(weight) for weight in self._subject.weights):
+        if any(is_low_precision(weight) for weight in self._measured.weights):
             offsets = self._take(gradient)
-            self._ball.uphill(offsets, self._placement.origin, self._ball.rho)
+            self._ball.uphill(offsets, self._movable.origin, self._ball.rho)
             self._hold(offsets)
-        gradient.clear()  # whoever else holds the list holds no memory
-        return True
+        gradient.clear()  # other holders of the list hold no memory
+        return norm
 
-    def _first_from_random(self, gradient: list[Tensor | None]) -> bool:
+    def _first_from_random(self, gradient: list[Tensor | None]) -> float:
         self._previous, self._has_moved = None, False
         return self._step(gradient, 2 * self._ball.rho)
 
     def _random_start(self, restart: int) -> list[Tensor | None]:
         """Move to a random point of the ball, and return the gradient there."""
+        self._move(self._random_point("restart", restart))
+        return self._measured.gradient(self._batch)[1]
+
+    def _escape(self) -> None:
+        """Move to a random point of the ball, from where the search goes on as from a start."""
+        self._escapes += 1
+        self._move(self._random_point("escape", self._escapes))
+        self._previous, self._has_moved = None, False
+
+    def _random_point(self, purpose: str, number: int) -> list[Tensor]:
         offsets = []
-        for index, centre in enumerate(self._placement.origin):
-            generator = stream(centre.device, "restart", *self._key, restart, index)
+        for index, centre in enumerate(self._movable.origin):
+            generator = stream(centre.device, purpose, *self._key, number, index)
             offset = torch.randn(centre.shape, generator=generator, device=centre.device, dtype=widen(centre).dtype)
             if self._ball.linf:
                 offset = torch.erf(offset / math.sqrt(2))  # uniform in [-1, 1]
             if (lengths := self._ball.lengths(centre)) is not None:
                 offset.mul_(lengths)
             offsets.append(offset.mul_(self._ball.rho))
-        self._ball.project(offsets, self._placement.origin)
-        self._move(offsets)
-        del offsets
-        return self._subject.gradient(self._batch)[1]
+        self._ball.project(offsets, self._movable.origin)
+        return offsets
 
-    def _step(self, gradient: list[Tensor | None], size: float) -> bool:
-        """Move to the next point; a gradient that is zero or not finite leads nowhere."""
-        ball, centre = self._ball, self._placement.origin
+    def _step(self, gradient: list[Tensor | None], size: float) -> float:
+        """Move to the next point, and return the gradient's norm; where it is 0 or not finite, do not move."""
+        ball, centre = self._ball, self._movable.origin
         offsets = self._take(gradient)
-        if not ball.uphill(offsets, centre, size):
-            return False
+        norm = ball.uphill(offsets, centre, size)
+        if not 0 < norm < math.inf:
+            return norm
         for index, offset in enumerate(offsets):
             offset.add_(self._offset(index))
         ball.project(offsets, centre)
@@ -182,13 +201,13 @@ class Climb:
         self._previous, self._has_moved = trail, True
         ball.project(offsets, centre)
         self._move(offsets)
-        return True
+        return norm
 
     def _take(self, gradient: list[Tensor | None]) -> list[Tensor]:
         """Empty the list into dense tensors, in at least fp32, that share their memory with nothing."""
         taken = []
         seen = set(self._foreign)
-        for index, centre in enumerate(self._placement.origin):
+        for index, centre in enumerate(self._movable.origin):
             g, gradient[index] = gradient[index], None
             if g is None:
                 taken.append(torch.zeros_like(centre, dtype=widen(centre).dtype))
@@ -203,12 +222,12 @@ class Climb:
 
     def _offset(self, index: int) -> Tensor:
         held = self._held[index]
-        return self._subject.weights[index].detach() - self._placement.origin[index] if held is None else held
+        return self._measured.weights[index].detach() - self._movable.origin[index] if held is None else held
 
     def _move(self, offsets: list[Tensor]) -> None:
         noise = self._next_noise()
         for index, offset in enumerate(offsets):
-            self._placement.move(index, offset, noise)
+            self._movable.move(index, offset, noise)
         self._hold(offsets)
 
     def _next_noise(self) -> Noise:
@@ -218,5 +237,5 @@ class Climb:
     def _hold(self, offsets: list[Tensor]) -> None:
         """Keep what rounding would lose; where weights are precise, they hold the perturbation themselves."""
         for index, offset in enumerate(offsets):
-            if is_low_precision(self._subject.weights[index]):
+            if is_low_precision(self._measured.weights[index]):
                 self._held[index] = offset

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
 from samopt._numerics.stochastic_rounding import RoundingNoise
-from samopt._perturb.movable_weights import MovableWeights
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, measuring
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
 from samopt.sharpness._measuring.seeds import seed_of, stream
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
 from samopt.sharpness.nearby.ball import AdaptiveOption, Ball
 
@@ -44,22 +45,23 @@ class AverageCase(Result):
     per_batch: tuple[float, ...]
     per_sample: tuple[float, ...]
 
-    def draw(self, axes: Axes) -> None:
-        """Draw the distribution of the rises.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw the distribution of the rises over batches and samples.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.hist(self.per_sample, bins="auto", color="#0072B2")
-        axes.axvline(self.value, color="#D55E00", label=f"mean {self.value:.4g}")
+        axes.hist(self.per_sample, bins="auto", color=color, alpha=0.4)
+        axes.axvline(self.value, color=color, label=f"{label or 'mean'}: {self.value:.4g}")
         axes.set_xlabel(f"rise of the loss under noise of scale rho = {self.settings['rho']:g}")
-        axes.set_ylabel("samples")
-        axes.legend(frameon=False)
+        axes.set_ylabel("number of samples")
 
 
 def average_case(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     rho: float = 0.05,
@@ -74,7 +76,7 @@ def average_case(
     seed: int = 0,
     progress: ProgressOption = None,
 ) -> AverageCase:
-    """Return the mean over batches of ``E[L(w + T u)] - L(w)`` with ``u ~ N(0, rho^2)`` elementwise.
+    """Return the mean over examples of ``E[L(w + T u)] - L(w)`` with ``u ~ N(0, rho^2)`` elementwise.
 
     With ``norm="linf"``, ``u`` is uniform in ``[-rho, rho]``. Every ``u`` is used with both signs, which removes the
     gradient's share of the sampling error. Unlike the worst case the value may be negative. Its scale differs, too: the
@@ -84,7 +86,7 @@ def average_case(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: Batches.
         rho: Scale of the noise, >= 0.
         norm: "l2" for normal, "linf" for uniform noise.
@@ -131,22 +133,22 @@ def average_case(
         normalize_logits=normalize_logits,
         cost_per_batch=(2 * samples + 1) * FORWARD,
         progress=progress,
-    ) as subject:
-        with subject.placement() as placement:
-            for number, batch in enumerate(subject.batches):
-                placement.undo()
-                centre = subject.loss(batch)
-                losses.append(subject.checked(centre, number))
+    ) as measured:
+        with measured.movable_weights() as movable:
+            for number, batch in enumerate(measured.batches):
+                movable.undo()
+                centre = measured.loss(batch)
+                losses.append(measured.checked(centre, number))
                 rises.append([])
                 for sample in range(samples):
                     pair = []
                     for sign in (1, -1):
-                        _shake(placement, ball, sign, (seed, number, sample))
-                        pair.append(float(subject.loss(batch) - centre))
+                        _shake(movable, ball, sign, (seed, number, sample))
+                        pair.append(float(measured.loss(batch) - centre))
                     rises[-1].append(math.fsum(pair) / 2)
-        cost = subject.progress.cost
+        cost = measured.progress.cost
     per_batch = [math.fsum(row) / samples for row in rises]
-    value, error = mean_and_error(per_batch)
+    value, error = mean_and_error(per_batch, measured.sizes)
     if len(per_batch) == 1:
         _, error = mean_and_error(rises[0])
     return AverageCase(
@@ -159,23 +161,23 @@ def average_case(
             "samples": samples,
             "m": m,
             "normalize_logits": normalize_logits,
-            "mode": mode,
+            **measured.settings,
             "seed": seed,
         },
-        loss=math.fsum(losses) / len(losses),
+        loss=measured.mean(losses),
         per_batch=tuple(per_batch),
         per_sample=tuple(rise for row in rises for rise in row),
     )
 
 
-def _shake(placement: MovableWeights, ball: Ball, sign: int, key: tuple[int, int, int]) -> None:
+def _shake(movable: MovableWeights, ball: Ball, sign: int, key: tuple[int, int, int]) -> None:
     """Move every weight by ``sign * T u``; equal keys give equal ``u``."""
     rounding = RoundingNoise(seed_of("rounding", *key, sign)).source()
-    for index, centre in enumerate(placement.origin):
+    for index, centre in enumerate(movable.origin):
         noise = _draw(centre, ball, stream(centre.device, "noise", *key, index)).mul_(sign * ball.rho)
         if (lengths := ball.lengths(centre)) is not None:
             noise.mul_(lengths)
-        placement.move(index, noise, rounding)
+        movable.move(index, noise, rounding)
 
 
 def _draw(like: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from samopt._numerics.low_precision import widen
-from samopt._numerics.vector_norm import vector_norm
-from samopt._perturb.perturbation import Perturbation
-from samopt._perturb.targets import Region, Targets
-from samopt.parts import geometry
 from samopt.parts.checks import check_nonnegative
-from samopt.parts.geometry import Euclidean, Geometry
+from samopt.sharpness._measuring.optimizer_parts import (
+    Adaptive,
+    Euclidean,
+    Geometry,
+    Perturbation,
+    Region,
+    Targets,
+    vector_norm,
+)
 
 __all__ = ["AdaptiveOption", "Ball"]
 
@@ -23,7 +27,7 @@ AdaptiveOption = bool | Literal["asam"]
 """False: ``T = 1``. True: ``T = |w| + eta`` for every tensor. "asam": the same, but 1 for tensors of dim <= 1."""
 
 
-class _AdaptiveEverywhere(geometry.Adaptive):
+class _AdaptiveEverywhere(Adaptive):
     """``T = |w| + eta`` for every tensor, as Andriushchenko et al. 2023 measure."""
 
     def applies_to(self, weight: Tensor) -> bool:
@@ -37,8 +41,8 @@ class Ball:
     Args:
         rho: Radius, >= 0.
         norm: "l2" or "linf".
-        adaptive: The metric ``T``.
-        eta: Added to ``|w|`` in an adaptive metric, >= 0.
+        adaptive: the geometry ``T``.
+        eta: Added to ``|w|`` in an adaptive geometry, >= 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -68,11 +72,11 @@ class Ball:
         return self.norm == "linf"
 
     @property
-    def metric(self) -> Geometry:
-        """The metric, as an optimizer has it."""
+    def geometry(self) -> Geometry:
+        """The geometry, as an optimizer has it."""
         if not self.adaptive:
             return Euclidean()
-        return geometry.Adaptive() if self.adaptive == "asam" else _AdaptiveEverywhere()
+        return Adaptive() if self.adaptive == "asam" else _AdaptiveEverywhere()
 
     def lengths(self, weight: Tensor) -> Tensor | None:
         """Return ``T`` at a weight, in at least fp32, or None for 1.
@@ -80,11 +84,11 @@ class Ball:
         Args:
             weight: The weight at the centre.
         """
-        metric = self.metric
-        if not self.adaptive or not metric.applies_to(weight):
+        geometry = self.geometry
+        if not self.adaptive or not geometry.applies_to(weight):
             return None
         wide = widen(weight)
-        return metric.scale(wide, wide, self.eta)
+        return geometry.scale(wide, wide, self.eta)
 
     def first_step(self, weights: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> Perturbation:
         """Return SAM's ascent, to the ball's first-order worst point.
@@ -96,9 +100,9 @@ class Ball:
         moving = [w for w, g in zip(weights, gradient, strict=True) if g is not None]
         targets = Targets(Region(self.rho, self.eta, 1), moving, [g for g in gradient if g is not None])
         with torch.no_grad():
-            return Perturbation([targets], self.metric, linf=self.linf)
+            return Perturbation([targets], self.geometry, linf=self.linf)
 
-    def uphill(self, offsets: list[Tensor], centre: Sequence[Tensor], size: float) -> bool:
+    def uphill(self, offsets: list[Tensor], centre: Sequence[Tensor], size: float) -> float:
         """Turn a gradient, in place, into the steepest step of a size: ``size T^2 g / ||T g||`` or ``size T sign(g)``.
 
         Args:
@@ -107,7 +111,7 @@ class Ball:
             size: Length of the step, in the ball's norm.
 
         Returns:
-            False where the gradient is zero or not finite, so that nothing is uphill.
+            The gradient's norm ``||T g||_2``. Where it is 0 or not finite, nothing is uphill, and nothing was done.
         """
         steepness = []
         for g, w in zip(offsets, centre, strict=True):
@@ -116,7 +120,7 @@ class Ball:
             steepness.append(vector_norm(g))
         norm = float(vector_norm(torch.stack([length.to(steepness[0]) for length in steepness])))
         if not 0 < norm < float("inf"):
-            return False
+            return norm
         for g, w in zip(offsets, centre, strict=True):
             t = self.lengths(w)
             if self.linf:
@@ -124,7 +128,7 @@ class Ball:
             g.mul_(size if self.linf else size / norm)
             if t is not None:
                 g.mul_(t)
-        return True
+        return norm
 
     def project(self, offsets: Sequence[Tensor], centre: Sequence[Tensor]) -> None:
         """Bring a perturbation back into the ball, in place.
@@ -140,12 +144,12 @@ class Ball:
                 limit = torch.full_like(size, self.rho) if t is None else t.mul_(self.rho)
                 offset.mul_(torch.where(size > limit, limit / size, 1.0))
             return
-        lengths = [vector_norm(self._without_metric(offset, w)) for offset, w in zip(offsets, centre, strict=True)]
+        lengths = [vector_norm(self._without_geometry(offset, w)) for offset, w in zip(offsets, centre, strict=True)]
         norm = float(vector_norm(torch.stack([length.to(lengths[0]) for length in lengths])))
         if norm > self.rho:
             for offset in offsets:
                 offset.mul_(self.rho / norm)
 
-    def _without_metric(self, offset: Tensor, weight: Tensor) -> Tensor:
+    def _without_geometry(self, offset: Tensor, weight: Tensor) -> Tensor:
         t = self.lengths(weight)
         return offset if t is None else torch.where(t > 0, offset / t, 0.0)

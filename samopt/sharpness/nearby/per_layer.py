@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.progress import ProgressOption
+from samopt.sharpness._measuring.losses import Loss
+from samopt.sharpness._measuring.progress import ProgressOption, part_of
 from samopt.sharpness._measuring.results import Result
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
 from samopt.sharpness.nearby.worst_case import worst_case
 
@@ -31,23 +32,27 @@ class PerLayer(Result):
 
     layers: dict[str, Result]
 
-    def draw(self, axes: Axes) -> None:
-        """Draw one bar a layer.
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
+        """Draw one point a layer.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
         names = list(self.layers)
+        values = [result.value for result in self.layers.values()]
         errors = [result.standard_error or 0.0 for result in self.layers.values()]
-        axes.barh(names, [result.value for result in self.layers.values()], xerr=errors, color="#0072B2")
-        axes.invert_yaxis()
+        axes.errorbar(values, names, xerr=errors, fmt="o", color=color, capsize=3, label=label)
+        if not axes.yaxis_inverted():
+            axes.invert_yaxis()
         axes.set_ylabel("layer")
         axes.set_xlabel(next(iter(self.layers.values())).measure.replace("_", " "))
 
 
 def per_layer(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     measure: Callable[..., Result] = worst_case,
@@ -61,7 +66,7 @@ def per_layer(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: Batches; read once.
         measure: Any measure of this package that takes ``parameters``.
         layers: Module names, parameter names or patterns, one for each "layer"; None for every module that holds
@@ -91,7 +96,7 @@ def per_layer(
     kept = read_batches(batches)
     results: dict[str, Result] = {}
     for name in names:
-        overall = _over_all_layers(progress, sum(result.cost for result in results.values()), len(names))
+        overall = part_of(progress, sum(result.cost for result in results.values()), len(results), len(names))
         results[name] = measure(model, loss_fn, kept, parameters=name, progress=overall, **options)
     largest = max(results.values(), key=lambda result: result.value)
     return PerLayer(
@@ -102,11 +107,3 @@ def per_layer(
         settings={"measure": largest.measure, **largest.settings},
         layers=results,
     )
-
-
-def _over_all_layers(progress: ProgressOption, before: float, layers: int) -> ProgressOption:
-    """Let a function see the progress of all layers together; a bar belongs to one layer."""
-    if not callable(progress):
-        return progress
-    report = progress
-    return lambda done, total: report(before + done, None if total is None else total * layers)

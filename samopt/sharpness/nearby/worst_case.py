@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, GRADIENT, measuring
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.style import BLUE
 from samopt.sharpness._measuring.weights import Selection
-from samopt.sharpness.nearby.auto_pgd import Climb
+from samopt.sharpness.nearby.auto_pgd import AutoPGD
 from samopt.sharpness.nearby.ball import AdaptiveOption, Ball
 
 if TYPE_CHECKING:
@@ -37,22 +37,24 @@ class WorstCase(Result):
     per_batch: tuple[float, ...]
     curve: tuple[float, ...]
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw how the rise grew with the number of ascent steps.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.plot(range(1, len(self.curve) + 1), self.curve, marker="o", color="#0072B2")
+        axes.plot(range(1, len(self.curve) + 1), self.curve, marker=".", color=color, label=label)
         axes.set_xlabel("ascent steps")
         axes.set_ylabel(f"largest rise of the loss found\n({self.settings['norm']} ball, rho {self.settings['rho']:g})")
-        axes.set_ylim(0, 1.1 * max(self.curve) or None)
+        axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", integer=True)
 
 
 def worst_case(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     rho: float = 0.05,
@@ -68,18 +70,21 @@ def worst_case(
     seed: int = 0,
     progress: ProgressOption = None,
 ) -> WorstCase:
-    """Return the mean over batches of ``max over ||T^-1 d||_p <= rho of L(w + d) - L(w)``.
+    """Return the mean of ``max over ||T^-1 d||_p <= rho of L(w + d) - L(w)``.
 
     The maximum is searched for with auto-PGD, so the value is a lower bound, which grows with ``steps`` and
     ``restarts``. It is never below 0, nor below the rise after SAM's single step, which ``steps=1`` returns exactly.
     Source: Foret et al. 2021, equation 1; Andriushchenko et al. 2023, section 3, whose ``T = |w|`` holds for every
     tensor.
 
+    The mean weighs each batch by its examples. Where the gradient is exactly 0 (a training loss of 0 in fp32), nothing
+    points uphill: the search goes on from a random point of the ball, but for ``steps=1``.
+
     Cost: ``restarts * (steps + 1/3)`` gradients a batch. Memory: three copies of the weights that move.
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: Batches, each with a maximum of its own.
         rho: Radius, >= 0, in the units of the norm.
         norm: "l2" or "linf".
@@ -117,7 +122,7 @@ def worst_case(
     for name, count in (("steps", steps), ("restarts", restarts)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
-    climbs = []
+    searches = []
     with measuring(
         model,
         loss_fn,
@@ -129,15 +134,15 @@ def worst_case(
         normalize_logits=normalize_logits,
         cost_per_batch=restarts * (steps * GRADIENT + FORWARD),
         progress=progress,
-    ) as subject:
-        with subject.placement() as placement:
-            for number, batch in enumerate(subject.batches):
-                climb = Climb(subject, batch, ball, placement, (seed, number))
-                curve = climb.run(steps, restarts)
-                climbs.append((subject.checked(climb.loss, number), curve))
-        cost = subject.progress.cost
-    per_batch = tuple(curve[-1] for _, curve in climbs)
-    value, error = mean_and_error(per_batch)
+    ) as measured:
+        with measured.movable_weights() as movable:
+            for number, batch in enumerate(measured.batches):
+                search = AutoPGD(measured, batch, ball, movable, (seed, number))
+                curve = search.run(steps, restarts)
+                searches.append((measured.checked(search.loss, number), curve))
+        cost = measured.progress.cost
+    per_batch = tuple(curve[-1] for _, curve in searches)
+    value, error = mean_and_error(per_batch, measured.sizes)
     return WorstCase(
         measure="worst_case",
         value=value,
@@ -149,10 +154,10 @@ def worst_case(
             "restarts": restarts,
             "m": m,
             "normalize_logits": normalize_logits,
-            "mode": mode,
+            **measured.settings,
             "seed": seed,
         },
-        loss=math.fsum(loss for loss, _ in climbs) / len(climbs),
+        loss=measured.mean([loss for loss, _ in searches]),
         per_batch=per_batch,
-        curve=tuple(math.fsum(column) / len(climbs) for column in zip(*(curve for _, curve in climbs), strict=True)),
+        curve=tuple(measured.mean(column) for column in zip(*(curve for _, curve in searches), strict=True)),
     )

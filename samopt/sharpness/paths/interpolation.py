@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
-from samopt._perturb.movable_weights import MovableWeights
-from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
+from samopt.sharpness._measuring.losses import Loss
+from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.style import BLUE, ORANGE, colors
 from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
 from samopt.sharpness.paths.states import State, state_of
 
@@ -45,28 +45,30 @@ class Interpolation(Result):
     accuracies: tuple[float, ...] | None
     layers: dict[str, tuple[float, ...]] | None
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw the loss along the line, and the accuracy on a second axis.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        for name, losses in (self.layers or {}).items():
-            axes.plot(self.positions, losses, linewidth=1, alpha=0.7, label=name)
-        axes.errorbar(self.positions, self.losses, yerr=self.errors, color="black", marker="o", label="loss")
-        axes.set_xlabel("position: 0 start, 1 end")
+        layers = self.layers or {}
+        for (name, losses), shade in zip(layers.items(), colors(len(layers)), strict=True):
+            axes.plot(self.positions, losses, linewidth=1, color=shade, label=name)
+        line = "black" if layers else color
+        axes.errorbar(self.positions, self.losses, yerr=self.errors, color=line, marker=".", label=label or "loss")
+        axes.set_xlabel("position on the line between the weights: 0 start, 1 end")
         axes.set_ylabel("loss")
         if self.accuracies is not None:
             beside = axes.twinx()
-            beside.plot(self.positions, self.accuracies, color="#D55E00", linestyle="--")
+            beside.plot(self.positions, self.accuracies, color=line if label else ORANGE, linestyle="--")
             beside.set_ylabel("accuracy (dashed)")
-        if self.layers:
-            axes.legend(frameon=False, fontsize=8)
 
 
 def interpolate(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     end: State,
     *,
@@ -90,8 +92,8 @@ def interpolate(
 
     Args:
         model: The model that is evaluated; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batches: Batches. Each counts the same.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
+        batches: Batches; means weigh examples.
         end: A model of the same architecture, or its state dict.
         start: Another; None for the model's present weights.
         points: Places to evaluate, >= 2, evenly spaced.
@@ -139,27 +141,32 @@ def interpolate(
         frozen=True,
         cost_per_batch=evaluations * FORWARD,
         progress=progress,
-    ) as subject:
-        line = _Line(subject, state_of(inner if start is None else start, inner), state_of(end, inner))
-        with subject.placement() as placement:
+    ) as measured:
+        line = _Line(measured, state_of(inner if start is None else start, inner), state_of(end, inner))
+        with measured.movable_weights() as movable:
             rows, accuracies = [], []
             for position in positions:
-                line.place(placement, position, interpolate_buffers)
-                rows.append([float(subject.loss(batch)) for batch in subject.batches])
+                line.place(movable, position, interpolate_buffers)
+                rows.append([float(measured.loss(batch)) for batch in measured.batches])
                 if accuracy_fn is not None:
-                    values = [subject.evaluate(accuracy_fn, batch) for batch in subject.batches]
-                    accuracies.append(math.fsum(values) / len(values))
-            line.place(placement, 0.0, interpolate_buffers)
-            along = {name: line.alone(placement, positions, members) for name, members in chosen.items()}
-        cost = subject.progress.cost
-    statistics = [mean_and_error(row) for row in rows]
+                    values = [measured.evaluate(accuracy_fn, batch) for batch in measured.batches]
+                    accuracies.append(measured.mean(values))
+            line.place(movable, 0.0, interpolate_buffers)
+            along = {name: line.alone(movable, positions, members) for name, members in chosen.items()}
+        cost = measured.progress.cost
+    statistics = [mean_and_error(row, measured.sizes) for row in rows]
     losses = [mean for mean, _ in statistics]
     return Interpolation(
         measure="interpolate",
         value=_barrier(positions, losses),
         standard_error=None,
         cost=cost,
-        settings={"points": points, "extent": list(extent), "interpolate_buffers": interpolate_buffers, "mode": mode},
+        settings={
+            "points": points,
+            "extent": list(extent),
+            "interpolate_buffers": interpolate_buffers,
+            **measured.settings,
+        },
         positions=tuple(positions),
         losses=tuple(losses),
         errors=None if len(rows[0]) < 2 else tuple(error or 0.0 for _, error in statistics),
@@ -171,38 +178,38 @@ def interpolate(
 class _Line:
     """The weights and buffers between two states."""
 
-    def __init__(self, subject: Subject, start: dict[str, Tensor], end: dict[str, Tensor]) -> None:
-        self._subject = subject
-        own = {id(parameter): parameter for parameter in subject.weights}
+    def __init__(self, measured: MeasuredModel, start: dict[str, Tensor], end: dict[str, Tensor]) -> None:
+        self._measured = measured
+        own = {id(parameter): parameter for parameter in measured.weights}
         # What is about to move cannot also be where the line starts.
         self._start = {name: t.clone() if _is_among(t, own.values()) else t for name, t in start.items()}
         self._end = {name: t.clone() if _is_among(t, own.values()) else t for name, t in end.items()}
-        buffers = dict(subject.model.named_buffers())
+        buffers = dict(measured.model.named_buffers())
         self._start |= {name: self._start[name].clone() for name in buffers if name in self._start}
         self._end |= {name: self._end[name].clone() for name in buffers if name in self._end}
 
-    def place(self, placement: MovableWeights, position: float, with_buffers: bool) -> None:
+    def place(self, movable: MovableWeights, position: float, with_buffers: bool) -> None:
         """Move all weights, and perhaps the buffers, to a position."""
-        for index, name in enumerate(self._subject.names):
-            placement.put(index, self._between(name, self._subject.weights[index], position))
+        for index, name in enumerate(self._measured.names):
+            movable.put(index, self._between(name, self._measured.weights[index], position))
         if not with_buffers:
             return
         with torch.no_grad():
-            for name, buffer in self._subject.model.named_buffers():
+            for name, buffer in self._measured.model.named_buffers():
                 if name in self._start and name in self._end and buffer.is_floating_point():
                     buffer.copy_(self._between(name, buffer, position))
-        self._subject.keep_buffers()
+        self._measured.keep_buffers()
 
-    def alone(self, placement: MovableWeights, positions: Sequence[float], members: set[str]) -> list[float]:
+    def alone(self, movable: MovableWeights, positions: Sequence[float], members: set[str]) -> list[float]:
         """Return the losses where only some weights move, and put these back to the start."""
-        subject = self._subject
-        moving = [(index, name) for index, name in enumerate(subject.names) if name in members]
+        measured = self._measured
+        moving = [(index, name) for index, name in enumerate(measured.names) if name in members]
         losses: list[float] = []
         for position in (*positions, 0.0):
             for index, name in moving:
-                placement.put(index, self._between(name, subject.weights[index], position))
+                movable.put(index, self._between(name, measured.weights[index], position))
             if len(losses) < len(positions):
-                losses.append(math.fsum(float(subject.loss(b)) for b in subject.batches) / len(subject.batches))
+                losses.append(measured.mean_loss())
         return losses
 
     def _between(self, name: str, like: Tensor, position: float) -> Tensor:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from samopt._numerics.low_precision import widen
-from samopt._numerics.vector_norm import vector_norm
-from samopt._perturb.movable_weights import MovableWeights
-from samopt.sharpness._measuring.losses import LossFn
-from samopt.sharpness._measuring.measured_model import FORWARD, Subject, measuring
+from samopt.sharpness._measuring.losses import Loss
+from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights, vector_norm
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
+from samopt.sharpness._measuring.style import BLUE, GREY
 from samopt.sharpness._measuring.weights import Selection
 
 if TYPE_CHECKING:
@@ -42,16 +42,18 @@ class Landscape(Result):
     losses: tuple[float, ...] | tuple[tuple[float, ...], ...]
     centre: float
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: Axes, *, label: str | None = None, color: str = BLUE) -> None:
         """Draw a curve, or contours of the loss.
 
         Args:
             axes: Where.
+            label: Name in the legend.
+            color: Of the lines.
         """
-        axes.set_xlabel("first direction")
+        axes.set_xlabel("first direction (1: as long as the weights)")
         if not isinstance(self.losses[0], tuple):
-            axes.plot(self.positions, self.losses, color="#0072B2")
-            axes.axvline(0, color="grey", linewidth=0.5)
+            axes.plot(self.positions, self.losses, color=color, label=label)
+            axes.axvline(0, color=GREY, linewidth=0.5)
             axes.set_ylabel("loss")
             return
         across = list(zip(*self.losses, strict=True))
@@ -64,7 +66,7 @@ class Landscape(Result):
 
 def landscape(
     model: nn.Module,
-    loss_fn: LossFn,
+    loss_fn: Loss,
     batches: Iterable[Any],
     *,
     dimensions: int = 1,
@@ -87,8 +89,8 @@ def landscape(
 
     Args:
         model: The model; it comes back bit for bit.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batches: Batches. Each counts the same.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
+        batches: Batches; means weigh examples.
         dimensions: 1 or 2.
         points: Places along each direction, >= 3 and odd, so that the weights themselves are one.
         radius: How far to go, > 0.
@@ -138,24 +140,24 @@ def landscape(
         mode=mode,
         cost_per_batch=points**dimensions * FORWARD,
         progress=progress,
-    ) as subject:
+    ) as measured:
         if directions is None:
-            axes = [_random_direction(subject, normalization, (seed, index)) for index in range(dimensions)]
+            axes = [_random_direction(measured, normalization, (seed, index)) for index in range(dimensions)]
         else:
-            axes = [_checked(subject, direction) for direction in directions]
-        with subject.placement() as placement:
+            axes = [_checked(measured, direction) for direction in directions]
+        with measured.movable_weights() as movable:
             rows = [
-                [_loss_at(subject, placement, axes, (first, second)) for second in (positions if axes[1:] else [0.0])]
+                [_loss_at(measured, movable, axes, (first, second)) for second in (positions if axes[1:] else [0.0])]
                 for first in positions
             ]
-        cost = subject.progress.cost
+        cost = measured.progress.cost
     centre = rows[middle][middle if axes[1:] else 0]
     return Landscape(
         measure="landscape",
         value=max(max(row) for row in rows) - centre,
         standard_error=None,
         cost=cost,
-        settings={"radius": radius, "normalization": normalization, "mode": mode, "seed": seed},
+        settings={"radius": radius, "normalization": normalization, **measured.settings, "seed": seed},
         positions=tuple(positions),
         losses=tuple(tuple(row) for row in rows) if axes[1:] else tuple(row[0] for row in rows),
         centre=centre,
@@ -163,19 +165,19 @@ def landscape(
 
 
 def _loss_at(
-    subject: Subject, placement: MovableWeights, axes: Sequence[Sequence[Tensor]], at: Sequence[float]
+    measured: MeasuredModel, movable: MovableWeights, axes: Sequence[Sequence[Tensor]], at: Sequence[float]
 ) -> float:
-    for index, origin in enumerate(placement.origin):
+    for index, origin in enumerate(movable.origin):
         offset = torch.zeros_like(origin, dtype=widen(origin).dtype)
         for direction, length in zip(axes, at, strict=False):
             offset.add_(direction[index], alpha=length)
-        placement.move(index, offset)
-    return math.fsum(float(subject.loss(batch)) for batch in subject.batches) / len(subject.batches)
+        movable.move(index, offset)
+    return measured.mean_loss()
 
 
-def _random_direction(subject: Subject, normalization: str, key: tuple[int, int]) -> list[Tensor]:
+def _random_direction(measured: MeasuredModel, normalization: str, key: tuple[int, int]) -> list[Tensor]:
     direction = []
-    for index, weight in enumerate(subject.weights):
+    for index, weight in enumerate(measured.weights):
         own = widen(weight.detach())
         generator = stream(own.device, "direction", *key, index)
         drawn = torch.randn(own.shape, generator=generator, device=own.device, dtype=own.dtype)
@@ -185,7 +187,7 @@ def _random_direction(subject: Subject, normalization: str, key: tuple[int, int]
             drawn.mul_(own.norm() / drawn.norm().clamp_min(torch.finfo(drawn.dtype).tiny))
         direction.append(drawn)
     if normalization == "none":
-        size = math.hypot(*(float(vector_norm(widen(weight.detach()))) for weight in subject.weights))
+        size = math.hypot(*(float(vector_norm(widen(weight.detach()))) for weight in measured.weights))
         drawn_size = math.hypot(*(float(vector_norm(drawn)) for drawn in direction))
         for drawn in direction:
             drawn.mul_(size / drawn_size)
@@ -197,11 +199,11 @@ def _like_filters(drawn: Tensor, own: Tensor) -> Tensor:
     return drawn.mul_(scale.view(-1, *[1] * (own.dim() - 1)))
 
 
-def _checked(subject: Subject, direction: Sequence[Tensor]) -> list[Tensor]:
-    given, wanted = [list(d.shape) for d in direction], [list(w.shape) for w in subject.weights]
+def _checked(measured: MeasuredModel, direction: Sequence[Tensor]) -> list[Tensor]:
+    given, wanted = [list(d.shape) for d in direction], [list(w.shape) for w in measured.weights]
     if given != wanted:
         raise ValueError(
             f"a direction needs a tensor for each of the {len(wanted)} parameters that move, of shapes {wanted[:4]}"
             f"{' ...' if len(wanted) > 4 else ''}; got {given[:4]}{' ...' if len(given) > 4 else ''}"
         )
-    return [d.detach().to(w.device, widen(w).dtype) for d, w in zip(direction, subject.weights, strict=True)]
+    return [d.detach().to(w.device, widen(w).dtype) for d, w in zip(direction, measured.weights, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -267,6 +268,91 @@ def test_the_metrics_are_those_of_the_window():
     step = backward.optimizer.last_step
     assert float(step.loss) == pytest.approx(losses[-1] / 2)  # the last window holds one batch, divided by two
     assert float(step.perturbed_loss) > float(step.loss)
+
+
+def small(rho=0.05, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=rho, model=model)
+    accelerator = Accelerator(cpu=True, **options)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(4, 4, dtype=torch.float64, generator=generator) for _ in range(4)]
+    return accelerator, model, optimizer, SharpnessAwareBackward(accelerator, model, optimizer), data
+
+
+def square_loss(model):
+    return lambda x: model(x).square().sum(1).log1p().mean()
+
+
+def gradient_by_hand(batches, rho=0.05):
+    """SAM's gradient of the mean over some batches at the weights that ``small`` begins with, in plain torch."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+
+    def take():
+        model.zero_grad()
+        for x in batches:
+            (square_loss(model)(x) / len(batches)).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    first = take()
+    norm = torch.sqrt(sum((g * g).sum() for g in first))
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), first, strict=True):
+            p += rho * g / norm
+    return take()
+
+
+@pytest.mark.parametrize("between", ["nothing", "no_sync", "clipping", "another loss"])
+def test_accumulation_by_hand_with_a_plain_accelerator_is_an_error(between):
+    accelerator, model, optimizer, backward, data = small()
+    before = cases.bits(model)
+    backward(square_loss(model), data[0])
+    if between == "clipping":
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+    with accelerator.no_sync(model) if between == "no_sync" else contextlib.nullcontext():
+        compute = (lambda x: model(x).abs().mean()) if between == "another loss" else square_loss(model)
+        with pytest.raises(
+            RuntimeError, match=r"gradient_accumulation_steps=k\).*with accelerator.accumulate\(model\)"
+        ):
+            backward(compute, data[1])
+    assert all(torch.equal(a, b) for a, b in zip(cases.bits(model), before, strict=True))
+    optimizer.zero_grad()
+    backward(square_loss(model), data[2])
+    for ours, theirs in zip(model.parameters(), gradient_by_hand([data[2]]), strict=True):
+        torch.testing.assert_close(ours.grad, theirs, rtol=1e-10, atol=1e-12)
+    optimizer.step()
+
+
+def test_a_window_begins_at_zero_grad():
+    """A window that was given up, because a loss was not finite, say, leaves nothing behind."""
+    accelerator, model, optimizer, backward, data = small(gradient_accumulation_steps=2)
+    with accelerator.accumulate(model):
+        backward(square_loss(model), data[0])
+    optimizer.optimizer.zero_grad()  # the prepared one clears at the end of a window only
+    accelerator.step = 0
+    for x in data[1:3]:
+        with accelerator.accumulate(model):
+            backward(square_loss(model), x)
+    for ours, theirs in zip(model.parameters(), gradient_by_hand(data[1:3]), strict=True):
+        torch.testing.assert_close(ours.grad, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_that_is_left_out_leaves_the_next_window_alone():
+    _, model, optimizer, backward, data = small()
+    backward(square_loss(model), data[0])
+    optimizer.zero_grad()
+    backward(square_loss(model), data[1])
+    for ours, theirs in zip(model.parameters(), gradient_by_hand([data[1]]), strict=True):
+        torch.testing.assert_close(ours.grad, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_accelerator_s_own_backward_is_no_second_pass():
+    accelerator, model, optimizer, _, data = small()
+    accelerator.backward(square_loss(model)(data[0]))
+    with pytest.raises(RuntimeError, match="found gradients but no perturbed pass"):
+        optimizer.step()
 
 
 def test_misuse_is_explained():

@@ -58,14 +58,14 @@ def test_free_metrics_at_every_log_step(tmp_path):
     lit.fit(
         tmp_path,
         lit.Module(),
-        callbacks=[monitor(every_n_steps=100), steps],
+        callbacks=[monitor(every=100), steps],
         logger=logger,
         log_every_n_steps=4,
     )
     logged = {int(row["step"]) + 1: row for row in rows(tmp_path / "run" / "version_0") if row["sharpness/sam"]}
-    assert sorted(logged) == [4, 8, 12]
+    assert sorted(logged) == [4, 8, 12, 14]  # and at the end, with the one measurement of a run shorter than `every`
     losses = [int(row["step"]) + 1 for row in rows(tmp_path / "run" / "version_0") if row["loss_step"]]
-    assert losses == sorted(logged)
+    assert losses == [4, 8, 12]
     for step, row in logged.items():
         measured = steps.seen[step]
         assert float(row["sharpness/sam"]) == measured["sharpness"]
@@ -82,7 +82,7 @@ def test_a_plain_run_has_no_free_metrics(tmp_path):
 
 def test_each_layer_and_the_largest_eigenvalue(tmp_path):
     keep, logger = KeepWeights(), CSVLogger(tmp_path, name="run", version=0)
-    watch = monitor(measures={"per_layer": {"rho": 0.2, "steps": 2}, "lambda_max": {}}, every_n_steps=4)
+    watch = monitor(measures={"per_layer": {"rho": 0.2, "steps": 2}, "lambda_max": {}}, every=4)
     lit.fit(tmp_path, Quiet(), callbacks=[watch, keep], logger=logger)
     batches = list(lit.loader())[:2]
     logged = [row for row in rows(tmp_path / "run" / "version_0") if row["sharpness/lambda_max"]]
@@ -141,16 +141,70 @@ def test_the_picture_where_it_was_asked_for(tmp_path):
 def test_cost_is_bounded_and_what_is_left_out_is_said(tmp_path):
     """Time is counted in calls of a clock that a measure drives."""
 
+    calls = []
+
     def endless(model, loss_fn, batches, *, progress):
-        progress(1.0, 1e9)
-        raise AssertionError("the budget should have stopped this")
+        calls.append(1)
+        if len(calls) > 1:
+            progress(1.0, 1e9)
+            raise AssertionError("the budget should have stopped this")
+        return sharpness.worst_case(model, loss_fn, batches, steps=1)
 
     watch = monitor(measures={"endless": endless}, max_fraction=1e-9)
-    with pytest.warns(UserWarning, match="sharpness/endless left out at step 3: takes about .* of a share of 1e-09"):
+    with pytest.warns(UserWarning, match="sharpness/endless left out at step 6: takes about .* of a share of 1e-09"):
         trainer = lit.trainer(tmp_path, [watch], max_epochs=1)
         trainer.fit(lit.Module(), lit.loader())
     assert [record["step"] for record in watch.monitor.history] == [3, 6]
-    assert "sharpness/endless" not in trainer.callback_metrics
+    assert sorted(watch.history) == [3]  # the first measurement always happens
+
+
+@pytest.mark.parametrize("options", [{"every": 100}, {"every": 3}, {"every": None}])
+def test_early_stopping_follows_a_measure_between_measurements(tmp_path, options):
+    """It reads the value at every validation, also before the first measurement was due."""
+    seen = []
+
+    class Stop(EarlyStopping):
+        def _evaluate_stopping_criteria(self, current):
+            seen.append(float(current))
+            return super()._evaluate_stopping_criteria(current)
+
+    class Validated(lit.Module):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(batch))
+
+        def val_dataloader(self):
+            return lit.loader(2)
+
+    watch = monitor(examples=64, **options)
+    lit.fit(tmp_path, Validated(), callbacks=[watch, Stop("sharpness/worst", patience=100)], max_epochs=2)
+    assert len(seen) >= 2
+    known = [values["sharpness/worst"] for values in watch.history.values()]
+    assert all(any(value == pytest.approx(one, rel=1e-6) for one in known) for value in seen)  # kept in fp32
+
+
+def test_free_metrics_may_be_averaged_over_the_interval(tmp_path):
+    class Steps(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_train_batch_end(self, trainer, *args):
+            self.seen[trainer.global_step] = trainer.callbacks[0].last_step.to_dict()
+
+    steps, logger = Steps(), CSVLogger(tmp_path, name="run", version=0)
+    watch = monitor(every=100, average_metrics=True)
+    lit.fit(tmp_path, lit.Module(), callbacks=[watch, steps], logger=logger, log_every_n_steps=4)
+    logged = {int(row["step"]) + 1: row for row in rows(tmp_path / "run" / "version_0") if row["sharpness/sam"]}
+    for last in (4, 8, 12):
+        for key, name in (("sam", "sharpness"), ("grad_norm", "grad_norm")):
+            mean = sum(steps.seen[step][name] for step in range(last - 3, last + 1)) / 4
+            assert float(logged[last][f"sharpness/{key}"]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_run_that_is_shorter_than_every_is_measured_at_its_end(tmp_path):
+    watch = monitor(every=100, examples=1000)
+    lit.fit(tmp_path, lit.Module(), callbacks=[watch], max_steps=3)
+    assert sorted(watch.history) == [3]
+    assert (tmp_path / "sharpness.png").exists() or list(tmp_path.rglob("sharpness.png"))
 
 
 def test_progress_is_shown(tmp_path, monkeypatch, capsys):

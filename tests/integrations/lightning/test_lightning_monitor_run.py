@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from samopt import sharpness
-from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessMonitor
+from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessCallback
 from tests.helpers import lit
 from tests.helpers.lit_monitor import monitor
 
@@ -68,7 +68,7 @@ def test_a_monitored_run_is_the_unmonitored_one(name, sam, data, tmp_path):
         return SharpnessAwareTraining("asam") if sam else Callback()
 
     measures = {"worst_case": {"steps": 2}, "average_case": {}, "per_layer": {"steps": 1}, "lambda_max": {}}
-    watch = monitor(measures=measures, every_n_steps=3, data=data)
+    watch = monitor(measures=measures, every=3, data=data)
     ours, losses, stream = observed(tmp_path, name, callback(), [watch])
     theirs, expected_losses, expected_stream = observed(tmp_path, name, callback(), [])
     assert len(watch.history) >= 2
@@ -151,10 +151,10 @@ trainer:
   enable_model_summary: false
   callbacks:
     - class_path: samopt.integrations.lightning.SharpnessAwareTraining
-    - class_path: samopt.integrations.lightning.SharpnessMonitor
+    - class_path: samopt.integrations.lightning.SharpnessCallback
       init_args:
         measures: {measures}
-        every_n_steps: 3
+        every: 3
         examples: 8
         max_fraction: null
         plot: false
@@ -182,12 +182,51 @@ def test_yaml(package, measures, tmp_path, monkeypatch):
         seed_everything_default=None,
     )
     callback = run.trainer.callbacks[1]
-    assert isinstance(callback, SharpnessMonitor)
+    assert isinstance(callback, SharpnessCallback)
     assert sorted(callback.history) == [3, 6]
     settings = callback.monitor.history[0]["measures"]["worst_case"]["settings"]
     assert settings["rho"] == (0.1 if "0.1" in measures else 0.5)
     assert settings["adaptive"] in (True, "True")
     assert "sharpness/per_layer/net.0" in callback.history[3]
+
+
+@pytest.mark.parametrize("measures", ["[worst_case, lambda_max]", "{worst_case: {rho: 0.1, steps: 1}, lambda_max: {}}"])
+def test_a_saved_configuration_loads_again(measures, tmp_path):
+    cli = importlib.import_module("pytorch_lightning.cli")
+
+    class Module(lit.Module):
+        def train_dataloader(self):
+            return lit.loader()
+
+    def run(config):
+        return cli.LightningCLI(
+            Module,
+            args=["fit", "--config", str(config)],
+            save_config_callback=cli.SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=None,
+        )
+
+    (tmp_path / "run.yaml").write_text(
+        f"""
+trainer:
+  max_steps: 3
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_checkpointing: false
+  logger: {{class_path: pytorch_lightning.loggers.CSVLogger, init_args: {{save_dir: {tmp_path}, name: a, version: 0}}}}
+  callbacks:
+    - class_path: samopt.integrations.lightning.SharpnessCallback
+      init_args: {{every: 3, examples: 8, max_fraction: null, measures: {measures}}}
+""",
+        encoding="utf-8",
+    )
+    first = run(tmp_path / "run.yaml").trainer.callbacks
+    saved = tmp_path / "a" / "version_0" / "config.yaml"
+    again = run(saved).trainer.callbacks
+    histories = [next(c.history for c in each if isinstance(c, SharpnessCallback)) for each in (first, again)]
+    assert histories[0].keys() == histories[1].keys() == {3}
+    assert histories[0][3].keys() == histories[1][3].keys() == {"sharpness/worst_case", "sharpness/lambda_max"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -206,12 +245,12 @@ def test_configure_callbacks(package, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
+        ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"examples": 0}, ValueError, "examples must be at least 1, got 0"),
         ({"data": "test"}, ValueError, 'data must be "training" or "validation", got \'test\'; give other data'),
         ({"max_fraction": 2.0}, ValueError, r"max_fraction must be in \(0, 1\], got 2.0"),
         ({"measures": "worst_case"}, TypeError, r"got the string 'worst_case'; write \['worst_case'\]"),
-        ({"measures": ["sharpest"]}, ValueError, "must be one of worst_case, average_case.*got 'sharpest'"),
+        ({"measures": ["sharpest"]}, ValueError, "must be one of worst_case, .*got 'sharpest'"),
         ({"measures": {"sharpest": {"rho": 1.0}}}, ValueError, "must be one of worst_case.*got 'sharpest'"),
         ({"measures": [3]}, TypeError, "must be a name, or a function such as .*got 3; bind"),
         ({"measures": ["per_layer", sharpness.per_layer]}, ValueError, "two measures are called 'per_layer'; give"),
@@ -220,7 +259,7 @@ def test_configure_callbacks(package, tmp_path):
 )
 def test_options_are_checked_where_they_are_given(options, error, message):
     with pytest.raises(error, match=message):
-        SharpnessMonitor(**options)
+        SharpnessCallback(**options)
 
 
 def test_a_training_step_without_a_loss(tmp_path):

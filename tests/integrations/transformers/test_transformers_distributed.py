@@ -74,7 +74,7 @@ def train(rank, port, folder):
         assert trainer.accelerator.num_processes == RANKS
         if "eval_steps" in options:
             trainer.eval_dataset = hf.language(8, seed=2)
-            trainer.add_callback(SharpnessCallback(every=2, max_fraction=None))
+            trainer.add_callback(SharpnessCallback(["one_step"], every=2, max_fraction=None))
         trainer.train()
         result = {name: hf.logged(trainer, name) for name in ("loss", "sharpness/one_step")}
         torch.save(result | {"weights": cases.bits(model)}, folder / f"{name}-{rank}.pt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 import samopt
@@ -291,14 +291,14 @@ class Failing(SAMTrainer):
     """Raises ``error`` in the second pass of step 2, in the window's second micro-batch."""
 
     error: BaseException
+    noted: list[list[Tensor]]  # of the class: an instance's attributes are put back after the second pass
 
     def compute_loss(self, model, inputs, **options):
         loss = super().compute_loss(model, inputs, **options)
         if self.is_second_pass and self.state.global_step == 2:
-            self.perturbed_bits = cases.bits(self.model)
-            if self.failed:
+            Failing.noted.append(cases.bits(self.model))
+            if len(Failing.noted) == 2:
                 raise self.error
-            self.failed = True
         return loss
 
 
@@ -313,10 +313,11 @@ def test_an_error_in_the_second_pass_leaves_the_weights_exact(error, tmp_path):
     trainer = hf.make_trainer(
         tmp_path, model, hf.points(), kind=Failing, callbacks=[weights], gradient_accumulation_steps=2
     )
-    trainer.error, trainer.failed = error, False
+    trainer.error, Failing.noted = error, []
     with pytest.raises(type(error)):
         trainer.train()
-    assert not cases.same_bits(model, trainer.perturbed_bits)
+    assert len(Failing.noted) == 2
+    assert not cases.same_bits(model, Failing.noted[-1])
     assert cases.same_bits(model, weights.bits)
     assert not trainer.is_second_pass
     assert all(p.grad is None for p in model.parameters())
@@ -324,12 +325,12 @@ def test_an_error_in_the_second_pass_leaves_the_weights_exact(error, tmp_path):
 
 def test_a_smaller_batch_after_running_out_of_memory_in_the_second_pass(tmp_path):
     class OutOfMemory(SAMTrainer):
-        attempts = 0
+        failures: list[int] = []  # of the class: an instance's attributes are put back after the second pass
 
         def compute_loss(self, model, inputs, **options):
             loss = super().compute_loss(model, inputs, **options)
-            if self.is_second_pass and self.attempts == 0:
-                self.attempts += 1
+            if self.is_second_pass and not OutOfMemory.failures:
+                OutOfMemory.failures.append(len(inputs["labels"]))
                 raise RuntimeError("CUDA out of memory.")
             return loss
 
@@ -367,11 +368,11 @@ def test_every_and_schedules_follow_the_steps(tmp_path):
 
 
 def test_steps_without_a_perturbation_cost_one_pass(tmp_path):
-    class Counting(SAMTrainer):
-        calls = 0
+    calls = []  # of no Trainer, so that nothing is put back
 
+    class Counting(SAMTrainer):
         def compute_loss(self, *args, **options):
-            self.calls += 1
+            calls.append(self)
             return super().compute_loss(*args, **options)
 
     options = {"num_train_epochs": 1, "kind": Counting}
@@ -379,7 +380,7 @@ def test_steps_without_a_perturbation_cost_one_pass(tmp_path):
     every.train()
     zero = hf.make_trainer(tmp_path, hf.norms(), hf.points(), sam_rho=0.0, **options)
     zero.train()
-    assert (every.calls, zero.calls) == (8, 7)
+    assert (calls.count(every), calls.count(zero)) == (8, 7)
     plain = hf.norms()
     hf.make_trainer(tmp_path, plain, hf.points(), num_train_epochs=1, **PLAIN).train()
     assert same_model(zero.model, plain)

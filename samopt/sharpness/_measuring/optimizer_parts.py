@@ -1,0 +1,26 @@
+"""Everything that the measures take from the optimizers' private folders, in one place."""
+
+from __future__ import annotations
+
+from samopt._numerics.vector_norm import vector_norm
+from samopt._perturb.movable_weights import MovableWeights
+from samopt._perturb.perturbation import Perturbation
+from samopt._perturb.targets import Region, Targets
+from samopt._replay.random_state import RngState
+from samopt._replay.unobserved import unobserved
+from samopt.parts.geometry import Adaptive, Euclidean, Geometry
+from samopt.sharpness._measuring.buffers import SavedBuffers
+
+__all__ = [
+    "Adaptive",
+    "Euclidean",
+    "Geometry",
+    "MovableWeights",
+    "Perturbation",
+    "Region",
+    "RngState",
+    "SavedBuffers",
+    "Targets",
+    "unobserved",
+    "vector_norm",
+]

@@ -1,0 +1,3 @@
+"""Which radius, and will it help at all?"""
+
+__all__: list[str] = []
