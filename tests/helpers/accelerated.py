@@ -47,8 +47,8 @@ TWO_PASSES = {
     "look": lambda m: samopt.LookSAM(sgd(m), rho=0.1),
 }
 ONE_PASS = {
-    "momentum": lambda m: samopt.SAM(sgd(m), rho=0.5, direction="momentum", model=m),
-    "ahead": lambda m: samopt.MomentumSAM(sgd(m), rho=0.5, ahead=True, model=m),
+    "uphill": lambda m: samopt.SAM(sgd(m), rho=0.5, direction="momentum-uphill", model=m),
+    "ahead": lambda m: samopt.MomentumSAM(sgd(m), rho=0.5, model=m),
     "preconditioned": lambda m: samopt.SAM(
         Adam(m.parameters(), lr=0.01), rho=0.5, direction=Momentum(preconditioned=True), model=m
     ),
@@ -98,7 +98,7 @@ def test_no_step_waits_and_all_lead_where_they_lead_on_the_cpu(make, form, backe
 def prepared(make, model, backend):
     """The optimizer on a backend; rounding to nearest, as a device that is made up has no generators."""
     optimizer = make(model)
-    optimizer.backend, optimizer._rounding = backend, None
+    optimizer._ascent.backend, optimizer._ascent.rounding = backend, None
     return optimizer
 
 
@@ -185,9 +185,7 @@ def test_a_wait_is_noticed():
 def test_a_captured_step_is_not_read_for_a_stall(captured, monkeypatch):
     read = []
     monkeypatch.setattr("samopt.stall_warning._CHECKS", (3, 400))
-    monkeypatch.setattr(
-        "samopt.stall_warning._read", lambda values: read.append(values) or [0.0] * 2
-    )  # its tolist would wait
+    monkeypatch.setattr("samopt.stall_warning.StallDetector._warn_if_held", lambda *_: read.append(True))  # would wait
     model, data = on_device(mlp()), tuple(map(on_device, batch()))
     with Accelerator() as accelerator:
         optimizer = samopt.SAM(sgd(model), rho=0.5)
