@@ -18,7 +18,8 @@ from samopt.distributed import is_fully_sharded
 
 __all__ = ["ModuleState", "every_module", "sample"]
 
-_ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+# DDP's no_sync() sets the last one for the first pass; putting that back would leave the second pass unsynced.
+_ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl", "require_backward_grad_sync"}
 _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
