@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from samopt.distributed import is_fully_sharded
 
 __all__ = ["ModuleState", "every_module", "sample"]
 
-# DDP's no_sync() sets the last one for the first pass; putting that back would leave the second pass unsynced.
-_ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl", "require_backward_grad_sync"}
+_ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
@@ -172,6 +172,9 @@ class ModuleState:
                     pending.extend(registry.values())
             if module._modules:
                 found.registries.append((module._modules, module._modules.copy()))
+            # DDP notes in its own attributes whether this pass is exchanged, and what static_graph has learnt.
+            if isinstance(module, DistributedDataParallel):
+                continue
             kind = type(module)
             ignored = self._ignored_of.get(kind)
             if ignored is None:
