@@ -24,6 +24,7 @@ _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether t
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 _CONTAINERS = (list, tuple, dict, set, deque)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
@@ -176,6 +177,8 @@ class ModuleState:
             if isinstance(module, DistributedDataParallel):
                 continue
             kind = type(module)
+            if kind.__module__.startswith(_WRAPPERS):  # DDP's attributes say whether ranks exchange gradients
+                continue
             ignored = self._ignored_of.get(kind)
             if ignored is None:
                 ignored = self._ignored_of[kind] = self._ignored | _constants(kind)

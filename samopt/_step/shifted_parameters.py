@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Collection
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from samopt._callers.cuda_graphs import is_capturing
 from samopt._replay.call_watch import RAISED, CallWatcher, is_compiled
 from samopt._replay.module_state import every_module, sample
 from samopt._replay.unobserved import is_unobserved, outside_transforms
@@ -213,7 +214,8 @@ class ShiftedParameters(CallWatcher):
             for name, parameter, tensor in places:
                 # A write through .data leaves no trace but the values. They are compared in some steps only: it costs.
                 before = self._samples.get(id(parameter))
-                is_changed = before is not None and not torch.equal(before, sample(tensor))
+                is_read = before is not None and not is_capturing(tensor.device)
+                is_changed = is_read and not torch.equal(cast(Tensor, before), sample(tensor))
                 if is_changed or (tensor._version, _address(tensor)) != marks[id(parameter)]:
                     return f"{type(owner).__name__}.{name}"
         return None
