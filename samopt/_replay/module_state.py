@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from samopt.distributed import is_fully_sharded
@@ -173,9 +172,6 @@ class ModuleState:
                     pending.extend(registry.values())
             if module._modules:
                 found.registries.append((module._modules, module._modules.copy()))
-            # DDP notes in its own attributes whether this pass is exchanged, and what static_graph has learnt.
-            if isinstance(module, DistributedDataParallel):
-                continue
             kind = type(module)
             if kind.__module__.startswith(_WRAPPERS):  # DDP's attributes say whether ranks exchange gradients
                 continue
