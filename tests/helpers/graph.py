@@ -40,12 +40,19 @@ class Graph(TorchDispatchMode):
             with torch.utils._python_dispatch._disable_current_modes():
                 interpret(kernel, *arguments, **options)
 
-        self._patch = patch.object(InterpretedFunction, "run", run)
-        self._patch.start()
+        # The tensors stand for those of a device that captures: reading one on the host would wait for it.
+        self._patches = [
+            patch.object(InterpretedFunction, "run", run),
+            patch("samopt._step.shifted_parameters.is_capturing", lambda device: True),
+            patch("samopt.parts.checks._is_on_host", lambda value: False),
+        ]
+        for each in self._patches:
+            each.start()
         return super().__enter__()
 
     def __exit__(self, *error):
-        self._patch.stop()
+        for each in self._patches:
+            each.stop()
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -69,7 +69,8 @@ def test_replays_are_the_steps_that_would_have_been_taken(wrapper, base):
         graph.replay()
         live()
         assert same_bits(model, bits(twin))
-    assert set(graph.launches) == {"sum_chunk", "join_sums", "ascend_chunk", "restore_chunk"}
+    restores = set() if optimizer.is_one_pass else {"restore_chunk"}  # in one pass no weight moves
+    assert set(graph.launches) == {"sum_chunk", "join_sums", "ascend_chunk"} | restores
     assert optimizer.last_step.to_dict() == other.last_step.to_dict()
 
 
