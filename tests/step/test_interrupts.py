@@ -76,11 +76,15 @@ def explicit_form(optimizer, model, data) -> None:
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        (samopt.SAM, torch.float32),
-        (functools.partial(samopt.ASAM, backend="foreach"), torch.float32),
-        (samopt.ASAM, torch.bfloat16),
+        pytest.param(samopt.SAM, torch.float32, id="sam-fp32"),
+        pytest.param(
+            functools.partial(samopt.ASAM, backend="foreach"),
+            torch.float32,
+            id="asam-fp32-foreach",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(samopt.ASAM, torch.bfloat16, id="asam-bf16"),
     ],
-    ids=["sam-fp32", "asam-fp32-foreach", "asam-bf16"],
 )
 def test_interrupt_at_every_line(variant, dtype, take_step) -> None:
     data = batch(dtype)
