@@ -19,7 +19,7 @@ class LookSAM(Optimizer):
     Args:
         base: The optimizer that steps.
         model: Unused; given to every optimizer that is compared.
-        rho: Radius.
+        rho: Radius of the perturbation, in the l2 norm.
         every: The paper's k.
         alpha: Weight of the kept part.
         per_tensor: Whether norms and projections are of each tensor.

@@ -16,7 +16,7 @@ def take_step(
     """Take one step and return the loss before it, at ``w`` (in one pass: where the gradient was taken).
 
     Args:
-        optimizer: Any optimizer.
+        optimizer: A torch optimizer, or a sharpness-aware one.
         compute_loss: Runs the model and returns the loss.
         ascent_loss: The loss of the first pass, where it is of part of the batch.
     """

@@ -60,7 +60,7 @@ def measure_updates(
         geometry: "sam" or "asam".
         names: Of contenders, "base" first.
         rounds: Turns of each.
-        device: Where.
+        device: Where the parameters are.
         clock: What they are timed by on a CPU.
         watch: Called once with each name and a function that makes its update; that function first copies the
             gradients, tensor by tensor: once for the base, twice for the others.

@@ -83,7 +83,7 @@ class Transformer(nn.Module):
     Args:
         embedding: From the input to tokens, shape ``(n, tokens, width)``.
         width: Features of a token.
-        heads: Attention heads.
+        heads: Attention heads of each layer.
         tokens: Largest number of tokens.
         outputs: Number of outputs.
     """
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
     Args:
         vocabulary: Number of tokens that it knows.
         width: Features of a token.
-        heads: Attention heads.
+        heads: Attention heads of each layer.
         layers: Number of layers.
     """
 

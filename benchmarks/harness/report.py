@@ -28,7 +28,7 @@ class Table:
     """A table: the first column's entries start at the left, numbers end at the right.
 
     Attributes:
-        title: Its title.
+        title: Printed above it.
         headings: One a column.
         rows: One text a column.
         text_columns: Indices of further columns of text.

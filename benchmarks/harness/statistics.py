@@ -21,7 +21,7 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        mean: The mean.
+        mean: The mean over the seeds.
         sd: The sample standard deviation; nan for a single seed.
         n: The number of seeds.
     """
@@ -56,7 +56,7 @@ class Panel:
     """The rows that may be compared with each other.
 
     Attributes:
-        task: Their task.
+        task: Name of the task that they were trained on.
         evaluated_on: "test" or "validation".
         label_noise: Their amount of label noise.
         runs: For every optimizer its rows, by seed.

@@ -40,7 +40,7 @@ class Copy:
     """A copy of 256 MiB, whose rate is the device's bandwidth; made once, since its memory takes a while to get.
 
     Args:
-        device: Where.
+        device: The device whose bandwidth is measured.
         clock: What it is timed by.
     """
 

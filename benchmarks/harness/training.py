@@ -37,8 +37,8 @@ class Experiment:
     """What to train.
 
     Attributes:
-        task: The task.
-        choices: The optimizers.
+        task: Data and network to train on.
+        choices: The optimizers to compare, with their settings.
         seed: Of every run.
         label_noise: Fraction of the training labels to randomise.
         epochs: Passes over the training data.

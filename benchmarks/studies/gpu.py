@@ -33,7 +33,7 @@ class Step:
     """One process.
 
     Attributes:
-        name: Its name.
+        name: Of the step, in the log and the report.
         share: Of all the time, at most; 0 for what is left.
         what: What it does.
     """

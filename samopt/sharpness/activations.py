@@ -40,7 +40,7 @@ class ActiveUnits(Result):
         """Draw the active and the dead fraction of each layer.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

@@ -40,7 +40,7 @@ class IntrinsicDimension(Result):
         """Draw the ratios: for "twonn" against the line whose slope is the dimension.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

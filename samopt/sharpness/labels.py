@@ -36,7 +36,7 @@ class LabelSharpness(Result):
         """Draw the distribution over examples.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

@@ -18,7 +18,7 @@ class Options:
     """The arguments of a step.
 
     Attributes:
-        step: Its name.
+        step: Name of the step.
         device: "cuda" or "cpu".
         end: When to stop by itself, in seconds of ``time.monotonic``.
         out: Folder of the results.

@@ -64,7 +64,7 @@ def boundaries(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
     Args:
         sizes: Numbers of entries.
-        device: Where.
+        device: Where the result goes.
     """
     return _unless_captured(_boundaries, device)(sizes, device)
 

@@ -52,7 +52,7 @@ class Result:
         """Return a matplotlib figure.
 
         Args:
-            title: Its title; None for the measure's name and the model's.
+            title: Of the figure; None for the measure's name and the model's.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -66,7 +66,7 @@ class Result:
         """Draw into given axes; several results of one measure may be drawn into the same ones.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

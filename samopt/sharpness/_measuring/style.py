@@ -73,7 +73,7 @@ def finish(axes: Axes, title: str) -> None:
 
     Args:
         axes: The panel.
-        title: Its title.
+        title: What to write above it.
     """
     axes.set_title(title, fontsize="medium", wrap=True)
     axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)

@@ -50,7 +50,7 @@ def called(option: str, text: str, function: Any, arguments: Mapping[str, Any]) 
 
     Args:
         option: The option it was given to, for messages.
-        text: Its name.
+        text: The function's name, as the option gave it.
         function: What is called.
         arguments: Keyword arguments.
 

@@ -53,7 +53,7 @@ class Eigenvalues(Result):
         """Draw the eigenvalues along an axis, as a spectrum; with the stability threshold where there is one.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

@@ -60,7 +60,7 @@ class SpectralDensity(Result):
         """Draw the smoothed density on a logarithmic scale.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

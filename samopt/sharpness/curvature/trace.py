@@ -43,7 +43,7 @@ class Trace(Result):
         """Draw how the estimate settled.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

@@ -49,7 +49,7 @@ class AverageCase(Result):
         """Draw the distribution of the rises over batches and samples.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

@@ -36,7 +36,7 @@ class PerLayer(Result):
         """Draw one point a layer.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

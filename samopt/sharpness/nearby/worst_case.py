@@ -41,7 +41,7 @@ class WorstCase(Result):
         """Draw how the rise grew with the number of ascent steps.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

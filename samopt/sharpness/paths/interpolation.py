@@ -49,7 +49,7 @@ class Interpolation(Result):
         """Draw the loss along the line, and the accuracy on a second axis.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

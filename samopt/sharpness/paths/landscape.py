@@ -46,7 +46,7 @@ class Landscape(Result):
         """Draw a curve, or contours of the loss.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

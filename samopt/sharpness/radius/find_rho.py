@@ -79,7 +79,7 @@ class RhoSearch(Result):
         """Return a figure: the gain of each radius, the rise of the loss, and the agreement of both gradients.
 
         Args:
-            title: Its title; None for the advice.
+            title: Of the figure; None for the advice.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -104,7 +104,7 @@ class RhoSearch(Result):
         """Draw the gain of each radius over the base.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """

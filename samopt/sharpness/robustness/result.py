@@ -39,7 +39,7 @@ class Robustness(Result):
         """Draw the rise of the loss at each level.
 
         Args:
-            axes: Where.
+            axes: Matplotlib axes to draw into.
             label: Name in the legend.
             color: Of the lines.
         """
