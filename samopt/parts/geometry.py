@@ -23,7 +23,7 @@ class Geometry(Part):
     name = "custom"
 
     def applies_to(self, weight: Tensor) -> bool:
-        """Return whether ``weight`` uses this geometry; where it does not, ``T = 1``.
+        """Return whether ``weight`` uses this geometry, True unless overridden; where it does not, ``T = 1``.
 
         Args:
             weight: A parameter, or this rank's part of one.
@@ -45,14 +45,6 @@ class Euclidean(Geometry):
     """``T = 1``: the ball of SAM (Foret et al. 2021, equation 2)."""
 
     name = "euclidean"
-
-    def applies_to(self, weight: Tensor) -> bool:
-        """Return True: the identity applies everywhere.
-
-        Args:
-            weight: A parameter.
-        """
-        return True
 
     def scale(self, weight: Tensor, direction: Tensor, eta: float) -> Tensor:
         """Return ones.
@@ -96,14 +88,6 @@ class Fisher(Geometry):
     """``T = (1 + eta d^2)^(-1/2)``: the diagonal empirical Fisher ball of Fisher SAM (Kim et al. 2022, equation 9)."""
 
     name = "fisher"
-
-    def applies_to(self, weight: Tensor) -> bool:
-        """Return True: the Fisher geometry applies everywhere.
-
-        Args:
-            weight: A parameter.
-        """
-        return True
 
     def scale(self, weight: Tensor, direction: Tensor, eta: float) -> Tensor:
         """Return ``1 / sqrt(1 + eta |d|^2)``.

@@ -12,7 +12,13 @@ from samopt.optimizer import DirectionName, SharpnessAwareOptimizer
 from samopt.parts.combination import Combination
 from samopt.parts.direction import Direction
 
-__all__ = ["Options", "OptionsWithoutModel", "all_options_shown"]
+__all__ = ["FIXED_BY_ADAPTIVE", "TAKEN_ELSEWHERE", "Options", "OptionsWithoutModel", "all_options_shown"]
+
+TAKEN_ELSEWHERE = "use samopt.SharpnessAwareOptimizer, which takes it"
+"""What to use instead of an option that only the general class has."""
+
+FIXED_BY_ADAPTIVE = {"geometry": TAKEN_ELSEWHERE, "eta": TAKEN_ELSEWHERE}
+"""The options that a class with ``adaptive`` sets itself."""
 
 _C = TypeVar("_C", bound=type[SharpnessAwareOptimizer])
 

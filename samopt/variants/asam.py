@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.geometry import Adaptive
-from samopt.variants._options import Options, all_options_shown
+from samopt.variants._options import TAKEN_ELSEWHERE, Options, all_options_shown
 
 __all__ = ["ASAM"]
 
@@ -76,5 +76,5 @@ class ASAM(SharpnessAwareOptimizer):
         eta: float = 0.01,
         **options: Any,
     ) -> None:
-        refuse_fixed(self, options, geometry="use samopt.SharpnessAwareOptimizer, which takes it")
+        refuse_fixed(self, options, geometry=TAKEN_ELSEWHERE)
         super().__init__(params, base_optimizer, geometry=Adaptive(), rho=rho, eta=eta, **options)

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.geometry import Fisher
-from samopt.variants._options import Options, all_options_shown
+from samopt.variants._options import TAKEN_ELSEWHERE, Options, all_options_shown
 
 __all__ = ["FisherSAM"]
 
@@ -78,5 +78,5 @@ class FisherSAM(SharpnessAwareOptimizer):
         eta: float = 0.1,
         **options: Any,
     ) -> None:
-        refuse_fixed(self, options, geometry="use samopt.SharpnessAwareOptimizer, which takes it")
+        refuse_fixed(self, options, geometry=TAKEN_ELSEWHERE)
         super().__init__(params, base_optimizer, geometry=Fisher(), rho=rho, eta=eta, **options)

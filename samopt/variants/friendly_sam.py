@@ -13,7 +13,7 @@ from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.direction import Friendly
 from samopt.parts.geometry import Adaptive, Euclidean
-from samopt.variants._options import Options, all_options_shown
+from samopt.variants._options import FIXED_BY_ADAPTIVE, Options, all_options_shown
 
 __all__ = ["FriendlySAM"]
 
@@ -87,13 +87,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
         adaptive: bool = False,
         **options: Any,
     ) -> None:
-        refuse_fixed(
-            self,
-            options,
-            direction="use samopt.SAM, which takes it",
-            geometry="use samopt.SharpnessAwareOptimizer, which takes it",
-            eta="use samopt.SharpnessAwareOptimizer, which takes it",
-        )
+        refuse_fixed(self, options, direction="use samopt.SAM, which takes it", **FIXED_BY_ADAPTIVE)
         geometry = Adaptive() if adaptive else Euclidean()
         direction = Friendly(sigma, decay)
         super().__init__(params, base_optimizer, geometry=geometry, rho=rho, direction=direction, **options)

@@ -13,7 +13,7 @@ from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.geometry import Adaptive, Euclidean
 from samopt.parts.radius import LossBudget
-from samopt.variants._options import Options, all_options_shown
+from samopt.variants._options import FIXED_BY_ADAPTIVE, Options, all_options_shown
 
 __all__ = ["LESAM"]
 
@@ -92,8 +92,7 @@ class LESAM(SharpnessAwareOptimizer):
             options,
             rho="its radius follows from budget= and max_radius=",
             norm="its radius is measured in the l2 norm",
-            geometry="use samopt.SharpnessAwareOptimizer, which takes it",
-            eta="use samopt.SharpnessAwareOptimizer, which takes it",
+            **FIXED_BY_ADAPTIVE,
         )
         geometry = Adaptive() if adaptive else Euclidean()
         radius = LossBudget(max_radius)

@@ -13,7 +13,7 @@ from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.direction import Momentum
 from samopt.parts.geometry import Adaptive, Euclidean
-from samopt.variants._options import Options, all_options_shown
+from samopt.variants._options import TAKEN_ELSEWHERE, Options, all_options_shown
 
 __all__ = ["MomentumSAM"]
 
@@ -98,7 +98,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
             options,
             direction="use samopt.SAM, which takes it",
             combination="one pass has one gradient, so there is nothing to combine",
-            geometry="use samopt.SharpnessAwareOptimizer, which takes it",
+            geometry=TAKEN_ELSEWHERE,
             eta='use samopt.ASAM(base, eta=..., direction="momentum")',
         )
         geometry = Adaptive() if adaptive else Euclidean()

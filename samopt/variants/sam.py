@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.geometry import Adaptive, Euclidean
-from samopt.variants._options import Options, all_options_shown
+from samopt.variants._options import TAKEN_ELSEWHERE, Options, all_options_shown
 
 __all__ = ["SAM"]
 
@@ -88,7 +88,7 @@ class SAM(SharpnessAwareOptimizer):
             options,
             geometry="use samopt.ASAM, samopt.FisherSAM, or samopt.SharpnessAwareOptimizer, which takes it",
             eta="use samopt.ASAM, which takes it",
-            radius="use samopt.SharpnessAwareOptimizer, which takes it",
+            radius=TAKEN_ELSEWHERE,
         )
         geometry = Adaptive() if adaptive else Euclidean()
         super().__init__(params, base_optimizer, geometry=geometry, rho=rho, **options)

@@ -24,7 +24,7 @@ from samopt.trust_region.divergence import check_divergence
 from samopt.trust_region.radius import TrustRegionRadius
 from samopt.trust_region.unwrap import outside_compile
 from samopt.trust_region.watch import FirstPassWatch
-from samopt.variants._options import OptionsWithoutModel, all_options_shown
+from samopt.variants._options import TAKEN_ELSEWHERE, OptionsWithoutModel, all_options_shown
 
 __all__ = ["TRAM"]
 
@@ -148,7 +148,7 @@ class TRAM(SharpnessAwareOptimizer):
             self,
             options,
             rho="its radius is scale times the trust-region distance: use scale=, or samopt.ASAM for a constant radius",
-            radius="use samopt.SharpnessAwareOptimizer, which takes it",
+            radius=TAKEN_ELSEWHERE,
         )
         check_divergence(divergence)
         radius = TrustRegionRadius(trust_region, Comparison(divergence, class_dim, logits, mask), max_radius)

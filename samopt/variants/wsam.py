@@ -13,7 +13,7 @@ from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.combination import WeightedSharpness
 from samopt.parts.geometry import Adaptive, Euclidean
-from samopt.variants._options import Options, all_options_shown
+from samopt.variants._options import FIXED_BY_ADAPTIVE, Options, all_options_shown
 
 __all__ = ["WSAM"]
 
@@ -86,13 +86,7 @@ class WSAM(SharpnessAwareOptimizer):
         adaptive: bool = False,
         **options: Any,
     ) -> None:
-        refuse_fixed(
-            self,
-            options,
-            combination="use samopt.SAM, which takes it",
-            geometry="use samopt.SharpnessAwareOptimizer, which takes it",
-            eta="use samopt.SharpnessAwareOptimizer, which takes it",
-        )
+        refuse_fixed(self, options, combination="use samopt.SAM, which takes it", **FIXED_BY_ADAPTIVE)
         geometry = Adaptive() if adaptive else Euclidean()
         combination = WeightedSharpness(gamma, decouple)
         super().__init__(params, base_optimizer, geometry=geometry, rho=rho, combination=combination, **options)

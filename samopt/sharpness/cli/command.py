@@ -22,9 +22,9 @@ from samopt.sharpness.cli.measures import DATA_MEASURES, PAIR_MEASURES, Surround
 from samopt.sharpness.cli.models import load_models
 from samopt.sharpness.cli.optimizers import optimizer_maker
 from samopt.sharpness.cli.writing import file_name, make_folder, write, write_figure
-from samopt.sharpness.comparison.compare import COMPARED, compare
+from samopt.sharpness.comparison.compare import COMPARED, Comparison, compare
 from samopt.sharpness.presets import PRESETS
-from samopt.sharpness.radius.find_rho import find_rho
+from samopt.sharpness.radius.find_rho import RhoSearch, find_rho
 
 __all__ = ["main"]
 
@@ -224,7 +224,7 @@ def _measure(jsonargparse: Any, options: Any) -> None:
             row = f"{request.label:{width}} {name:20} {result.value:12.6g} {error:>10}"
             print(f"{row} {result.cost:10.1f} {seconds:8.1f}")
             report["results"].setdefault(name, {})[request.label] = {**result.to_dict(), "seconds": seconds}
-            write(loaded.output / "results.json", (to_json(report, indent=1) + "\n").encode())
+            _write_report(loaded.output / "results.json", report)
             if options.plots:
                 _draw(loaded.output, request.label, name, result, alone=len(loaded.models) == 1)
     print(f"written to {loaded.output}")
@@ -258,14 +258,8 @@ def _compare(jsonargparse: Any, options: Any) -> None:
             mode=options.mode,
         )
     print(comparison)
-    report = {**loaded.about, **comparison.to_dict()}
-    write(loaded.output / "comparison.json", (to_json(report, indent=1) + "\n").encode())
     write(loaded.output / "comparison.txt", f"{comparison}\n".encode())
-    if options.plots:
-        with explained("--plots true"):
-            figure = comparison.plot()
-        write_figure(loaded.output / "comparison.png", figure)
-    print(f"written to {loaded.output}")
+    _write(loaded, "comparison", comparison, plots=options.plots)
 
 
 def _find_rho(jsonargparse: Any, options: Any) -> None:
@@ -288,13 +282,20 @@ def _find_rho(jsonargparse: Any, options: Any) -> None:
     for radius, gain, error in zip(search.radii, search.gains, search.errors, strict=True):
         print(f"rho={radius:<8g} gain in held-out {search.score} {gain:+.4f} ± {error:.4f}")
     print(search.advice)
-    report = {**loaded.about, **search.to_dict()}
-    write(loaded.output / "find_rho.json", (to_json(report, indent=1) + "\n").encode())
-    if options.plots:
+    _write(loaded, "find_rho", search, plots=options.plots)
+
+
+def _write(loaded: _Loaded, name: str, found: Comparison | RhoSearch, *, plots: bool) -> None:
+    _write_report(loaded.output / f"{name}.json", {**loaded.about, **found.to_dict()})
+    if plots:
         with explained("--plots true"):
-            figure = search.plot()
-        write_figure(loaded.output / "find_rho.png", figure)
+            figure = found.plot()
+        write_figure(loaded.output / f"{name}.png", figure)
     print(f"written to {loaded.output}")
+
+
+def _write_report(path: Path, report: Any) -> None:
+    write(path, (to_json(report, indent=1) + "\n").encode())
 
 
 def _presets(chosen: Sequence[Any]) -> Any:
