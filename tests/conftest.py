@@ -1,11 +1,21 @@
-"""What holds for every test: global settings are afterwards as before."""
+"""What holds for every test: random numbers are the same in every run, and global settings are afterwards as before."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator
 
+import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def the_same_random_numbers() -> None:
+    """Seed every global stream, so that a test that draws without a seed of its own fails always or never."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -36,10 +36,13 @@ drawn_by: dict[int, list] = {}
 
 
 def make(rho=0.3):
+    """A model, its optimizer and what it draws; the same in every run, with steps too small to diverge."""
+    random.seed(0)
+    np.random.seed(0)
     drawn_by.clear()
     model = Noisy()
     drawn_by[id(model)] = drawn = []
-    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=rho, model=model)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.01), rho=rho, model=model)
     return model, optimizer, drawn
 
 
