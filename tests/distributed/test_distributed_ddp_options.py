@@ -9,7 +9,17 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import samopt
-from tests.helpers.cases import BASES, batch, bits, closure_form, loss_of, mlp, parameters_of, sam_epsilon
+from tests.helpers.cases import (
+    BASES,
+    batch,
+    bits,
+    closure_form,
+    loss_of,
+    mlp,
+    parameters_of,
+    sam_epsilon,
+    second_gradient,
+)
 from tests.helpers.collectives import Collectives
 from tests.helpers.ranks import run_on_ranks
 
@@ -43,19 +53,14 @@ def half(step):
 
 def textbook_step(model, base, data, sync):
     """A step in plain torch on a DDP model: the first pass on the module inside, or through DDP."""
-    base.zero_grad()
-    loss_of(model if sync else model.module, data).backward()
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    saved = [p.detach().clone() for p in parameters]
-    moves = sam_epsilon(saved, [p.grad.clone() for p in parameters], [RHO] * len(saved))
-    with torch.no_grad():
-        for p, move in zip(parameters, moves, strict=True):
-            p.copy_(p.double() + move)
-    base.zero_grad()
-    loss_of(model, data).backward()
-    with torch.no_grad():
-        for p, value in zip(parameters, saved, strict=True):
-            p.copy_(value)
+    called = iter([model if sync else model.module, model])
+
+    def backward():
+        loss = loss_of(next(called), data)
+        loss.backward()
+        return loss
+
+    second_gradient(parameters_of(base), backward, sam_epsilon, RHO)
     base.step()
 
 

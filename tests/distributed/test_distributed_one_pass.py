@@ -22,9 +22,9 @@ from tests.helpers.cases import (
     loss_of,
     mlp,
     parameters_of,
-    sam_epsilon,
 )
 from tests.helpers.collectives import Collectives
+from tests.helpers.one_pass import hand_step
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.sharded import full, fully_sharded, own_part, uneven
 
@@ -227,21 +227,10 @@ def train_beside_the_textbook(kind, options):
     ours, theirs = (DistributedDataParallel(kind(), **options) for _ in range(2))
     optimizer = samopt.SAM(BASES["sgd-momentum"](ours.parameters()), rho=RHO, direction="momentum", model=ours)
     stock = BASES["sgd-momentum"](theirs.parameters())
-    parameters = list(theirs.parameters())
     for step in range(5):
         data = half(step)
         step_once(ours, optimizer, data)
-        start = bits(theirs)
-        moves = sam_epsilon(start, [stock.state[p].get("momentum_buffer") for p in parameters], [RHO] * len(start))
-        with torch.no_grad():
-            for p, move in zip(parameters, moves, strict=True):
-                p.copy_(p.double() - move)
-        stock.zero_grad()
-        loss_of(theirs, data).backward()
-        with torch.no_grad():
-            for p, value in zip(parameters, start, strict=True):
-                p.copy_(value)
-        stock.step()
+        hand_step(stock, lambda data=data: loss_of(theirs, data).backward(), rho=RHO)
     return bits(ours), bits(theirs)
 
 

@@ -135,6 +135,19 @@ def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).to(dtype)
 
 
+def norms() -> nn.Sequential:
+    """BatchNorm (one without a fixed momentum), dropout and three classes; not seeded."""
+    return nn.Sequential(
+        nn.Linear(6, 12),
+        nn.BatchNorm1d(12),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(12, 8),
+        nn.BatchNorm1d(8, momentum=None),
+        nn.Linear(8, 3),
+    )
+
+
 def rhos_of(optimizer: torch.optim.Optimizer) -> list[float]:
     """Each parameter's number for the radius: ``rho``, or ``scale`` in the groups of a TRAM."""
     return [
@@ -193,23 +206,15 @@ def textbook_step(
     Returns:
         The first pass's loss.
     """
-    base.zero_grad()
-    first = loss_of(model, data)
-    first.backward()
-    parameters = [p for group in base.param_groups for p in group["params"]]
-    rhos = rhos_of(base)
-    saved = [p.detach().clone() for p in parameters]
-    moves = epsilon(saved, [p.grad for p in parameters], rhos)
-    with torch.no_grad():
-        for p, move in zip(parameters, moves, strict=True):
-            p.copy_(p.double() + move)
-    base.zero_grad()
-    loss_of(model, data).backward()
-    with torch.no_grad():
-        for p, value in zip(parameters, saved, strict=True):
-            p.copy_(value)
+
+    def backward() -> Tensor:
+        loss = loss_of(model, data)
+        loss.backward()
+        return loss
+
+    first, _ = second_gradient(parameters_of(base), backward, epsilon, rhos_of(base))
     base.step()
-    return first.detach()
+    return first
 
 
 def bits(model: nn.Module) -> list[Tensor]:
@@ -223,11 +228,12 @@ def same_bits(model: nn.Module, before: Sequence[Tensor]) -> bool:
 
 
 def second_gradient(
-    parameters: Sequence[Tensor], backward: Callable[[], Tensor], epsilon: Epsilon, radius: float
+    parameters: Sequence[Tensor], backward: Callable[[], Tensor], epsilon: Epsilon, radius: float | list[float]
 ) -> tuple[Tensor, Tensor]:
     """Leave the gradient at ``w + epsilon`` in ``.grad`` and ``w`` as it was: both passes of the textbook, plain torch.
 
-    ``backward`` computes the loss of the whole batch, calls backward, however often, and returns the loss.
+    ``backward`` computes the loss of the whole batch, calls backward, however often, and returns the loss. The radius
+    is one for all parameters, or a list with each one's.
 
     Returns:
         Both passes' losses.
@@ -237,7 +243,7 @@ def second_gradient(
     first = backward()
     saved = [p.detach().clone() for p in parameters]
     gradients = [p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in parameters]
-    moves = epsilon(saved, gradients, [radius] * len(saved))
+    moves = epsilon(saved, gradients, radius if isinstance(radius, list) else [radius] * len(saved))
     with torch.no_grad():
         for p, move in zip(parameters, moves, strict=True):
             p.copy_(p.double() + move)

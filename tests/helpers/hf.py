@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import samopt
 from samopt._replay.forward_calls import RngState
 from samopt.integrations.transformers import SAMArguments, SAMTrainer, SAMTrainingArguments
+from tests.helpers import cases
 
 # Trainer collects garbage at every train(); it need not look through all that importing transformers has made.
 gc.freeze()
@@ -83,15 +84,7 @@ class Norms(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(6, 12),
-            nn.BatchNorm1d(12),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.Linear(12, 8),
-            nn.BatchNorm1d(8, momentum=None),
-            nn.Linear(8, 3),
-        )
+        self.layers = cases.norms()
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.layers(x)

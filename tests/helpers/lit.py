@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,17 +36,9 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def network() -> nn.Sequential:
-    """BatchNorm (one without a fixed momentum), dropout and three classes; seeded."""
+    """``cases.norms``, seeded."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(6, 12),
-        nn.BatchNorm1d(12),
-        nn.ReLU(),
-        nn.Dropout(0.2),
-        nn.Linear(12, 8),
-        nn.BatchNorm1d(8, momentum=None),
-        nn.Linear(8, 3),
-    )
+    return cases.norms()
 
 
 def points(count: int = 26, dtype: torch.dtype = torch.float32) -> TensorDataset:
@@ -144,6 +137,28 @@ class ByHand(Module):
                 del group[key]
 
 
+class Manual:
+    """Both passes in ``training_step``, as the documentation writes manual optimization; mixed into a test module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return samopt.SAM(self.base(self.parameters()), rho=0.2, model=self)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        with optimizer.perturbed(loss) as second:
+            second.loss = self.loss(batch)
+            self.manual_backward(second.loss)
+        optimizer.step()
+        return loss
+
+
 @dataclass
 class History:
     """What the hand-written loop measured."""
@@ -238,6 +253,42 @@ def compute_in(module: Shared, dtype: torch.dtype) -> None:
 
     module.net.to(dtype)
     module.__class__ = Typed
+
+
+def run_cli(folder: Path, package: str, callbacks: str) -> Any:
+    """Fit the test module for an epoch by the package's LightningCLI, and return the CLI.
+
+    Args:
+        folder: For the configuration.
+        package: "pytorch_lightning" or "lightning.pytorch".
+        callbacks: The trainer's, in YAML, indented by two.
+    """
+    cli = importlib.import_module(f"{package}.cli")
+
+    class WithData(Shared, importlib.import_module(package).LightningModule):
+        def __init__(self) -> None:  # the CLI makes options of the arguments
+            super().__init__()
+
+        def train_dataloader(self) -> DataLoader:
+            return loader()
+
+    path = folder / "run.yaml"
+    path.write_text(_CLI_TRAINER + callbacks, encoding="utf-8")
+    return cli.LightningCLI(
+        WithData, args=["fit", "--config", str(path)], save_config_callback=None, seed_everything_default=None
+    )
+
+
+_CLI_TRAINER = """
+trainer:
+  accelerator: cpu
+  devices: 1
+  max_epochs: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
 
 
 def trainer(folder: Path, callbacks: Sequence[Any] = (), *, package: Any = pl, **options: Any) -> Any:

@@ -13,6 +13,16 @@ from tests.helpers.cases import BASES, Epsilon, asam_epsilon, bits, fisher_epsil
 
 RHO = 0.3
 AHEAD, UPHILL = -1, 1
+DIRECTIONS = {"momentum": AHEAD, "momentum-uphill": UPHILL}
+CLIPPED_NORM = 0.3
+FRAMEWORK_CASES = {
+    "sam": ("sam", "momentum", False),
+    "asam, clipped": ("asam", "momentum", True),
+    "sam, uphill": ("sam", "momentum-uphill", False),
+    "momentum-sam": ("momentum-sam", "momentum", True),
+}
+"""Variant, direction and whether gradients are clipped, for the tests of training frameworks."""
+
 GEOMETRIES: dict[str, tuple[Any, Epsilon]] = {
     "sam": (samopt.SAM, sam_epsilon),
     "asam": (samopt.ASAM, asam_epsilon),
@@ -53,10 +63,13 @@ def hand_step(
     epsilon: Epsilon = sam_epsilon,
     sign: int = AHEAD,
     rho: float | list[float] = RHO,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_norm: float | None = None,
 ) -> Any:
     """One step of a stock optimizer, whose gradient is taken at ``w`` moved along its own momentum.
 
-    A radius of 0 for a parameter leaves it out of the norm, too. Returns what ``backward`` does.
+    A radius of 0 for a parameter leaves it out of the norm, too. ``backward`` scales its loss by the scaler. Returns
+    what ``backward`` does.
     """
     parameters = [p for group in base.param_groups for p in group["params"]]
     rhos = rho if isinstance(rho, list) else [rho] * len(parameters)
@@ -71,7 +84,15 @@ def hand_step(
     with torch.no_grad():
         for p, value in zip(parameters, start, strict=True):
             p.copy_(value)
-    base.step()
+    if scaler is not None:
+        scaler.unscale_(base)
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if scaler is None:
+        base.step()
+    else:
+        scaler.step(base)
+        scaler.update()
     return result
 
 

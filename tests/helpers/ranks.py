@@ -10,6 +10,7 @@ import atexit
 import datetime
 import os
 import pickle
+import socket
 import tempfile
 import time
 import traceback
@@ -23,7 +24,7 @@ import torch
 import torch.distributed.fsdp
 import torch.multiprocessing
 
-__all__ = ["needs_fully_shard", "run_on_ranks", "start_group"]
+__all__ = ["needs_fully_shard", "run_on_launched_ranks", "run_on_ranks", "start_group"]
 
 needs_fully_shard = pytest.mark.skipif(
     not hasattr(torch.distributed.fsdp, "fully_shard"),
@@ -53,6 +54,32 @@ def run_on_ranks(body: Callable[..., Any], *arguments: Any, ranks: int = 2) -> l
     except BaseException:
         _pools.pop(ranks).end()
         raise
+
+
+def run_on_launched_ranks(body: Callable[[int, Path], None], folder: Path, ranks: int = 2) -> None:
+    """Call ``body(rank, folder)`` in new processes, as torchrun starts them: their framework makes the group.
+
+    Args:
+        body: A function of a module; it hands back what it has to say in files.
+        folder: For those.
+        ranks: How many processes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_launched, (body, folder, ranks, port), nprocs=ranks, start_method="spawn")
+
+
+def _launched(rank: int, body: Callable[[int, Path], None], folder: Path, ranks: int, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    body(rank, folder)
 
 
 def start_group(rank: int, ranks: int, meeting_point: str, timeout: float = 60) -> None:

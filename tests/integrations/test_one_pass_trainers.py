@@ -16,7 +16,8 @@ import samopt
 from samopt.integrations.accelerate import SharpnessAwareBackward
 from samopt.integrations.transformers import SAMTrainer
 from tests.helpers import hf
-from tests.helpers.cases import asam_epsilon, bits, sam_epsilon
+from tests.helpers.cases import asam_epsilon, bits, sam_epsilon, same_bits
+from tests.helpers.one_pass import CLIPPED_NORM, DIRECTIONS, FRAMEWORK_CASES, hand_step
 
 pytestmark = pytest.mark.hf
 
@@ -26,11 +27,9 @@ VARIANTS = {
     "momentum-sam": (samopt.MomentumSAM, sam_epsilon, 0.3),
     "base": (samopt.SAM, sam_epsilon, 0.0),
 }
-DIRECTIONS = {"momentum": -1.0, "momentum-uphill": 1.0}
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OVERFLOWS = {"fp16": {3}}
 EPOCHS = 2
-CLIPPED_NORM = 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +158,6 @@ def by_hand(model, variant, direction, accumulate, clip, precision, parts_of: Ca
     """Plain torch: move along the momentum, one backward a batch, move back, unscale, clip, step."""
     base = slow_sgd(model)
     _, epsilon, rho = VARIANTS[variant]
-    parameters = list(model.parameters())
     autocast = PRECISIONS[precision]
     scaler = make_scaler() if precision == "fp16" else None
     batches = hf.batches_of(hf.points())
@@ -168,27 +166,17 @@ def by_hand(model, variant, direction, accumulate, clip, precision, parts_of: Ca
     model.train()
     for step, window in enumerate(windows * EPOCHS):
         torch.manual_seed(1000 + step)
-        base.zero_grad()
+
+        def backward(step: int = step, window: list[hf.Batch] = window) -> None:
+            for batch in window:
+                with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
+                    loss = loss_of(model, batch, step, precision) / parts_of(len(window))
+                (loss if scaler is None else scaler.scale(loss)).backward()
+
         start = bits(model)
-        moves = epsilon(start, [base.state[p].get("momentum_buffer") for p in parameters], [rho] * len(parameters))
-        for p, w, move in zip(parameters, start, moves, strict=True):
-            p.data.copy_((w.double() + DIRECTIONS[direction] * move).float())
-        for batch in window:
-            with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
-                loss = loss_of(model, batch, step, precision) / parts_of(len(window))
-            (loss if scaler is None else scaler.scale(loss)).backward()
-        for p, w in zip(parameters, start, strict=True):
-            p.data.copy_(w)
-        if scaler is not None:
-            scaler.unscale_(base)
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, CLIPPED_NORM)
-        if scaler is None:
-            base.step()
-        else:
-            scaler.step(base)
-            scaler.update()
-        skipped.append(all(torch.equal(p, w) for p, w in zip(parameters, start, strict=True)))
+        options = {"epsilon": epsilon, "sign": DIRECTIONS[direction], "rho": rho, "scaler": scaler}
+        hand_step(base, backward, clip_norm=CLIPPED_NORM if clip else None, **options)
+        skipped.append(same_bits(model, start))
     return skipped
 
 
@@ -198,12 +186,6 @@ LOOPS: dict[str, tuple[Callable[..., None], dict[str, bool]]] = {
     "accelerate": (with_accelerate, {"with_helper": False}),
     "accelerate, with the helper for two passes": (with_accelerate, {"with_helper": True}),
     "Fabric": (with_fabric, {}),
-}
-CASES = {
-    "sam": ("sam", "momentum", False),
-    "asam, clipped": ("asam", "momentum", True),
-    "sam, uphill": ("sam", "momentum-uphill", False),
-    "momentum-sam": ("momentum-sam", "momentum", True),
 }
 COMPARED = [
     *((precision, case) for precision in PRECISIONS for case in ("sam", "asam, clipped")),
@@ -216,7 +198,7 @@ COMPARED = [
 @pytest.mark.parametrize("loop", LOOPS)
 def test_one_pass_is_the_hand_written_loop(loop, precision, accumulate, case, tmp_path) -> None:
     train, options = LOOPS[loop]
-    variant, direction, clip = CASES[case]
+    variant, direction, clip = FRAMEWORK_CASES[case]
     model, plain = hf.norms(), hf.norms()
     train(model, variant, direction, accumulate, clip, precision, tmp_path, **options)
     # An epoch's last window holds one batch of three: Trainer divides by the one, accelerate by three.

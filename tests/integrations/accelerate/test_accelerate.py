@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 import samopt
 from samopt.integrations.accelerate import SharpnessAwareBackward
 from tests.helpers import cases, hf
+from tests.helpers.ranks import run_on_launched_ranks
 
 pytestmark = pytest.mark.hf
 
@@ -374,17 +374,9 @@ def test_misuse_is_explained():
         SharpnessAwareBackward(accelerator, model, ours)
 
 
-def rank_main(rank, port, folder):
+def rank_main(rank, folder):
     """One rank's part of the two-process runs."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     for sync in (False, True):
         reset()
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, step_scheduler_with_optimizer=False)
@@ -399,10 +391,7 @@ def rank_main(rank, port, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(rank_main, (port, folder), nprocs=RANKS, start_method="spawn")
+    run_on_launched_ranks(rank_main, folder, RANKS)
     return {sync: [torch.load(folder / f"{sync}-{rank}.pt") for rank in range(RANKS)] for sync in (False, True)}
 
 

@@ -10,7 +10,6 @@ from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import samopt
 from samopt import sharpness
 from samopt.integrations._logging.history import draw_history
 from samopt.integrations.lightning import SharpnessAwareTraining
@@ -253,25 +252,9 @@ def test_a_sample_larger_than_the_training_data_is_all_of_it(tmp_path):
 def test_batches_and_a_loss_of_ones_own(tmp_path):
     """Also for a module whose training step is no loss: it has manual optimization."""
 
-    class Manual(Quiet):
-        automatic_optimization = False
-
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self):
-            return samopt.SAM(self.base(self.parameters()), rho=0.2, model=self)
-
+    class Manual(lit.Manual, Quiet):
         def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            loss = self.loss(batch)
-            self.manual_backward(loss)
-            with optimizer.perturbed(loss) as second:
-                second.loss = self.loss(batch)
-                self.manual_backward(second.loss)
-            optimizer.step()
+            super().training_step(batch, batch_idx)
 
     batches = list(lit.loader(8))
     keep = KeepWeights()

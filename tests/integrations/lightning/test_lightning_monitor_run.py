@@ -140,16 +140,7 @@ def test_history_goes_on_after_a_checkpoint(tmp_path):
 
 
 PACKAGES = ["pytorch_lightning", "lightning.pytorch"]
-YAML = """
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
+CALLBACKS = """  callbacks:
     - class_path: samopt.integrations.lightning.SharpnessAwareTraining
     - class_path: samopt.integrations.lightning.SharpnessCallback
       init_args:
@@ -165,22 +156,7 @@ trainer:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_yaml(package, measures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = importlib.import_module(f"{package}.cli")
-
-    class Module(lit.Shared, importlib.import_module(package).LightningModule):
-        def __init__(self):
-            super().__init__()
-
-        def train_dataloader(self):
-            return lit.loader()
-
-    (tmp_path / "run.yaml").write_text(YAML.replace("{measures}", measures), encoding="utf-8")
-    run = cli.LightningCLI(
-        Module,
-        args=["fit", "--config", str(tmp_path / "run.yaml")],
-        save_config_callback=None,
-        seed_everything_default=None,
-    )
+    run = lit.run_cli(tmp_path, package, CALLBACKS.replace("{measures}", measures))
     callback = run.trainer.callbacks[1]
     assert isinstance(callback, SharpnessCallback)
     assert sorted(callback.history) == [3, 6]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins import MixedPrecision
-from torch import nn
 
 import samopt
 from samopt.integrations.lightning import SharpnessAwareTraining
 from tests.helpers import lit
-from tests.helpers.cases import asam_epsilon, bits, sam_epsilon
+from tests.helpers.cases import asam_epsilon, bits, sam_epsilon, same_bits
+from tests.helpers.one_pass import CLIPPED_NORM, DIRECTIONS, FRAMEWORK_CASES, hand_step
 
 pytestmark = pytest.mark.lightning
 
@@ -22,10 +22,8 @@ VARIANTS = {
     "asam": (samopt.ASAM, asam_epsilon, 0.5),
     "momentum-sam": (samopt.MomentumSAM, sam_epsilon, 0.1),
 }
-DIRECTIONS = {"momentum": -1.0, "momentum-uphill": 1.0}
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 OVERFLOW = 3
-CLIPPED_NORM = 0.3
 
 
 def slow_sgd(parameters):
@@ -72,45 +70,31 @@ def make_scaler(precision):
 def train_by_hand(module, variant, direction, accumulate, clip, precision):
     """Plain torch: move along the momentum, one backward a batch, move back, unscale, clip, step."""
     _, epsilon, rho = VARIANTS.get(variant, (None, sam_epsilon, 0.0))
-    parameters = list(module.net.parameters())
-    base, scaler, autocast = slow_sgd(parameters), make_scaler(precision), PRECISIONS[precision]
-    batches = list(lit.loader())
-    skipped, step = [], 0
+    scaler, autocast, batches = make_scaler(precision), PRECISIONS[precision], list(lit.loader())
+    base = slow_sgd(module.net.parameters())
+    windows = [
+        (epoch, range(first, min(first + accumulate, len(batches))))
+        for epoch in range(2)
+        for first in range(0, len(batches), accumulate)
+    ]
+    skipped = []
     module.net.train()
-    for epoch in range(2):
-        for first in range(0, len(batches), accumulate):
-            base.zero_grad()
-            start = bits(module.net)
-            moves = epsilon(start, [base.state[p].get("momentum_buffer") for p in parameters], [rho] * len(parameters))
-            for p, w, move in zip(parameters, start, moves, strict=True):
-                p.data.copy_((w.double() + DIRECTIONS[direction] * move).float())
-            for index in range(first, min(first + accumulate, len(batches))):
+    for step, (epoch, window) in enumerate(windows):
+
+        def backward(step=step, epoch=epoch, window=window):
+            for index in window:
                 module.noise = lit.draw_noise(index, epoch)
                 with torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext():
                     loss = module.loss(batches[index]) * overflow(precision, step) / accumulate
                 (loss if scaler is None else scaler.scale(loss)).backward()
-            for p, w in zip(parameters, start, strict=True):
-                p.data.copy_(w)
-            if scaler is not None:
-                scaler.unscale_(base)
-            if clip:
-                nn.utils.clip_grad_norm_(parameters, CLIPPED_NORM)
-            if scaler is None:
-                base.step()
-            else:
-                scaler.step(base)
-                scaler.update()
-            skipped.append(all(torch.equal(p, w) for p, w in zip(parameters, start, strict=True)))
-            step += 1
+
+        start = bits(module.net)
+        options = {"epsilon": epsilon, "sign": DIRECTIONS[direction], "rho": rho, "scaler": scaler}
+        hand_step(base, backward, clip_norm=CLIPPED_NORM if clip else None, **options)
+        skipped.append(same_bits(module.net, start))
     return skipped
 
 
-CASES = {
-    "sam": ("sam", "momentum", False),
-    "asam, clipped": ("asam", "momentum", True),
-    "sam, uphill": ("sam", "momentum-uphill", False),
-    "momentum-sam": ("momentum-sam", "momentum", True),
-}
 COMPARED = [
     *((precision, case) for precision in PRECISIONS for case in ("sam", "asam, clipped")),
     *(("32-true", case) for case in ("sam, uphill", "momentum-sam")),
@@ -121,7 +105,7 @@ COMPARED = [
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("form", ["returned", "callback", "returned, with the callback"])
 def test_one_pass_is_the_hand_written_loop(form, precision, accumulate, case, tmp_path):
-    variant, direction, clip = CASES[case]
+    variant, direction, clip = FRAMEWORK_CASES[case]
     expected = lit.Module()
     module = Overflowing(precision) if form == "callback" else Returning(variant, direction, precision)
     if form == "callback":

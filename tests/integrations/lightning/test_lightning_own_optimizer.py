@@ -121,26 +121,12 @@ def test_one_pass_needs_no_callback(accumulate, tmp_path):
     lit.assert_same_state(driven.net, expected.net)
 
 
-class Manual(lit.Module):
-    """Manual optimization, as the documentation writes it."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return samopt.SAM(self.base(self.parameters()), rho=0.2, model=self)
+class Manual(lit.Manual, lit.Module):
+    """Manual optimization that logs what its step measured."""
 
     def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = self.loss(batch)
-        self.manual_backward(loss)
-        with optimizer.perturbed(loss) as second:
-            second.loss = self.loss(batch)
-            self.manual_backward(second.loss)
-        optimizer.step()
-        self.log("sharpness", optimizer.last_step.sharpness)
+        loss = super().training_step(batch, batch_idx)
+        self.log("sharpness", self.optimizers().last_step.sharpness)
         return loss
 
 

@@ -51,16 +51,7 @@ def test_configure_callbacks(package, tmp_path):
     lit.assert_same_state(module.net, expected.net)
 
 
-YAML = """
-trainer:
-  accelerator: cpu
-  devices: 1
-  max_epochs: 1
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
+CALLBACKS = """  callbacks:
     - class_path: samopt.integrations.lightning.SharpnessAwareTraining
       init_args:
         variant: tram
@@ -74,22 +65,7 @@ trainer:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_yaml(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli = importlib.import_module(f"{package}.cli")
-
-    class Module(module_class(package)):
-        def __init__(self):
-            super().__init__()
-
-        def train_dataloader(self):
-            return lit.loader()
-
-    (tmp_path / "run.yaml").write_text(YAML, encoding="utf-8")
-    run = cli.LightningCLI(
-        Module,
-        args=["fit", "--config", str(tmp_path / "run.yaml")],
-        save_config_callback=None,
-        seed_everything_default=None,
-    )
+    run = lit.run_cli(tmp_path, package, CALLBACKS)
     expected = lit.Module()
     sam = functools.partial(samopt.TRAM, eta=0.1, trust_region="ema", scale=20.0)
     lit.train_by_hand(expected, list(lit.loader()), sam=sam, epochs=1)

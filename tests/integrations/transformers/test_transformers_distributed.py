@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -13,6 +10,7 @@ from torch import nn
 import samopt
 from samopt.integrations.transformers import SAMTrainer, SharpnessCallback
 from tests.helpers import cases, hf
+from tests.helpers.ranks import run_on_launched_ranks
 from tests.integrations.transformers.test_transformers_scaler import Scaled
 
 pytestmark = [pytest.mark.hf, pytest.mark.slow]
@@ -51,16 +49,8 @@ class SilentOnOneRank(SAMTrainer):
         return loss * 0 if (self.args.process_index, self.state.global_step) == (1, 1) else loss
 
 
-def train(rank, port, folder):
+def train(rank, folder):
     """One rank's part of every scenario."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
     for name, options in SCENARIOS.items():
         model = hf.gpt2()
         trainer = hf.make_trainer(
@@ -91,10 +81,7 @@ def train(rank, port, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(train, (port, folder), nprocs=RANKS, start_method="spawn")
+    run_on_launched_ranks(train, folder, RANKS)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
         for name in [*SCENARIOS, *SCALED]
