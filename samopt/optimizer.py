@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from samopt._callers.compiled import never_compiled
 from samopt._callers.grad_scaler import calling_scaler_stage, is_unscaling
 from samopt._callers.lightning import is_trainer_closure, refuse_without_callback
 from samopt._numerics.stochastic_rounding import RoundingNoise
@@ -249,6 +250,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """Whether the gradients of a second pass wait for ``step()``."""
         return self._passes.waits_for_step
 
+    @never_compiled
     def backward(self, compute_loss: Callable[[], Any], *, last: bool = True) -> Any:
         """Compute the loss and leave the gradient for the base in place: one or two passes, as the optimizer needs.
 
@@ -278,6 +280,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         return self._passes.backward(compute_loss, last=last)
 
     @with_step_hooks
+    @never_compiled
     def step(self, closure: Callable[[], Any] | None = None, ascent_closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights.
 

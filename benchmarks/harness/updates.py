@@ -172,9 +172,12 @@ UPDATES: dict[str, Callable[[Sequence[Tensor], str, MakeBase], Update]] = {
 measures gradient norms for ``last_step``, as by default; "lean" does not."""
 
 
-STEPS = ("base", "script", "sam-backward", "sam-perturbed", "sam-closure", BAREST, "one-pass")
-"""The forms of a whole step: the base; the loop of davda54/sam; samopt in its three two-pass forms; the barest one pass
-by hand (norm, copies, one foreach addition, copies back); samopt in one pass."""
+WITHOUT_MODEL = "sam-without-model"
+
+STEPS = ("base", "script", "sam-backward", "sam-perturbed", "sam-closure", WITHOUT_MODEL, BAREST, "one-pass")
+"""The forms of a whole step: the base; the loop of davda54/sam; samopt in its three two-pass forms; the second of these
+without ``model=``, so that nothing of the model's state is kept; the barest one pass by hand (norm, copies, one foreach
+addition, copies back); samopt in one pass."""
 
 
 def make_step(form: str, module: nn.Module, inputs: Tensor, base: Optimizer, geometry: str) -> Callable[[], None]:
@@ -218,10 +221,11 @@ def make_step(form: str, module: nn.Module, inputs: Tensor, base: Optimizer, geo
             one.step()
 
         return in_one_pass
-    two: Any = samopt.create(geometry, base, rho=RHO, model=module, warn_on_stall=False)
+    model = None if form == WITHOUT_MODEL else module
+    two: Any = samopt.create(geometry, base, rho=RHO, model=model, warn_on_stall=False)
     if form == "sam-closure":
         return lambda: two.step(partial(first_pass, two))
-    if form == "sam-perturbed":
+    if form in ("sam-perturbed", WITHOUT_MODEL):
 
         def by_context() -> None:
             value = first_pass(two)

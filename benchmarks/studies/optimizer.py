@@ -21,7 +21,7 @@ from benchmarks.harness.networks import CASES, growth
 from benchmarks.harness.report import Table, colour, figure, publish, say
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.timing import Clock
-from benchmarks.harness.updates import BAREST, BASE_MOVES, MOVED, STEPS, UPDATES
+from benchmarks.harness.updates import BAREST, BASE_MOVES, MOVED, STEPS, UPDATES, WITHOUT_MODEL
 
 _FORMS = dict.fromkeys(STEPS)
 
@@ -120,6 +120,7 @@ def render(folder: Path, output: Path | None = None) -> None:
         "most bytes alive for each element beyond weights, one set of gradients and the base's state",
         "whole step: the model's passes too. Peak: most bytes of tensors alive beyond the base's step, as a multiple "
         "of the weights' size",
+        "state: what keeping the model's state and random numbers costs, the time with model= less that without",
     ]
     if rates := [rate / 1e9 for row in rows for rate in row.copy_rate]:
         notes.append(f"a copy of 256 MiB moved {Spread.of(rates).text('.1f')} GB/s, read and written bytes counted")
@@ -144,7 +145,7 @@ def tables(rows: Sequence[Measurement]) -> list[Table]:
             )  # fmt: skip
             made.append(Table(f"Update alone, {title}", headings, [_update_cells(row, group) for row in group]))
         elif kind in ("step", "batch"):
-            headings = ("Form", "n", "ms", "x base", "x script", "x barest one pass", "peak, weights")
+            headings = ("Form", "n", "ms", "x base", "x script", "x barest one pass", "state, x base", "peak, weights")
             made.append(Table(f"Whole step, {title}", headings, [_step_cells(row, group) for row in group]))
     return made
 
@@ -173,7 +174,10 @@ def _step_cells(row: Measurement, group: Sequence[Measurement]) -> tuple[str, ..
         other = _named(group, name)
         shown = other is not None and (name == "base" or row.contender.startswith("one-pass") == (name == BAREST))
         cells.append(_ratio(row, other).text(".3f") if shown and row.contender != "base" else "")
-    base = _named(group, "base")
+    base, without = _named(group, "base"), _named(group, WITHOUT_MODEL)
+    kept = row.contender == "sam-perturbed" and without is not None
+    difference = np.subtract(row.milliseconds, without.milliseconds) / base.milliseconds if kept else ()
+    cells.append(Spread.of(difference).text(".3f") if kept else "")
     known = row.peak is not None and base.peak is not None
     return (*cells, f"{(row.peak - base.peak) / (4 * row.elements):.2f}" if known else "")
 

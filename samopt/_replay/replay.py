@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from samopt._callers.compiled import is_called_from_compiled
 from samopt._callers.cuda_graphs import is_capturing
 from samopt._callers.user_warnings import warn_user
 from samopt._replay.call_watch import watch
@@ -94,12 +95,23 @@ class Replay:
             start.restore(present=self._end)
 
     def end_second(self) -> None:
-        """Leave the second pass: state and random streams as the first pass left them; may be called again."""
+        """Leave the second pass: state and random streams as the first pass left them; may be called again.
+
+        Raises:
+            RuntimeError: If random numbers could not be repeated, because the whole training step is compiled.
+        """
         self.state.restore()
         unseen = self._end is not None and self._is_blind and self._end.has_moved()
         if self._end is not None:
             self._end.restore()
         self.forget()
+        if unseen and is_called_from_compiled():
+            raise RuntimeError(
+                f"perturbed() ran inside a function that torch.compile compiled, where the calls of {self._names()} "
+                "cannot be followed, so its dropout masks differed between the passes; nothing was updated. Compile "
+                "the model or the function that computes the loss instead of the whole training step, or write "
+                "'loss = optimizer.backward(compute_loss)' in it, which repeats every random number"
+            )
         if unseen and not self._has_warned:
             self._has_warned = True
             warn_user(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samopt._callers.compiled import never_compiled
 from samopt._perturb.gradients import StashedGradients, dense_gradients
 from samopt._perturb.perturbation import gradient_norm
 from samopt._perturb.scratch_pool import ScratchPool
@@ -72,6 +73,7 @@ class SecondPass:
         self._radius = self._perturbation.radius()
         self._applied: Tensor | None = None
 
+    @never_compiled
     def begin(self, replay: Replay, start: RngState | None, memory: ScratchPool) -> None:
         """Take the gradients and move the weights to ``w + epsilon``.
 
@@ -98,6 +100,7 @@ class SecondPass:
         perturbation.release_directions()
         torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
 
+    @never_compiled
     def restore_weights(self) -> None:
         """Put every weight back, bit for bit; may be called again after an interrupt."""
         if self._backup is not None:

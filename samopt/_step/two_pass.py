@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
+from samopt._callers.compiled import never_compiled
 from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
@@ -357,6 +358,7 @@ class TwoPass:
             self._abandon(second)
         yield 0
 
+    @never_compiled
     def _second_pass(self, first_loss: Any, may_lack_gradients: bool) -> SecondPass:
         """Return a second pass along the present gradients, with nothing changed yet."""
         ascent = self._ascent
@@ -383,6 +385,7 @@ class TwoPass:
         self._decoupled = None
         return second
 
+    @never_compiled
     def _finish(self, second: SecondPass, *, failed: bool) -> None:
         """Put back what is left, combine the gradients and measure; whatever happens, the next step can begin."""
         failed = failed or second.is_combining

@@ -170,10 +170,7 @@ FORMS_OF_A_STEP = ["perturbed", "backward", "closure"]
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS_OF_A_STEP)
 def test_a_compiled_training_step_is_the_uncompiled_one(form):
-    """The parts that cannot be compiled run as they are: a graph break, and no other result.
-
-    In a compiled step the calls of the model before ``perturbed()`` cannot be seen, so dropout is warned about there.
-    """
+    """The parts that cannot be compiled run as they are: a graph break, and no other result."""
     weights = []
     for is_compiled in (True, False):
         model = build(dropout=form != "perturbed").double()
@@ -208,3 +205,25 @@ def test_a_compiled_training_step_is_the_uncompiled_one(form):
         weights.append([*model.parameters(), *model.buffers()])
         assert not optimizer.is_perturbed
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_whose_masks_cannot_be_repeated_is_refused_and_leaves_exact_weights():
+    """The calls of the model before ``perturbed()`` are compiled there, so nobody can know the numbers they drew."""
+    model = build(dropout=True)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+
+    def train_step(x):
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        loss.backward()
+        with optimizer.perturbed(loss):
+            loss_of(model, x).backward()
+        optimizer.step()
+
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match="Compile the model or the function that computes the loss"):
+        torch.compile(train_step, backend="eager")(data(0))
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not optimizer.is_perturbed and all(parameter.grad is None for parameter in model.parameters())
+    train_step(data(0))  # as it is, the same step is right
