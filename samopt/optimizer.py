@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, cast
 
@@ -17,7 +17,6 @@ from samopt._callers.compiled import never_compiled
 from samopt._callers.grad_scaler import calling_scaler_stage, is_unscaling
 from samopt._callers.lightning import is_trainer_closure, refuse_without_callback
 from samopt._numerics.stochastic_rounding import RoundingNoise
-from samopt._replay.replay import PassObserver
 from samopt._step.arguments import build_base, check_combination, check_models, check_option, check_options
 from samopt._step.ascent import Ascent
 from samopt._step.base_wrapper import GroupOptions, OptimizerWrapper, with_step_hooks
@@ -495,15 +494,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 models,
                 sync_perturbation=self.sync_perturbation,
                 measure_grad_norms=self.measure_grad_norms,
-                observers=self._observers(models),
+                followers=ascent.followers(models),
             )
         weakref.finalize(self, self._passes.detach)
         if ascent.combination is not None:
             follow_steps(self.base_optimizer, self._after_base_step)
-
-    def _observers(self, models: list[nn.Module]) -> Iterable[PassObserver]:
-        """Return what else follows the first pass."""
-        return ()
 
     def _step_with(self, closure: Callable[[], Any], ascent_closure: Callable[[], Any] | None) -> Any:
         """Give the base optimizer a closure that delivers the perturbed gradient at ``w``, as often as it asks."""

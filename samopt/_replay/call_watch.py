@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["RAISED", "CallWatcher", "is_compiled", "watch"]
+__all__ = ["RAISED", "CallWatcher", "PassFollower", "is_compiled", "watch"]
 
 _SLOT = "_compiled_call_impl"
 
@@ -61,6 +61,23 @@ class CallWatcher:
             What ends this after the call; None if the call is as any other.
         """
         return None
+
+
+class PassFollower(CallWatcher):
+    """Gathers facts about the first pass from its calls, and drops them with it.
+
+    Attributes:
+        replaying: Whether the second pass is running. It is set from outside, and by ``clear``.
+    """
+
+    replaying: bool = False
+
+    def gradients_cleared(self) -> None:
+        """Note that gradients were cleared: a forward call from now on starts a new first pass."""
+
+    def clear(self) -> None:
+        """Drop what was gathered, and set ``replaying`` to False."""
+        self.replaying = False
 
 
 class _WatchedCall:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt._replay.call_watch import RAISED, CallWatcher
+from samopt._replay.call_watch import RAISED, PassFollower
 from samopt._replay.random_state import RngState
 from samopt._replay.unobserved import is_observed
 
@@ -56,7 +56,7 @@ class _Mark:
         self._record.was_differentiated = True
 
 
-class ForwardCalls(CallWatcher):
+class ForwardCalls(PassFollower):
     """Records the random state before each call of the first pass; in the second, sets it before the same call.
 
     So dropout draws the same masks in both passes. A call of the second pass is matched with one of the first that has

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +11,13 @@ from torch.nn.modules.dropout import _DropoutNd
 from samopt._callers.compiled import is_called_from_compiled
 from samopt._callers.cuda_graphs import is_capturing
 from samopt._callers.user_warnings import warn_user
-from samopt._replay.call_watch import watch
+from samopt._replay.call_watch import PassFollower, watch
 from samopt._replay.forward_calls import ForwardCalls
 from samopt._replay.module_state import ModuleState, every_module
 from samopt._replay.random_state import RngState
+from samopt._replay.unwrap import outside_compile
 
-__all__ = ["PassObserver", "Replay"]
-
-
-class PassObserver(Protocol):
-    """Gathers facts about the first pass and drops them with it."""
-
-    replaying: bool
-    """Whether the second pass is running, so that its forward calls do not count."""
-
-    def gradients_cleared(self) -> None:
-        """Note that gradients were cleared: a forward call from now on starts a new first pass."""
-
-    def clear(self) -> None:
-        """Drop what was gathered, and set ``replaying`` to False."""
+__all__ = ["Replay"]
 
 
 class Replay:
@@ -39,25 +26,32 @@ class Replay:
     Args:
         models: The modules that the passes run; empty to look after the random streams only.
         accelerators: Returns the devices besides the CPU whose random streams the model may use.
-        observers: Told when passes begin and end.
+        followers: Told of the calls of the first model, and when passes begin and end.
     """
 
     def __init__(
         self,
         models: Sequence[nn.Module],
         accelerators: Callable[[], Sequence[torch.device]],
-        observers: Iterable[PassObserver] = (),
+        followers: Iterable[PassFollower] = (),
     ) -> None:
         self.models = models
         self._accelerators = accelerators
         self.state = ModuleState(models)
         self._has_begun = False  # whether the start of the first pass was told by ``begin_first``
         self._calls = ForwardCalls(self._at_first_call)
-        self._observers: tuple[PassObserver, ...] = (self._calls, *observers)
+        self._followers: tuple[PassFollower, ...] = (self._calls, *followers)
         self._end: RngState | None = None
         self._is_blind = False
         self._has_warned = False
-        self.detach = watch(models, self._calls)
+        outermost = [outside_compile(model) for model in models[:1]]
+        self._stops = [watch(outermost, follower, only_these=True) for follower in self._followers[1:]]
+        self._stops.append(watch(models, self._calls))
+
+    def detach(self) -> None:
+        """Follow the models' calls no longer."""
+        for stop in self._stops:
+            stop()
 
     def begin_first(self) -> RngState:
         """Start a first pass whose beginning is known, and return the random state there."""
@@ -89,8 +83,8 @@ class Replay:
             )
         if start is not None:  # from there, the streams repeat by themselves, whatever the calls and their order
             self._calls.clear()
-        for observer in self._observers:
-            observer.replaying = True
+        for follower in self._followers:
+            follower.replaying = True
         if start is not None:
             start.restore(present=self._end)
 
@@ -126,13 +120,13 @@ class Replay:
         """Note that gradients were cleared: a forward call from now on starts a new first pass."""
         if not self._calls.replaying:
             self._has_begun = False
-        for observer in self._observers:
-            observer.gradients_cleared()
+        for follower in self._followers:
+            follower.gradients_cleared()
 
     def forget(self) -> None:
         """Drop what was recorded, ready for the next first pass."""
-        for observer in self._observers:
-            observer.clear()
+        for follower in self._followers:
+            follower.clear()
         self._end = None
         self._has_begun = False
 

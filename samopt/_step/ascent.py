@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samopt._numerics.stochastic_rounding import Noise, RoundingNoise
 from samopt._perturb.gradients import StashedGradients
 from samopt._perturb.perturbation import Perturbation
 from samopt._perturb.targets import Region, Targets
+from samopt._replay.call_watch import PassFollower
 from samopt._step.base_wrapper import GroupOptions
 from samopt.parts.combination import Combination
 from samopt.parts.direction import CachedDirection, Direction, Gradient, KnownDirection
@@ -158,6 +160,15 @@ class Ascent:
         """Go on to the numbers of the next ascent."""
         if self.rounding is not None:
             self.rounding.advance()
+
+    def followers(self, models: Sequence[nn.Module]) -> list[PassFollower]:
+        """Return what the parts have told of the forward calls of both passes.
+
+        Args:
+            models: What was given as ``model``.
+        """
+        found = [part.follow(models, self.parameters, self.may_move) for part in self.parts.values()]
+        return [follower for follower in found if follower is not None]
 
     def parameters(self) -> list[Tensor]:
         """Return every parameter, in the order of the groups."""

@@ -14,8 +14,9 @@ from samopt._callers.compiled import never_compiled
 from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
+from samopt._replay.call_watch import PassFollower
 from samopt._replay.random_state import RngState
-from samopt._replay.replay import PassObserver, Replay
+from samopt._replay.replay import Replay
 from samopt._step.ascent import Ascent
 from samopt._step.clearing_check import ClearingCheck
 from samopt._step.decoupled_update import DecoupledUpdate
@@ -47,7 +48,7 @@ class TwoPass:
         models: The modules that the passes run.
         sync_perturbation: Whether ranks perturb along the averaged gradient.
         measure_grad_norms: Whether to measure both gradient norms.
-        observers: Told when passes begin and end.
+        followers: Told of the calls of the first model, and when passes begin and end.
 
     Attributes:
         metrics: What the latest step measured.
@@ -61,13 +62,13 @@ class TwoPass:
         *,
         sync_perturbation: bool,
         measure_grad_norms: bool,
-        observers: Iterable[PassObserver],
+        followers: Iterable[PassFollower],
     ) -> None:
         self._ascent = ascent
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
-        self._replay = Replay(models, ascent.accelerators, observers)
+        self._replay = Replay(models, ascent.accelerators, followers)
         self._memory = ScratchPool()
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from samopt._replay.call_watch import PassFollower
 
 __all__ = ["Part"]
 
@@ -15,8 +17,9 @@ class Part:
     """One choice in ``epsilon = r T^2 d / ||T d||``: a direction, a geometry, a radius or a combination.
 
     An optimizer is four parts. A new method is a new part, or a new combination of parts. The optimizer calls every
-    part in the same order: ``check`` once, when it is made; ``advance`` just before each step of the base optimizer;
-    ``state_dict`` and ``load_state_dict`` for checkpoints; ``metrics`` after each step. The defaults do nothing.
+    part in the same order: ``check`` and ``follow`` when it is made; ``advance`` just before each step of the base
+    optimizer; ``state_dict`` and ``load_state_dict`` for checkpoints; ``metrics`` after each step. The defaults do
+    nothing.
     """
 
     def check(self, base: Optimizer) -> None:
@@ -25,6 +28,20 @@ class Part:
         Args:
             base: The base optimizer, before anything about it is changed.
         """
+
+    def follow(
+        self, models: Sequence[nn.Module], parameters: Callable[[], list[Tensor]], may_move: Callable[[], bool]
+    ) -> PassFollower | None:
+        """Return what is to be told of the forward calls of both passes, for a part that needs them; None by default.
+
+        It is called for optimizers of two passes, when they are made, copied or loaded from a pickle.
+
+        Args:
+            models: What was given as ``model``; the calls of the first are followed.
+            parameters: Returns every parameter, in the order of the groups.
+            may_move: Returns whether this step has a second pass, as far as the host can tell.
+        """
+        return None
 
     def advance(self, parameters: Sequence[Tensor]) -> None:
         """Note that the base optimizer is about to step with the gradients that the parameters hold now.

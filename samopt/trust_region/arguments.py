@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from samopt.trust_region.unwrap import original
+from samopt._replay.unwrap import original
 
 __all__ = ["is_encoder_decoder", "named_arguments", "predicts_next_token", "without_labels"]
 

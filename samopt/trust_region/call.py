@@ -14,9 +14,9 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from samopt._replay.random_state import RngState
+from samopt._replay.unwrap import compiled_prefix, original
 from samopt.trust_region.arguments import named_arguments, without_labels
 from samopt.trust_region.comparison import Comparison
-from samopt.trust_region.unwrap import compiled_prefix, original
 
 __all__ = ["ForwardCall", "Surroundings"]
 

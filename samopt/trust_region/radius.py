@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from samopt._callers.user_warnings import warn_user
+from samopt._replay.unwrap import original
 from samopt.parts.radius import Radius, RadiusValue
 from samopt.trust_region import TRUST_REGIONS, RadiusSource, StatefulTrustRegion, TrustRegion
 from samopt.trust_region.comparison import Comparison
 from samopt.trust_region.ranks import sum_over_ranks
-from samopt.trust_region.unwrap import original
 from samopt.trust_region.watch import FirstPassWatch
 
 __all__ = ["TrustRegionRadius"]
@@ -60,15 +60,25 @@ class TrustRegionRadius(Radius):
         """Whether the distance is measured on the model's forward calls, so that a model is needed."""
         return isinstance(self.trust_region, TrustRegion)
 
-    def follow(self, model: nn.Module, watch: FirstPassWatch, parameters: list[Tensor]) -> None:
-        """Take the distance from a watch.
+    def follow(
+        self, models: Sequence[nn.Module], parameters: Callable[[], list[Tensor]], may_move: Callable[[], bool]
+    ) -> FirstPassWatch | None:
+        """Return what measures the distance on the calls of the first pass; None where outputs are not measured.
 
         Args:
-            model: The module that the training loop calls.
-            watch: Follows its calls.
-            parameters: What the optimizer updates.
+            models: The module that the training loop calls comes first.
+            parameters: Returns what the optimizer updates.
+            may_move: Returns whether a distance is wanted.
         """
-        self.watch, self._model, self._parameters = watch, model, parameters
+        if not isinstance(self.trust_region, TrustRegion) or not models:
+            return None
+
+        def wanted() -> tuple[torch.device, ...] | None:
+            return tuple(dict.fromkeys(p.device for p in parameters() if not p.is_cpu)) if may_move() else None
+
+        self.watch = FirstPassWatch(self.trust_region, self.comparison, wanted)
+        self._model, self._parameters = models[0], parameters()
+        return self.watch
 
     def bind(self, model: nn.Module) -> None:
         """Give a trust region with a memory its model, once.

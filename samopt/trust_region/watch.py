@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from samopt._replay.call_watch import RAISED, CallWatcher
+from samopt._replay.call_watch import RAISED, PassFollower
 from samopt._replay.unobserved import is_observed
 from samopt.trust_region.call import ForwardCall, Surroundings
 from samopt.trust_region.comparison import Comparison
@@ -19,7 +19,7 @@ __all__ = ["FirstPassWatch"]
 _Wanted: TypeAlias = Callable[[], "tuple[torch.device, ...] | None"]
 
 
-class FirstPassWatch(CallWatcher):
+class FirstPassWatch(PassFollower):
     """Measures a trust region on every call that builds a graph, outside the second pass.
 
     Each call is measured as soon as it is over, so that no input or output is kept; with several calls in a pass the

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from samopt._replay.call_watch import watch
-from samopt._replay.replay import PassObserver
 from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.direction import KnownDirection, named_direction
@@ -22,8 +18,6 @@ from samopt.trust_region import Divergence, ForwardCall, RadiusSource, TrustRegi
 from samopt.trust_region.comparison import Comparison
 from samopt.trust_region.divergence import check_divergence
 from samopt.trust_region.radius import TrustRegionRadius
-from samopt.trust_region.unwrap import outside_compile
-from samopt.trust_region.watch import FirstPassWatch
 from samopt.variants._options import TAKEN_ELSEWHERE, OptionsWithoutModel, all_options_shown
 
 __all__ = ["TRAM"]
@@ -182,28 +176,6 @@ class TRAM(SharpnessAwareOptimizer):
     def _trust_region_radius(self) -> TrustRegionRadius:
         assert isinstance(self.radius, TrustRegionRadius)
         return self.radius
-
-    def detach(self) -> None:
-        """Follow the model's calls no longer; the next step cannot measure a distance."""
-        super().detach()
-        self._stop_watching()
-
-    def _observers(self, models: list[nn.Module]) -> Iterable[PassObserver]:
-        """Return what measures the distance on the calls of the first pass."""
-        radius = self._trust_region_radius
-        self._stop_watching: Callable[[], None] = lambda: None
-        if not isinstance(radius.trust_region, TrustRegion) or not models:
-            return ()
-        ascent, model = self._ascent, models[0]
-
-        def wanted() -> tuple[torch.device, ...] | None:
-            return tuple(ascent.accelerators()) if ascent.may_move() else None
-
-        follower = FirstPassWatch(radius.trust_region, radius.comparison, wanted)
-        self._stop_watching = watch([outside_compile(model)], follower, only_these=True)
-        weakref.finalize(self, self._stop_watching)
-        radius.follow(model, follower, ascent.parameters())
-        return (follower,)
 
     @staticmethod
     def _check_outputs(radius: TrustRegionRadius, model: Any, direction: Any) -> None:
