@@ -11,6 +11,7 @@ from samopt.variants import available, create
 from samopt.variants.asam import ASAM
 from samopt.variants.fisher_sam import FisherSAM
 from samopt.variants.friendly_sam import FriendlySAM
+from samopt.variants.functional_sam import FunctionalSAM
 from samopt.variants.gsam import GSAM
 from samopt.variants.lesam import LESAM
 from samopt.variants.looksam import LookSAM
@@ -34,6 +35,7 @@ __all__ = [
     "WSAM",
     "FisherSAM",
     "FriendlySAM",
+    "FunctionalSAM",
     "LookSAM",
     "MomentumSAM",
     "PassHandle",

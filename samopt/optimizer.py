@@ -135,6 +135,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         for part in (chosen, geometry, radius, combination):
             if part is not None:
                 part.check(base)
+                part.check_models(models, base)
         options = GroupOptions(base, {radius.option: rho, "eta": eta, "perturb": True}, check_option)
         options.take_over()
         super().__init__(options)
@@ -149,7 +150,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             backend=backend,
         )
         # What is kept from gradients, or made of them for the base, must be the same on every rank.
-        self.sync_perturbation = sync_perturbation or combination is not None or type(chosen) is not Gradient
+        self.sync_perturbation = sync_perturbation or self._ascent.combines or type(chosen) is not Gradient
         self.measure_grad_norms = not self.is_one_pass if measure_grad_norms is None else measure_grad_norms
         self._stall = StallDetector() if warn_on_stall else None
         self._model = model
@@ -497,7 +498,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 followers=ascent.followers(models),
             )
         weakref.finalize(self, self._passes.detach)
-        if ascent.combination is not None:
+        if ascent.combines:
             follow_steps(self.base_optimizer, self._after_base_step)
 
     def _step_with(self, closure: Callable[[], Any], ascent_closure: Callable[[], Any] | None) -> Any:

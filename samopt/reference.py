@@ -22,6 +22,7 @@ __all__ = [
     "asam",
     "fisher_sam",
     "friendly_sam",
+    "functional_sam",
     "gsam",
     "le_sam",
     "looksam",
@@ -205,6 +206,27 @@ def looksam(
         component = memory["component"]
         factor = alpha * norm(g) / norm(component)
         update(parameters, base, [entry + factor * v for entry, v in zip(g, component, strict=True)])
+    return loss
+
+
+def functional_sam(
+    parameters: Sequence[Tensor],
+    base: Optimizer,
+    compute_outputs: Loss,
+    loss_of: Callable[[Tensor], Tensor],
+    rho: float = 0.05,
+) -> Tensor:
+    """Functional SAM (Singh et al. 2025): ``J(w + epsilon)^T v``, with ``v = dL/df`` at ``f(w)`` and SAM's ``epsilon``.
+
+    ``compute_outputs()`` runs the forward pass and returns the outputs ``f``; ``loss_of(f)`` is their loss ``L``.
+    """
+    loss, g = gradient(parameters, lambda: loss_of(compute_outputs()))
+    length = norm(g)
+    outputs = compute_outputs().detach().requires_grad_()
+    (v,) = torch.autograd.grad(loss_of(outputs), outputs)
+    epsilon = [rho * entry / length for entry in g]
+    # The gradient of <f, v> is J^T v.
+    update(parameters, base, perturbed_gradient(parameters, lambda: (compute_outputs() * v).sum(), epsilon))
     return loss
 
 

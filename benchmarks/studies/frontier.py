@@ -46,6 +46,7 @@ METHODS = {
         Method("wsam-coupled", "WSAM, all of it through the base, two passes", "wsam", _L2,
                options={"decouple": False}),
         Method("fisher-sam", "Fisher SAM, two passes", "fisher-sam", _L2),
+        Method("functional-sam", "Functional SAM, two passes", "functional-sam", _L2),
         Method("tram", "TRAM, distance from the previous step, two passes", "tram", thirds(1.0), setting="scale",
                options={"max_radius": 2.0}),
         Method("le-sam", "LE-SAM, two passes, a loss budget", "le-sam", _L2, setting="budget"),

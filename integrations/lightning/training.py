@@ -24,6 +24,9 @@ from .run import Run
 
 __all__ = ["SharpnessAwareTraining", "is_second_pass"]
 
+_TAKE_OUTPUTS = ("tram", "functional-sam")
+"""The optimizers that follow the forward calls of the module that makes the outputs."""
+
 
 class SharpnessAwareTraining(Callback):
     """Trains any LightningModule with SAM or a relative of it; the module and its optimizer stay as they are.
@@ -50,8 +53,8 @@ class SharpnessAwareTraining(Callback):
             batch would, for one more exchange of gradients. By default each perturbs along its own.
         stochastic_rounding: Round perturbed bf16 and fp16 weights stochastically.
         seed: Seed of that rounding.
-        watch: TRAM's: name of the submodule whose outputs it compares. None is the one that has all parameters, or else
-            the module itself, if ``training_step`` calls it as ``self(...)``.
+        watch: For TRAM and functional SAM: name of the submodule whose outputs they take. None is the one that has all
+            parameters, or else the module itself, if ``training_step`` calls it as ``self(...)``.
         **options: Further options of the optimizer, such as TRAM's ``trust_region`` and ``scale``.
 
     Raises:
@@ -246,7 +249,7 @@ class SharpnessAwareTraining(Callback):
         variant = self._variant or "sam"
         if not isinstance(variant, str):
             return variant(base, **self._options)
-        if variant == "tram":
+        if variant in _TAKE_OUTPUTS:
             return samopt.create(variant, base, model=watched, **self._options)
         return samopt.create(variant, base, model=module, **self._options)
 
@@ -257,11 +260,11 @@ class SharpnessAwareTraining(Callback):
         candidates = [child for child in module.children() if every <= set(child.parameters())]
         if candidates:
             return candidates[0]
-        if self._variant == "tram" and trainer.strategy.model is not module:
+        if self._variant in _TAKE_OUTPUTS and trainer.strategy.model is not module:
             raise ValueError(
-                f"TRAM compares outputs of one module, but under {type(trainer.strategy).__name__} a call of "
-                f"{type(module).__name__} is its training step, and no child of it has all parameters; name the "
-                'submodule that makes the outputs, as in SharpnessAwareTraining("tram", watch="net")'
+                f'"{self._variant}" takes the outputs of one module, but under {type(trainer.strategy).__name__} a '
+                f"call of {type(module).__name__} is its training step, and no child of it has all parameters; name "
+                f'the submodule that makes the outputs, as in SharpnessAwareTraining("{self._variant}", watch="net")'
             )
         return module
 

@@ -94,6 +94,7 @@ class SAMArguments:
             "gsam",
             "wsam",
             "le-sam",
+            "functional-sam",
             "tram",
         ]
         | None

@@ -108,7 +108,7 @@ class Run:
 
     def _models(self, trainer: Trainer, model: nn.Module) -> nn.Module | list[nn.Module]:
         """Return the model, with the modules beside it whose parameters the optimizer has: losses with weights."""
-        if self._arguments.sam == "tram":  # which compares the outputs of one module
+        if self._arguments.sam in ("tram", "functional-sam"):  # which take the outputs of one module
             return model
         trained = {parameter for group in self._base.param_groups for parameter in group["params"]}
         trained -= set(model.parameters())

@@ -75,6 +75,12 @@ class PassFollower(CallWatcher):
     def gradients_cleared(self) -> None:
         """Note that gradients were cleared: a forward call from now on starts a new first pass."""
 
+    def check_first_pass(self) -> None:
+        """Raise ``RuntimeError`` if the first pass lacks what is needed of it; called before the weights move."""
+
+    def check_second_pass(self) -> None:
+        """Raise ``RuntimeError`` if the second pass did not repeat the first; called once the weights are back."""
+
     def clear(self) -> None:
         """Drop what was gathered, and set ``replaying`` to False."""
         self.replaying = False

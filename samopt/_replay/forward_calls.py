@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from samopt._replay.call_watch import RAISED, PassFollower
+from samopt._replay.outputs import tensors_in
 from samopt._replay.random_state import RngState
 from samopt._replay.unobserved import is_observed
 
-__all__ = ["ForwardCalls", "tensors_in"]
+__all__ = ["ForwardCalls"]
 
 _LIMIT = 4096  # records of one pass; beyond it random numbers are not repeated, so that memory stays bounded
 
@@ -169,35 +170,3 @@ def _with_inputs(
         if len(record.inputs) == len(given)
         and all(reference() is tensor for reference, tensor in zip(record.inputs, given, strict=True))
     ]
-
-
-def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a model returned: in containers, and in attributes of objects, slots included.
-
-    Args:
-        output: What the model returned.
-    """
-    pending, seen = [output], set[int]()
-    while pending:
-        value = pending.pop()
-        if isinstance(value, Tensor):
-            yield value
-        elif id(value) in seen or value is None or isinstance(value, str | bytes | int | float | nn.Module):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            pending.extend(value.values())
-        elif isinstance(value, list | tuple | set | frozenset):
-            pending.extend(value)
-        elif not isinstance(value, type) and not callable(value):
-            pending.extend(_attributes_of(value))
-
-
-def _attributes_of(value: object) -> Iterable[Any]:
-    """Yield the attributes of an object, those in slots included."""
-    yield from getattr(value, "__dict__", {}).values()
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            if hasattr(value, name):
-                yield getattr(value, name)

@@ -130,6 +130,16 @@ class Replay:
         self._end = None
         self._has_begun = False
 
+    def check_first_pass(self) -> None:
+        """Raise ``RuntimeError`` if a follower lacks what it needs of the first pass; changes nothing."""
+        for follower in self._followers:
+            follower.check_first_pass()
+
+    def check_second_pass(self) -> None:
+        """Raise ``RuntimeError`` if the second pass did not repeat the first in what a follower needs."""
+        for follower in self._followers:
+            follower.check_second_pass()
+
     def _at_first_call(self) -> None:
         """Note the start of a first pass, unless it was told already."""
         if not self._has_begun:

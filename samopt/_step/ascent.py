@@ -73,6 +73,11 @@ class Ascent:
         return isinstance(self.direction, KnownDirection)
 
     @property
+    def combines(self) -> bool:
+        """Whether the base's gradient is made of those of both passes."""
+        return self.combination is not None and self.combination.uses_first_gradients
+
+    @property
     def parts(self) -> dict[str, Part]:
         """The parts by the names they have in checkpoints."""
         parts: dict[str, Part] = {"direction": self.direction, "geometry": self.geometry, "radius": self.radius}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt._replay.call_watch import CallWatcher
-from samopt._replay.forward_calls import tensors_in
+from samopt._replay.outputs import tensors_in
 from samopt._replay.unobserved import is_observed
 
 __all__ = ["MovedShards"]

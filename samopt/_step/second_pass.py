@@ -91,7 +91,7 @@ class SecondPass:
             parameter.grad_sample = None  # type: ignore[attr-defined]  # an attribute of Opacus and its relatives
         replay.begin_second(start, self._moving if self._backup is not None else ())
         if self._backup is not None:
-            if self._ascent.combination is None:
+            if not self._ascent.combines:
                 self._stashed.release()  # the gradients' memory is free for the second pass's
             self._applied = perturbation.move(self._ascent.rounding_noise(), self._backup)
         if perturbation.is_sharded:

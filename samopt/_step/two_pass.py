@@ -371,6 +371,8 @@ class TwoPass:
                     "backward is missing: call criterion(model(x), y).backward() before 'with optimizer.perturbed():'. "
                     'Or the one-pass loop was meant: make the optimizer with direction="momentum"'
                 )
+        if ascent.may_move() and any([gradient is not None for gradient in stashed.gradients]):
+            self._replay.check_first_pass()
         second = SecondPass(
             ascent,
             stashed,
@@ -391,6 +393,8 @@ class TwoPass:
         """Put back what is left, combine the gradients and measure; whatever happens, the next step can begin."""
         failed = failed or second.is_combining
         try:
+            if not failed and second.is_needed:
+                self._replay.check_second_pass()
             second.end(self._replay, failed=failed)
             if not failed:
                 self._deliver(second)
@@ -408,7 +412,7 @@ class TwoPass:
     def _deliver(self, second: SecondPass) -> None:
         """Leave the base's gradients in place."""
         ascent = self._ascent
-        if ascent.combination is not None and ascent.may_move():
+        if ascent.combination is not None and ascent.combines and ascent.may_move():
             self._decoupled = second.combine(ascent.combination)
         else:
             self._complete()
@@ -422,7 +426,7 @@ class TwoPass:
     def _complete(self) -> None:
         """Make the base's gradients of those at ``w``, where the combination chose to leave out the second pass."""
         ascent = self._ascent
-        if ascent.combination is None or not ascent.is_on():
+        if ascent.combination is None or not ascent.combines or not ascent.is_on():
             return
         parameters = [parameter for parameter in ascent.parameters() if parameter.grad is not None]
         if parameters:

@@ -10,6 +10,7 @@ from samopt.parts.direction import (
     Momentum,
     ReusedGradient,
 )
+from samopt.parts.functional import FunctionalGradient
 from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry
 from samopt.parts.part import Part
 from samopt.parts.radius import ConstantRadius, LossBudget, Radius
@@ -23,6 +24,7 @@ __all__ = [
     "Euclidean",
     "Fisher",
     "Friendly",
+    "FunctionalGradient",
     "Geometry",
     "Gradient",
     "KnownDirection",

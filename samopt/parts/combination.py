@@ -29,7 +29,13 @@ class Combination(Part):
     ``combine`` is called with the gradients of every parameter that has both (this rank's part of them, where they are
     sharded), and writes its answer into the second ones. Every rank must compute the same answer, so the first
     gradients are averaged over ranks as the second ones are.
+
+    Attributes:
+        uses_first_gradients: Whether the rule reads the gradients at ``w``. Where it does not, they are free for the
+            second pass, and stay on their rank; ``combine`` and ``complete`` are not called.
     """
+
+    uses_first_gradients = True
 
     def is_due(self) -> bool:
         """Return whether this step has a second pass; the answer must not change before ``advance``."""

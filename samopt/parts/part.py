@@ -17,15 +17,23 @@ class Part:
     """One choice in ``epsilon = r T^2 d / ||T d||``: a direction, a geometry, a radius or a combination.
 
     An optimizer is four parts. A new method is a new part, or a new combination of parts. The optimizer calls every
-    part in the same order: ``check`` and ``follow`` when it is made; ``advance`` just before each step of the base
-    optimizer; ``state_dict`` and ``load_state_dict`` for checkpoints; ``metrics`` after each step. The defaults do
-    nothing.
+    part in the same order: ``check``, ``check_models`` and ``follow`` when it is made; ``advance`` just before each
+    step of the base optimizer; ``state_dict`` and ``load_state_dict`` for checkpoints; ``metrics`` after each step. The
+    defaults do nothing.
     """
 
     def check(self, base: Optimizer) -> None:
         """Raise ``ValueError`` if the part cannot work with a base optimizer.
 
         Args:
+            base: The base optimizer, before anything about it is changed.
+        """
+
+    def check_models(self, models: Sequence[nn.Module], base: Optimizer) -> None:
+        """Raise ``TypeError`` or ``ValueError`` if the part cannot work with what was given as ``model``.
+
+        Args:
+            models: The modules; empty where none was given.
             base: The base optimizer, before anything about it is changed.
         """
 

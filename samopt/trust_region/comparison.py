@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samopt._replay.outputs import describe, named_logits
 from samopt.trust_region.arguments import is_encoder_decoder, predicts_next_token
 from samopt.trust_region.divergence import Divergence, between
 
@@ -47,7 +48,7 @@ class Comparison:
         found = [self.logits(output)] if self.logits is not None else _find_logits(output)
         if not found:
             raise TypeError(
-                f"TRAM compares logits, but the model returned {_describe(output)}, which holds no floating-point "
+                f"TRAM compares logits, but the model returned {describe(output)}, which holds no floating-point "
                 "tensor with a dimension; pass logits=, a callable that takes them from what the model returns"
             )
         return [self._classes_last(tensor.detach()) for tensor in found]
@@ -118,14 +119,10 @@ def _full_precision(device_type: str) -> AbstractContextManager[Any]:
 
 def _find_logits(output: Any) -> list[Tensor]:
     """Return ``output.logits``, or every tensor named so, or the first floating-point tensor with a dimension."""
-    if isinstance(output, Tensor) and _is_logits(output):
-        return [output]
-    logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and _is_logits(logits):
-        return [logits]
+    if named := [value for value in named_logits(output).values() if _is_logits(value)]:
+        return named
     if isinstance(output, Mapping):
-        named = [value for key, value in output.items() if str(key).endswith("logits") and _is_logits(value)]
-        return named or [value for value in output.values() if _is_logits(value)][:1]
+        return [value for value in output.values() if _is_logits(value)][:1]
     if isinstance(output, tuple | list):
         return [value for value in output if _is_logits(value)][:1]
     return []
@@ -164,11 +161,3 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _rows(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], -1)
-
-
-def _describe(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
-    if isinstance(output, Mapping):
-        return f"{type(output).__name__} with the keys {list(output)}"
-    return f"a {type(output).__name__}"

@@ -13,6 +13,7 @@ from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.variants.asam import ASAM
 from samopt.variants.fisher_sam import FisherSAM
 from samopt.variants.friendly_sam import FriendlySAM
+from samopt.variants.functional_sam import FunctionalSAM
 from samopt.variants.gsam import GSAM
 from samopt.variants.lesam import LESAM
 from samopt.variants.looksam import LookSAM
@@ -33,6 +34,7 @@ _REGISTRY: dict[str, Callable[..., SharpnessAwareOptimizer]] = {
     "gsam": GSAM,
     "wsam": WSAM,
     "le-sam": LESAM,
+    "functional-sam": FunctionalSAM,
     "tram": TRAM,
 }
 

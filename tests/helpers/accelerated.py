@@ -45,6 +45,7 @@ TWO_PASSES = {
     "gsam": lambda m: samopt.GSAM(sgd(m), rho=0.1),
     "wsam": lambda m: samopt.WSAM(sgd(m), rho=0.1),
     "look": lambda m: samopt.LookSAM(sgd(m), rho=0.1),
+    "functional": lambda m: samopt.FunctionalSAM(sgd(m), rho=0.1, model=m),
 }
 ONE_PASS = {
     "uphill": lambda m: samopt.SAM(sgd(m), rho=0.5, direction="momentum-uphill", model=m),

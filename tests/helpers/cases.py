@@ -106,6 +106,7 @@ class Preset:
     """Makes a stepper with a memory of its own."""
     rho: float
     needs_momentum: bool = False
+    needs_model: bool = False
 
 
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -158,6 +158,24 @@ class ReuseLoop(Loop):
         return self.gradient(self.epsilon(self.memory))
 
 
+class FunctionalLoop(Loop):
+    """Singh et al. 2025: the outputs' Jacobian at ``w + epsilon``, the loss's derivative in them at ``w``."""
+
+    def step(self) -> tuple[Tensor, list[Tensor]]:
+        loss, g = self.gradient()
+        z = self.model(self.data[0]).detach().requires_grad_()
+        (v,) = torch.autograd.grad(nn.functional.cross_entropy(z.float(), self.data[1]), z)
+        saved = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            for p, move in zip(self.parameters, self.epsilon(g), strict=True):
+                p.copy_(p.double() + move)
+        gradients = torch.autograd.grad(self.model(self.data[0]), self.parameters, v)
+        with torch.no_grad():
+            for p, value in zip(self.parameters, saved, strict=True):
+                p.copy_(value)
+        return loss, [gradient.double() for gradient in gradients]
+
+
 def _budgeted(params, base_optimizer=None, *, rho=0.05, **options):
     return samopt.LESAM(params, base_optimizer, budget=rho, max_radius=0.3, **options)
 
@@ -191,5 +209,6 @@ PRESETS = [
     Preset("wsam", _weighted, WeightedLoop, 0.1),
     Preset("wsam-coupled", _coupled, CoupledLoop, 0.1),
     Preset("lesam", _budgeted, BudgetLoop, 0.02),
+    Preset("functional", samopt.FunctionalSAM, FunctionalLoop, 0.1, needs_model=True),
     Preset("reused", _reused, ReuseLoop, 0.1),
 ]

@@ -68,7 +68,7 @@ def test_a_friendly_direction_without_an_average_is_sam_to_the_bit() -> None:
     assert same_bits(model, bits(plain))
 
 
-@pytest.mark.parametrize("name", ["gsam", "wsam", "wsam-coupled", "look", "momentum", "reused"])
+@pytest.mark.parametrize("name", ["gsam", "wsam", "wsam-coupled", "look", "functional", "momentum", "reused"])
 def test_a_power_of_two_as_loss_scale_changes_no_bit(name) -> None:
     preset = next(preset for preset in PRESETS if preset.name == name)
     model, optimizer = build(preset, dtype=torch.float32)
@@ -392,7 +392,7 @@ def train_replica(name: str, steps: int) -> list[Tensor]:
     preset = next(preset for preset in PRESETS if preset.name == name)
     model = DistributedDataParallel(mlp(DOUBLE))
     base = BASES["sgd-momentum"](model.parameters())
-    optimizer = preset.wrap(base, rho=preset.rho, model=model, sync_perturbation=name == "lesam")
+    optimizer = preset.wrap(base, rho=preset.rho, model=model, sync_perturbation=name in ("lesam", "functional"))
     part = slice(8 * torch.distributed.get_rank(), 8 * torch.distributed.get_rank() + 8)
     for step in range(steps):
         x, y = batch(DOUBLE, seed=step)
@@ -400,7 +400,9 @@ def train_replica(name: str, steps: int) -> list[Tensor]:
     return bits(model)
 
 
-@pytest.mark.parametrize("name", ["friendly", "look", "gsam", "wsam", "wsam-coupled", "lesam", "momentum"])
+@pytest.mark.parametrize(
+    "name", ["friendly", "look", "gsam", "wsam", "wsam-coupled", "lesam", "functional", "momentum"]
+)
 def test_shards_train_as_one_process_does(name) -> None:
     from tests.helpers.sharded import uneven
 

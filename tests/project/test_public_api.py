@@ -23,6 +23,7 @@ PUBLIC = [
     "WSAM",
     "FisherSAM",
     "FriendlySAM",
+    "FunctionalSAM",
     "LookSAM",
     "MomentumSAM",
     "PassHandle",

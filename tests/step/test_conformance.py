@@ -208,8 +208,10 @@ def test_second_gradient_is_taken_where_the_formula_says(variant, factors) -> No
 @each_pairing
 def test_class_form_is_the_instance_form(variant, base) -> None:
     first, second = mlp(), mlp()
-    instance = variant.wrap(BASES[base](first.parameters()), rho=variant.rho)
-    from_class = variant.wrap(second.parameters(), BASES[base], rho=variant.rho)
+    needs_model = getattr(variant, "needs_model", False)
+    models = [{"model": model} if needs_model else {} for model in (first, second)]
+    instance = variant.wrap(BASES[base](first.parameters()), rho=variant.rho, **models[0])
+    from_class = variant.wrap(second.parameters(), BASES[base], rho=variant.rho, **models[1])
     for step in range(2):
         instance.step(closure_of(instance, first, batch(seed=step)))
         from_class.step(closure_of(from_class, second, batch(seed=step)))

@@ -10,7 +10,7 @@ from torch import nn
 
 import samopt
 from samopt import reference
-from samopt.parts import Fisher, Friendly, LossBudget, Momentum, SurrogateGap
+from samopt.parts import Fisher, Friendly, FunctionalGradient, LossBudget, Momentum, SurrogateGap
 from tests.helpers.cases import batch, mlp
 
 STEPS = 4
@@ -31,13 +31,17 @@ def train(optimizer: samopt.SharpnessAwareOptimizer, model: nn.Module) -> list[t
 
 
 class ByHand:
-    """Training whose steps are written out below: a direction, a geometry, a radius, a combination."""
+    """Training whose steps are written out below: a direction, a geometry, a radius, a combination.
 
-    def __init__(self, direction, t_squared, radius, combine) -> None:
+    With ``functional`` the second gradient is the outputs' Jacobian times the loss's derivative at ``w``.
+    """
+
+    def __init__(self, direction, t_squared, radius, combine, functional=False) -> None:
         self.model = mlp(torch.float64)
         self.parameters = list(self.model.parameters())
         self.base = torch.optim.SGD(self.parameters, lr=0.1, momentum=0.9)
         self.direction, self.t_squared, self.radius, self.combine = direction, t_squared, radius, combine
+        self.functional = functional
 
     def train(self) -> list[torch.Tensor]:
         for step in range(STEPS):
@@ -52,7 +56,15 @@ class ByHand:
             length = torch.stack([(a * b * b).sum() for a, b in zip(t_squared, d, strict=True)]).sum().sqrt()
             r = self.radius(length)
             epsilon = [r * a * b / length for a, b in zip(t_squared, d, strict=True)]
-            g_p = reference.perturbed_gradient(self.parameters, loss, epsilon)
+            second_loss = loss
+            if self.functional:
+                z = self.model(x).detach().requires_grad_()
+                (v,) = torch.autograd.grad(nn.functional.cross_entropy(z, y), z)
+
+                def second_loss(x=x, v=v):
+                    return (self.model(x) * v).sum()
+
+            g_p = reference.perturbed_gradient(self.parameters, second_loss, epsilon)
             reference.update(self.parameters, self.base, self.combine(g, g_p))
         return self.parameters
 
@@ -122,6 +134,20 @@ CASES = {
     "LE-SAM's radius with GSAM's combination": (
         lambda base, model: samopt.LESAM(base, budget=0.05, max_radius=0.3, model=model, combination=SurrogateGap(0.4)),
         lambda: ByHand(plain, ones, lambda length: min(0.05 / float(length), 0.3), gap),
+    ),
+    "TRAM with the functional gradient": (
+        lambda base, model: samopt.TRAM(base, model=model, trust_region=distance, combination=FunctionalGradient()),
+        lambda: ByHand(plain, adaptive, lambda length: DISTANCE, second, functional=True),
+    ),
+    "Functional SAM along Friendly SAM's direction in ASAM's geometry": (
+        lambda base, model: samopt.FunctionalSAM(base, rho=0.4, adaptive=True, direction=Friendly(), model=model),
+        lambda: ByHand(FriendlyByHand(), adaptive, lambda length: 0.4, second, functional=True),
+    ),
+    "LE-SAM's radius with the functional gradient": (
+        lambda base, model: samopt.LESAM(
+            base, budget=0.05, max_radius=0.3, model=model, combination=FunctionalGradient()
+        ),
+        lambda: ByHand(plain, ones, lambda length: min(0.05 / float(length), 0.3), second, functional=True),
     ),
     "a loss budget in Fisher's geometry": (
         lambda base, model: samopt.SharpnessAwareOptimizer(

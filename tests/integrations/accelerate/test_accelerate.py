@@ -152,7 +152,7 @@ def test_a_schedule_made_for_the_base():
     assert same(model, plain)
 
 
-@pytest.mark.parametrize("sam", [samopt.ASAM, samopt.FisherSAM, samopt.TRAM])
+@pytest.mark.parametrize("sam", [samopt.ASAM, samopt.FisherSAM, samopt.TRAM, samopt.FunctionalSAM])
 def test_every_optimizer(sam):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, plain = hf.norms(), hf.norms()

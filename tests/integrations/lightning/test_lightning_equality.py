@@ -48,6 +48,7 @@ VARIANTS = {
     "asam": ({"rho": 0.7, "eta": 0.1}, functools.partial(samopt.ASAM, rho=0.7, eta=0.1)),
     "fisher-sam": ({"rho": 0.2, "norm": "linf"}, functools.partial(samopt.FisherSAM, rho=0.2, norm="linf")),
     "tram": ({"scale": 20.0, "trust_region": "ema"}, functools.partial(samopt.TRAM, scale=20.0, trust_region="ema")),
+    "functional-sam": ({"rho": 0.3}, functools.partial(samopt.FunctionalSAM, rho=0.3)),
 }
 
 

@@ -30,6 +30,7 @@ VARIANTS = {
     "sam": ({"rho": 0.1}, functools.partial(samopt.SAM, rho=0.1)),
     "asam": ({}, samopt.ASAM),
     "tram": ({"scale": 20.0}, functools.partial(samopt.TRAM, scale=20.0)),
+    "functional-sam": ({"rho": 0.3}, functools.partial(samopt.FunctionalSAM, rho=0.3)),
 }
 
 

@@ -94,6 +94,7 @@ def test_arguments_are_kept_with_the_run(tmp_path):
         ({"sam": "tram", "sam_ema_decay": 0.9}, 'sam_ema_decay=0.9 has no effect without .*sam_trust_region="ema"'),
         ({"sam": "tram", "sam_trust_region": "ema", "sam_ema_decay": 1.5}, "decay must be between 0 and 1, got 1.5"),
         ({"sam": "tram", "sam_trust_region": "input_noise", "sam_noise_std": 0.0}, "std must be > 0"),
+        ({"sam": "functional-sam", "sam_direction": "momentum"}, "combines the gradients of two passes"),
         ({"sam": "gsam", "sam_direction": "momentum"}, "combines the gradients of two passes"),
         ({"sam": "momentum-sam", "sam_direction": "momentum-uphill"}, "sam_direction='momentum-uphill' has no effect"),
         ({"sam": "le-sam", "sam_norm": "linf"}, "sam_norm='linf' has no effect with sam=\"le-sam\""),

@@ -118,8 +118,9 @@ def test_clipping_by_value(tmp_path):
             {"sam": "tram", "sam_trust_region": "input_noise", "sam_noise_std": 0.3, "sam_scale": 5.0, "seed": 7},
             functools.partial(samopt.TRAM, trust_region=InputNoise(0.3, seed=7), scale=5.0),
         ),
+        ({"sam": "functional-sam", "sam_rho": 0.3}, functools.partial(samopt.FunctionalSAM, rho=0.3)),
     ],
-    ids=["asam", "asam-options", "linf", "fisher-sam", "tram", "tram-input-noise"],
+    ids=["asam", "asam-options", "linf", "fisher-sam", "tram", "tram-input-noise", "functional-sam"],
 )
 def test_the_arguments_choose_the_optimizer(options, sam, tmp_path):
     data = hf.points()
@@ -293,12 +294,15 @@ def test_label_smoothing(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)  # the smoothing sums in another order
 
 
-def test_bf16_autocast(tmp_path):
+@pytest.mark.parametrize("sam", [samopt.SAM, samopt.FunctionalSAM])
+def test_bf16_autocast(sam, tmp_path):
+    """The Trainer casts the logits that the model returns, after the model computed its loss."""
     data = hf.classification()
     model, by_hand = hf.bert(), hf.bert()
-    trainer = hf.make_trainer(tmp_path, model, data, bf16=True, gradient_accumulation_steps=2)
+    name = {samopt.SAM: "sam", samopt.FunctionalSAM: "functional-sam"}[sam]
+    trainer = hf.make_trainer(tmp_path, model, data, bf16=True, gradient_accumulation_steps=2, sam=name)
     trainer.train()
-    history = hf.train_by_hand(by_hand, hf.batches_of(data), hf.undivided_loss, accumulate=2, autocast=True)
+    history = hf.train_by_hand(by_hand, hf.batches_of(data), hf.undivided_loss, accumulate=2, autocast=True, sam=sam)
     assert_same(trainer, model, by_hand, history)
 
 
