@@ -37,7 +37,7 @@ class _Call:
         outputs: Its outputs.
 
     Attributes:
-        gradients: For each node that made outputs, what reached them, in the order in which it came.
+        gradients: What reached the outputs that one node made, by their paths, in the order in which it came.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class _Call:
         outputs: tuple[_Output, ...],
     ) -> None:
         self.number, self.inputs, self.in_backward, self.outputs = number, inputs, in_backward, outputs
-        self.gradients: dict[int, deque[_Gradients]] = {}
+        self.gradients: dict[tuple[str, ...], deque[_Gradients]] = {}
 
     def is_given(self, inputs: tuple[weakref.ref[Tensor], ...]) -> bool:
         """Return whether it was given the very same tensors."""
@@ -117,8 +117,8 @@ class OutputGradients(PassFollower):
         self._seen[name] = tuple(path for path, _, _ in outputs)
         call = _Call(self._number, inputs, in_backward, outputs)
         self._number += 1
-        for place, (node, paths) in enumerate(_by_node(edges)):
-            node.register_prehook(_Note(self, call, place, node, paths))
+        for node, paths in _by_node(edges):
+            node.register_prehook(_Note(self, call, node, paths))
 
     def gradients_cleared(self) -> None:
         """Note that gradients were cleared: what was noted belongs to them; a graph that waits may still bring some."""
@@ -207,8 +207,8 @@ class OutputGradients(PassFollower):
                 f"forward call {call.number + 1} of {name} returned {_listed(call.outputs)} in the first pass and "
                 f"{_listed(outputs)} in the second; both passes must run the same batches in the same order"
             )
-        for place, (node, paths) in enumerate(_by_node(edges)):
-            node.register_prehook(_Replace(self, call, place, node, paths))
+        for node, paths in _by_node(edges):
+            node.register_prehook(_Replace(self, call, node, paths))
 
     def _waiting_calls(self) -> list[_Call]:
         """Return the calls of the first pass that the second has not repeated yet."""
@@ -244,13 +244,13 @@ class _Hook:
     Args:
         owner: What follows the calls.
         call: The call of the first pass.
-        place: Which of its nodes.
         node: The node.
         paths: The outputs that it made, by their number among all that it made.
     """
 
-    def __init__(self, owner: OutputGradients, call: _Call, place: int, node: _Node, paths: Mapping[int, str]) -> None:
-        self._owner, self._call, self._place, self._paths = owner, call, place, paths
+    def __init__(self, owner: OutputGradients, call: _Call, node: _Node, paths: Mapping[int, str]) -> None:
+        self._owner, self._call, self._paths = owner, call, paths
+        self._key = tuple(paths.values())
         self._round = owner.round
         self._is_compiled = node.name().startswith("CompiledFunction")
 
@@ -290,7 +290,7 @@ class _Note(_Hook):
         chosen = [gradients[number] for number in self._paths]
         # Copies, since a hook of the user's or a function's backward may write into what autograd passes on.
         copies = tuple(None if gradient is None else gradient.detach().clone() for gradient in chosen)
-        self._call.gradients.setdefault(self._place, deque()).append(copies)
+        self._call.gradients.setdefault(self._key, deque()).append(copies)
         self._owner.add(self._call)
 
 
@@ -298,7 +298,7 @@ class _Replace(_Hook):
     """Puts the gradients of the first pass in the place of those of the second."""
 
     def run(self, gradients: _Gradients) -> _Gradients:
-        queue = self._call.gradients.get(self._place)
+        queue = self._call.gradients.get(self._key)
         replaced = list(gradients)
         if queue is None:  # the loss did not take it at w
             known: _Gradients = (None,) * len(self._paths)

@@ -497,6 +497,27 @@ def test_asam_and_a_larger_radius_equal_the_recipe() -> None:
     assert_recipe(model, wrap(model, adaptive=True, rho=1.0), cross_entropy(), rho=1.0, epsilon=asam_epsilon)
 
 
+@pytest.mark.parametrize("region", ["previous", "ema", "pretrained"])
+def test_a_trust_region_that_runs_the_model_again(region: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, 3)).double()
+    base = torch.optim.SGD(model.parameters(), lr=0.3)
+    optimizer = samopt.TRAM(
+        base, model=model, trust_region=region, scale=5.0, combination=FunctionalGradient(), max_radius=2.0
+    )
+    for step in range(3):
+        call, twin = cross_entropy(step), copy.deepcopy(model)
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        optimizer.backward(lambda call=call: call(model)[0])
+        radius = float(optimizer.last_step.radius)
+        assert (radius > 0) == (step > 0)
+        torch.manual_seed(step)
+        for p, gradient in zip(model.parameters(), recipe(twin, [call], radius, asam_epsilon), strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-9, atol=1e-12)
+        optimizer.step()
+
+
 def test_frozen_and_sparse_parameters() -> None:
     class Tagger(nn.Module):
         def __init__(self) -> None:
