@@ -8,12 +8,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import samopt
-from tests.helpers.cases import TOLERANCE, VARIANTS, batch, bits, closure_form, parameters_of, textbook_step
+from tests.helpers.cases import TOLERANCE, VARIANTS, batch, bits, closure_form, parameters_of
+from tests.helpers.published import PRESETS
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.sharded import full
 
 DOUBLE = torch.float64
-VARIANT_NAMES = [variant.name for variant in VARIANTS]
+KINDS = [*VARIANTS, *[preset for preset in PRESETS if preset.name == "functional"]]
 
 
 class Network(nn.Module):
@@ -30,7 +31,7 @@ class Network(nn.Module):
 
 
 def named(variant):
-    return next(kind for kind in VARIANTS if kind.name == variant)
+    return next(kind for kind in KINDS if kind.name == variant)
 
 
 def train(variant, data_ranks, tensor_ranks, steps):
@@ -56,12 +57,13 @@ def expected(variant, steps):
     model = Network()
     stock = torch.optim.AdamW(model.parameters(), lr=0.01)
     stock.param_groups[0]["rho"] = kind.rho
+    by_hand = kind.textbook()
     for step in range(steps):
-        textbook_step(model, stock, batch(DOUBLE, seed=step), kind.epsilon)
+        by_hand(model, stock, batch(DOUBLE, seed=step))
     return bits(model)
 
 
-@pytest.mark.parametrize("variant", VARIANT_NAMES)
+@pytest.mark.parametrize("variant", [kind.name for kind in KINDS])
 @pytest.mark.parametrize("mesh", [(1, 2), pytest.param((2, 2), marks=pytest.mark.slow)], ids=str)
 def test_ranks_train_as_one_process_does(mesh, variant):
     results = run_on_ranks(train, variant, *mesh, 4, ranks=mesh[0] * mesh[1])
