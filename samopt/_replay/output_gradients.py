@@ -10,9 +10,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from samopt._callers.cuda_graphs import is_capturing
+from samopt._callers.user_warnings import warn_user
 from samopt._replay.call_watch import RAISED, PassFollower
 from samopt._replay.outputs import describe, floating_tensors, named_logits, tensors_in
 from samopt._replay.unobserved import is_observed
+from samopt.distributed import local_part
 
 __all__ = ["OutputGradients", "Outputs"]
 
@@ -38,6 +41,7 @@ class _Call:
 
     Attributes:
         gradients: What reached the outputs that one node made, by their paths, in the order in which it came.
+        sums: Sums of the outputs, which tell whether they are others in the second pass; None where that is known.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class _Call:
         outputs: tuple[_Output, ...],
     ) -> None:
         self.number, self.inputs, self.in_backward, self.outputs = number, inputs, in_backward, outputs
+        self.sums: Tensor | None = None
         self.gradients: dict[tuple[str, ...], deque[_Gradients]] = {}
 
     def is_given(self, inputs: tuple[weakref.ref[Tensor], ...]) -> bool:
@@ -82,6 +87,7 @@ class OutputGradients(PassFollower):
         self._choose = choose
         self.round = 0
         self._noted: dict[int, _Call] = {}
+        self._has_compared = False
         self.clear()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -111,11 +117,13 @@ class OutputGradients(PassFollower):
         inputs = tuple(weakref.ref(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         in_backward = torch._C._current_graph_task_id() != -1
         if self.replaying:
-            self._repeat(name, inputs, in_backward, outputs, edges)
+            self._repeat(name, inputs, in_backward, outputs, edges, tensors)
             return
         _refuse_dependent(edges, name)
         self._seen[name] = tuple(path for path, _, _ in outputs)
         call = _Call(self._number, inputs, in_backward, outputs)
+        if not self._has_compared:
+            call.sums = _sums(tensors)
         self._number += 1
         for node, paths in _by_node(edges):
             node.register_prehook(_Note(self, call, node, paths))
@@ -167,6 +175,14 @@ class OutputGradients(PassFollower):
         for call in self._noted.values():
             if any(call.gradients.values()):
                 raise RuntimeError(_no_longer_used(", ".join(path for path, _, _ in call.outputs), call))
+        if self._unchanged and self._has_moved:
+            self._has_compared = True
+            if all(self._unchanged):
+                warn_user(
+                    "the loss is linear in what FunctionalGradient takes for the outputs: its derivative at w + "
+                    "epsilon is the one at w to the bit, so the step is SAM's. If the model returns log-probabilities "
+                    "or losses, let it return its logits, or give outputs="
+                )
 
     def add(self, call: _Call) -> None:
         """Note that a gradient reached a call of the first pass.
@@ -176,6 +192,19 @@ class OutputGradients(PassFollower):
         """
         self._noted[call.number] = call
 
+    def compare(self, first: Tensor, second: Tensor) -> None:
+        """Note whether a derivative is the same in both passes, in the first step that has a second pass.
+
+        One step in which the outputs change is enough to know a loss that is linear in them. Later ones do not wait
+        for the device.
+
+        Args:
+            first: What reached an output in the first pass.
+            second: What reached it in the second.
+        """
+        if not self._has_compared and not is_capturing(first.device):
+            self._unchanged.append(torch.equal(local_part(first), local_part(second)))
+
     def clear(self) -> None:
         """Drop what was noted, ready for the next first pass."""
         self.replaying = False
@@ -184,6 +213,8 @@ class OutputGradients(PassFollower):
         self._seen: dict[str, tuple[str, ...]] = {}
         self._noted = {}
         self._waiting: list[_Call] | None = None
+        self._unchanged: list[bool] = []
+        self._has_moved = False
 
     def _repeat(
         self,
@@ -192,6 +223,7 @@ class OutputGradients(PassFollower):
         in_backward: bool,
         outputs: tuple[_Output, ...],
         edges: Mapping[str, _Edge],
+        tensors: Mapping[str, Tensor],
     ) -> None:
         """Match a call of the second pass, and put hooks on its outputs."""
         waiting = self._waiting_calls()
@@ -207,6 +239,8 @@ class OutputGradients(PassFollower):
                 f"forward call {call.number + 1} of {name} returned {_listed(call.outputs)} in the first pass and "
                 f"{_listed(outputs)} in the second; both passes must run the same batches in the same order"
             )
+        if call.sums is not None and not is_capturing(call.sums.device):
+            self._has_moved = self._has_moved or not torch.equal(call.sums, _sums(tensors))
         for node, paths in _by_node(edges):
             node.register_prehook(_Replace(self, call, node, paths))
 
@@ -219,13 +253,17 @@ class OutputGradients(PassFollower):
     def _outputs_of(self, output: Any, name: str) -> dict[str, Tensor]:
         """Return the outputs that need a gradient, by path."""
         if self._choose is None:
-            found = named_logits(output) or floating_tensors(output)
-            if not found and any(tensor.requires_grad for tensor in tensors_in(output)):
+            found = {path: tensor for path, tensor in named_logits(output).items() if tensor.requires_grad}
+            # A model with a loss of its own may return what that is made of: per-token losses, whose derivative is a
+            # constant, so that the step would be SAM's.
+            if not found and any(tensor.requires_grad and tensor.dim() == 0 for tensor in tensors_in(output)):
                 raise TypeError(
                     f"FunctionalGradient needs the outputs that the loss is computed from, but {name} returned "
-                    f"{describe(output)}, which holds no floating-point tensor with a dimension. Let it return its "
-                    "logits, too; or give outputs=, a callable that takes the tensors from what it returns"
+                    f"{describe(output)}, with a scalar among it that may be the loss, and nothing named logits. Give "
+                    "outputs=, a callable that takes the tensors that the loss is computed from. Where the model never "
+                    "makes its logits, as a fused loss does not, switch that off"
                 )
+            found = found or floating_tensors(output)
         else:
             chosen = self._choose(output)
             tensors = [chosen] if isinstance(chosen, Tensor) else list(chosen)
@@ -313,6 +351,8 @@ class _Replace(_Hook):
             present = gradients[number]
             if present is None and gradient is not None:
                 raise RuntimeError(_no_longer_used(path, self._call))
+            if present is not None and gradient is not None:
+                self._owner.compare(gradient, present)
             replaced[number] = torch.zeros_like(present) if present is not None and gradient is None else gradient
         return tuple(replaced)
 
@@ -329,6 +369,12 @@ class _Refuse:
                 f"the first pass differentiated {self._number} forward call(s) of the model, and the second pass more; "
                 "run the same forward and backward passes in both"
             )
+
+
+def _sums(tensors: Mapping[str, Tensor]) -> Tensor:
+    device = next(iter(tensors.values())).device
+    with torch.no_grad():
+        return torch.stack([local_part(tensor.detach()).abs().double().sum().to(device) for tensor in tensors.values()])
 
 
 def _edge_of(tensor: Tensor, path: str, name: str) -> _Edge:

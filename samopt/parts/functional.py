@@ -21,9 +21,11 @@ class FunctionalGradient(Combination):
     (the Jacobian term of SAM).
 
     The outputs of each call of ``model=`` are found as TRAM finds logits: the output itself, ``.logits`` or the entries
-    named so; where no name tells, they are every floating-point tensor with a dimension. The loss may be computed
-    outside the model or inside it. What the loss takes past the outputs (a regulariser of the weights, an auxiliary
-    loss on hidden states) contributes its gradient at ``w + epsilon``, as in SAM.
+    named so; where no name tells, and no scalar beside them may be a loss, every floating-point tensor with a
+    dimension. The loss may be computed outside the model or inside it. It must not be linear in the outputs, as the
+    likelihood is in log-probabilities, or the step is SAM's; the first step warns of that. What the loss takes past the
+    outputs (a regulariser of the weights, an auxiliary loss on hidden states) contributes its gradient at
+    ``w + epsilon``, as in SAM.
 
     Both passes must run the same forward and backward passes: calls are matched by their input tensors where these are
     the same, else by their order. Evaluation between steps, and calls that are never differentiated, do not count.

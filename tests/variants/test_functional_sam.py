@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -697,7 +698,41 @@ def test_a_model_that_returns_a_loss_alone(shape: Any) -> None:
         out = model(x)
         return out if isinstance(out, Tensor) else out["loss"]
 
-    failing(model, loss, "holds no floating-point tensor with a dimension.*outputs=", TypeError)
+    failing(model, loss, "a scalar among it that may be the loss, and nothing named logits.*outputs=", TypeError)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda a, b: (a.square().sum(), a),
+        lambda a, b: {"loss": a.square().sum(), "scores": a, "mean_logits": a.detach().mean(-1)},
+    ],
+)
+def test_a_loss_beside_outputs_without_a_name(shape: Any) -> None:
+    """They may be made on the way to that loss: per-token losses of a fused head, say."""
+    model, x = Shaped(shape), batch(DOUBLE)[0]
+
+    def loss() -> Tensor:
+        out = model(x)
+        return out[0] if isinstance(out, tuple) else out["loss"]
+
+    failing(model, loss, "a scalar among it that may be the loss, and nothing named logits.*outputs=", TypeError)
+
+
+def test_a_loss_that_is_linear_in_the_outputs_is_said_to_be_sams_once() -> None:
+    """As the negative log-likelihood of log-probabilities is; that of logits is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3), nn.LogSoftmax(-1)).double()
+    x, y = batch(DOUBLE)
+    optimizer, sam = wrap(model), samopt.SAM(torch.optim.SGD((twin := copy.deepcopy(model)).parameters()), rho=RHO)
+    with pytest.warns(UserWarning, match="the loss is linear in what FunctionalGradient takes for the outputs.*SAM's"):
+        explicit(optimizer, lambda: F.nll_loss(model(x), y))
+    explicit(sam, lambda: F.nll_loss(twin(x), y))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-15)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explicit(optimizer, lambda: F.nll_loss(model(x), y))
 
 
 @pytest.mark.parametrize("chosen", [[], ["logits"], [None]])
