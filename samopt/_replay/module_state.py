@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import sys
+import types
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +22,10 @@ from samopt.distributed import is_fully_sharded
 __all__ = ["ModuleState", "every_module", "sample"]
 
 _ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
+_RATES = frozenset({"training", "p", "dropout", "momentum"})  # of torch's own modules; a forward may schedule them
 _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
+_OBJECTS = 100  # objects inside one another; more of them are a data structure, and are left alone
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
@@ -44,8 +49,8 @@ class ModuleState:
     tensors of up to 4,096 elements are always copied, and of larger ones 64 entries are compared: on an accelerator,
     that waits for the device once where such tensors exist. Parameters that are moved need none of this.
 
-    Attributes may hold tensors, NumPy arrays, random generators, containers of these, and objects that hold plain data
-    alone (a meter, say). Other objects are left alone.
+    Attributes may hold tensors, arrays, random generators, containers of these, and objects that hold nothing else (a
+    meter or an augmentation, say), also inside one another. Other objects, and iterators, are left alone.
 
     Cost: a walk over the modules, and a copy of what changed. A frozen backbone is not copied.
 
@@ -227,7 +232,7 @@ class _Found:
         namespaces: Attributes of modules and of other objects, with those to keep and the names of those to ignore.
         containers: Lists, dicts, sets and deques in attributes, with their content.
         generators: Functions that put random generators back to their positions.
-        arrays: Functions that put back NumPy arrays.
+        arrays: Functions that put back what no name is bound to: arrays of NumPy and of Python, attributes in slots.
     """
 
     tensors: list[Tensor]
@@ -321,17 +326,22 @@ def _constants(kind: type) -> frozenset[str]:
     names: set[str] = set()
     for each in kind.__mro__:
         if each.__module__.startswith("torch.nn.modules."):
-            names.update(vars(each).get("__constants__", ()), vars(each).get("__annotations__", ()))
-    return frozenset(names - {"training"})
+            annotations = vars(each).get("__annotations__", {})
+            # A tensor there is a parameter or a buffer, unless a forward binds the name: weight_norm and pruning do.
+            names.update(name for name, kind in annotations.items() if "Tensor" not in str(kind))
+            names.update(vars(each).get("__constants__", ()))
+    return frozenset(names - _RATES)
 
 
 def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
-    """Note the state of a random generator, of a NumPy array, or of an object that holds plain data alone."""
+    """Note the state of a random generator, of an array, or of an object that holds nothing but state."""
     if isinstance(value, torch.Generator):
         found.generators.append(functools.partial(value.set_state, value.get_state()))
     elif isinstance(value, random.Random):
         found.generators.append(functools.partial(value.setstate, value.getstate()))
-    elif type(value).__module__.partition(".")[0] == "numpy":
+    elif isinstance(value, bytearray | array):
+        found.arrays.append(functools.partial(operator.setitem, value, slice(None), value[:]))
+    elif _is_of_numpy(value):
         numpy = sys.modules["numpy"]
         if isinstance(value, numpy.ndarray) and value.flags.writeable:
             found.arrays.append(functools.partial(_put_back_array, value, value.copy()))
@@ -340,11 +350,62 @@ def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
             found.generators.append(functools.partial(setattr, bits, "state", bits.state))
         elif isinstance(value, numpy.random.RandomState):
             found.generators.append(functools.partial(value.set_state, value.get_state()))
-    elif not isinstance(value, nn.Module | type) and not callable(value):
+    elif _holds_state_alone(value):
         attributes = getattr(value, "__dict__", None)
-        if attributes and _PLAIN_DATA.issuperset(map(type, attributes.values())):
+        if attributes:
             found.namespaces.append((attributes, attributes.copy(), frozenset()))
             pending.extend(attributes.values())
+        slots = _slots(value)
+        if slots:
+            found.arrays.append(functools.partial(_put_back_slots, value, slots))
+            pending.extend(slots.values())
+
+
+def _holds_state_alone(value: Any) -> bool:
+    """Return whether an object has attributes, and all of them are state, or objects for which the same holds."""
+    pending, seen = [value], set[int]()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        # Objects of torch have state elsewhere, too: streams, handles, process groups.
+        is_code = callable(each) and type(each).__module__.partition(".")[0] in ("builtins", "functools", "torch")
+        if len(seen) > _OBJECTS or is_code or isinstance(each, nn.Module | type):
+            return False
+        attributes = [*getattr(each, "__dict__", {}).values(), *_slots(each).values()]
+        if not attributes:
+            return False
+        pending.extend([part for part in attributes if type(part) not in _PLAIN_DATA and not _is_state(part)])
+    return True
+
+
+def _is_state(value: Any) -> bool:
+    """Return whether a value is a generator or an array, whose state can be put back."""
+    return isinstance(value, torch.Generator | random.Random | bytearray | array) or _is_of_numpy(value)
+
+
+def _is_of_numpy(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "numpy"
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object that are in slots of classes written in Python."""
+    found = {}
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in [names] if isinstance(names, str) else names:
+            if isinstance(vars(kind).get(name), types.MemberDescriptorType) and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
+
+
+def _put_back_slots(value: Any, slots: dict[str, Any]) -> None:
+    """Give an object with slots its former attributes."""
+    for name in _slots(value).keys() - slots.keys():
+        delattr(value, name)
+    for name, content in slots.items():
+        object.__setattr__(value, name, content)  # frozen dataclasses refuse setattr
 
 
 def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:

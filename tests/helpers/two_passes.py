@@ -97,10 +97,12 @@ def _plain(value: Any) -> Any:
         return _plain(value.bit_generator.state)
     if isinstance(value, np.random.RandomState):
         return _plain(value.get_state())
+    if hasattr(value, "__slots__") and type(value).__module__.startswith("tests."):
+        return {name: _plain(getattr(value, name)) for name in value.__slots__ if hasattr(value, name)}
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
-    if hasattr(value, "__dict__") and not callable(value):
-        return _plain(vars(value))
+    if hasattr(value, "__dict__") and type(value).__module__.startswith("tests."):
+        return {name: _plain(each) for name, each in vars(value).items() if name != "owner"}
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     return copy.deepcopy(value)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
+from array import array
 from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import samopt
 from tests.helpers.cases import assert_same
@@ -317,6 +320,82 @@ class ObjectInAttribute(Stateful):
         return hidden
 
 
+class Mask:
+    """An augmentation: called like a function, with a generator and a counter of its own."""
+
+    def __init__(self):
+        self.generator, self.calls = torch.Generator().manual_seed(5), 0
+
+    def __call__(self, hidden):
+        self.calls += 1
+        return hidden * (torch.rand(8, generator=self.generator, dtype=hidden.dtype) > 0.3)
+
+
+class CallableInAttribute(Stateful):
+    def set_up(self):
+        self.mask, self.masks = Mask(), {"inner": [Mask()]}
+
+    def update(self, hidden):
+        return self.masks["inner"][0](self.mask(hidden))
+
+
+class Trainer:
+    """An object that holds other objects, one of which holds it."""
+
+    def __init__(self):
+        self.tally, self.mask, self.owner = Tally(), Mask(), {}
+        self.owner["trainer"] = self
+
+
+class ObjectsInObjects(Stateful):
+    def set_up(self):
+        self.trainer = Trainer()
+
+    def update(self, hidden):
+        self.trainer.tally.add(mean_of(hidden))
+        return self.trainer.mask(hidden)
+
+
+class Slotted:
+    __slots__ = ("calls", "later", "total")
+
+    def __init__(self):
+        self.calls, self.total = 0, torch.zeros(8, dtype=torch.float64)
+
+
+class SlottedObject(Stateful):
+    def set_up(self):
+        self.slotted = Slotted()
+
+    def update(self, hidden):
+        self.slotted.calls += 1
+        self.slotted.later = mean_of(hidden)
+        self.slotted.total += mean_of(hidden)
+        return hidden * self.slotted.calls
+
+
+class ArraysOfPython(Stateful):
+    def set_up(self):
+        self.flags, self.sums = bytearray(2), array("d", [0.0])
+
+    def update(self, hidden):
+        self.flags.append(1)
+        self.sums[0] += float(hidden.detach().sum())
+        return hidden * len(self.flags)
+
+
+class ScheduledRates(Stateful):
+    """A forward that schedules the numbers of torch's own modules."""
+
+    def set_up(self):
+        self.drop, self.norm = nn.Dropout(0.1), nn.BatchNorm1d(8)
+
+    def update(self, hidden):
+        self.drop.p += 0.1
+        self.norm.momentum *= 0.5
+        return self.norm(self.drop(hidden))
+
+
 class ArrayInAttribute(Stateful):
     def set_up(self):
         self.counts, self.totals = np.zeros(8), {"x": np.zeros((20_000, 8))}
@@ -464,6 +543,35 @@ def test_state_is_that_of_one_forward_after_a_second_pass_that_fails(kind):
     optimizer.zero_grad()
     want = by_hand(model, loss_on(1), [name for name in owned if name in dict(model.named_parameters())], 0.3)
     assert_leaves_no_trace(watched_step(model, optimizer, "perturbed", loss_on(1)), want)
+
+
+def weight_norm(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(module)
+    return lambda: torch._weight_norm(module.weight_v, module.weight_g, 0)
+
+
+def pruned(module):
+    prune.l1_unstructured(module, "weight", 0.4)
+    return lambda: module.weight_orig * module.weight_mask
+
+
+def bound_in_a_hook(module):
+    weight = module._parameters.pop("weight")
+    module.register_parameter("raw", weight)
+    module.register_forward_pre_hook(lambda module, args: setattr(module, "weight", torch.tanh(module.raw)))
+    return lambda: torch.tanh(module.raw)
+
+
+@each_form
+@pytest.mark.parametrize("reparametrize", [weight_norm, pruned, bound_in_a_hook])
+def test_a_weight_that_hooks_compute_is_the_one_of_the_weights_after_the_passes(reparametrize, form):
+    model = make("Counters")
+    computed = reparametrize(model.first)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.3, model=model)  # a step changes nothing
+    FORMS[form](optimizer, lambda: loss_on(0)(model))
+    assert torch.equal(model.first.weight, computed())
 
 
 def test_a_large_part_that_does_not_change_is_not_copied():
