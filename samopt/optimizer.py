@@ -269,7 +269,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             What ``compute_loss`` returned: at ``w`` for two passes, at ``w + epsilon`` for one.
 
         Raises:
-            RuntimeError: If the gradients of another second pass wait for ``step()``, or the loss has no graph.
+            RuntimeError: If the gradients of another second pass wait for ``step()``, gradients were there before the
+                first micro-batch of the window, or the loss has no graph.
             TypeError: If there is no loss in what ``compute_loss`` returned.
         """
         if not callable(compute_loss):

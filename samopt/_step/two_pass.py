@@ -79,6 +79,7 @@ class TwoPass:
         self._waiting: Tensor | None = None  # one of the second pass's gradients, by which they are known again
         self._decoupled: DecoupledUpdate | None = None
         self._has_looked_for_others = False
+        self._has_warned_of_missing = False
         self.metrics = StepMetrics()
 
     @property
@@ -172,6 +173,7 @@ class TwoPass:
         self.check_restored("backward()")
         if not self.window:
             self._refuse_waiting("backward()")
+            self._refuse_leftovers()
         start = self.begin_micro_batch(is_first=not self.window)
         repeated = compute_loss if last and not self.window else frozen(compute_loss)
         with torch.enable_grad(), self._exchange(is_needed=last and not self._keeps_on_rank()):
@@ -411,6 +413,7 @@ class TwoPass:
 
     def _deliver(self, second: SecondPass) -> None:
         """Leave the base's gradients in place."""
+        self._warn_of_missing_gradients(second)
         ascent = self._ascent
         if ascent.combination is not None and ascent.combines and ascent.may_move():
             self._decoupled = second.combine(ascent.combination)
@@ -442,6 +445,28 @@ class TwoPass:
                 "optimizer.backward(compute_loss, last=...) for each; or take all first backward passes, then all "
                 "second ones inside one 'with optimizer.perturbed():'"
             )
+
+    def _refuse_leftovers(self) -> None:
+        """Raise if a window begins with gradients: they would turn the perturbation, and never reach the base."""
+        if self._ascent.may_move() and any_nonzero(self._ascent.base.param_groups):
+            raise RuntimeError(
+                "backward() found gradients that no call of backward() in this window made: the last step's, if the "
+                "loop does not clear them, or those of another loss. They would change the perturbation without "
+                "reaching the update. Call optimizer.zero_grad() before the first backward() of a step, and add up all "
+                "losses inside compute_loss"
+            )
+
+    def _warn_of_missing_gradients(self, second: SecondPass) -> None:
+        """Warn once where a second pass that was to give the gradient gave none, so that the update does nothing."""
+        if not second.is_needed or self._has_warned_of_missing or runs_on_several_ranks():
+            return
+        if any([parameter.grad is not None for parameter in self._ascent.parameters()]):
+            return
+        self._has_warned_of_missing = True
+        warn_user(
+            "the second pass computed no gradients, so this step changes no weight. Call backward inside it: 'with "
+            "optimizer.perturbed(): criterion(model(x), y).backward()', and clear no gradients after that before step()"
+        )
 
     def _gradients_of_others(self) -> StashedGradients:
         """Return the parameters of the models that another optimizer trains, with their gradients."""

@@ -338,6 +338,63 @@ def test_misuse_is_refused_and_leaves_everything_usable() -> None:
     assert same_bits(model, bits(twin))
 
 
+def after_a_step(model, optimizer):
+    optimizer.backward(lambda: loss_of(model, batch(DOUBLE)))
+    optimizer.step()
+
+
+def after_another_loss(model, optimizer):
+    (1e-3 * sum(p.square().sum() for p in model.parameters())).backward()
+
+
+def after_a_backward_that_failed(model, optimizer):
+    def fail(weight):
+        raise ZeroDivisionError
+
+    handle = model[0].weight.register_post_accumulate_grad_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.backward(lambda: loss_of(model, batch(DOUBLE)))
+    handle.remove()
+
+
+def after_a_checkpoint_was_loaded_in_a_window(model, optimizer):
+    optimizer.backward(lambda: loss_of(model, batch(DOUBLE)), last=False)
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "left", [after_a_step, after_another_loss, after_a_backward_that_failed, after_a_checkpoint_was_loaded_in_a_window]
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_window_does_not_begin_with_gradients_of_another(left, last) -> None:
+    model, optimizer = make()
+    left(model, optimizer)
+    before, gradients = bits(model), [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    with pytest.raises(RuntimeError, match="found gradients that no call of backward.* Call optimizer.zero_grad"):
+        optimizer.backward(lambda: loss_of(model, batch(DOUBLE)), last=last)
+    assert same_bits(model, before)
+    assert all(torch.equal(p.grad, g) for p, g in gradients)
+
+
+@pytest.mark.parametrize("clear", [lambda o: o.zero_grad(set_to_none=False), lambda o: o.zero_grad()])
+def test_a_window_begins_with_cleared_gradients(clear) -> None:
+    model, optimizer = make()
+    after_a_step(model, optimizer)
+    clear(optimizer)
+    after_a_step(model, optimizer)
+
+
+def test_without_a_perturbation_gradients_add_up_as_in_the_base() -> None:
+    model, optimizer = make()
+    optimizer.rho = 0.0
+    after_another_loss(model, optimizer)
+    optimizer.backward(lambda: loss_of(model, batch(DOUBLE)))
+    twin = make()[0]
+    after_another_loss(twin, None)
+    loss_of(twin, batch(DOUBLE)).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("bad_call", range(4))
 def test_a_failure_anywhere_in_a_window_leaves_weights_and_the_next_window(bad_call, error) -> None:

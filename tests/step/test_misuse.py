@@ -223,3 +223,35 @@ def test_a_plain_loop_is_the_stock_bases_while_nothing_may_move(options: dict[st
             backward(module, step)
             each.step()
     assert same_bits(model, bits(expected))
+
+
+def forward_alone(model: nn.Module, optimizer: Optimizer) -> None:
+    with optimizer.perturbed():
+        loss_of(model, batch(torch.float64))
+
+
+def cleared_after_the_second_backward(model: nn.Module, optimizer: Optimizer) -> None:
+    with optimizer.perturbed():
+        backward(model)
+        optimizer.zero_grad()
+
+
+def restored_without_a_second_backward(model: nn.Module, optimizer: Optimizer) -> None:
+    optimizer.ascend()
+    optimizer.restore()
+
+
+@pytest.mark.parametrize(
+    "second_pass", [forward_alone, cleared_after_the_second_backward, restored_without_a_second_backward]
+)
+def test_a_second_pass_without_gradients_is_named_once(second_pass: Callable[[nn.Module, Optimizer], None]) -> None:
+    model, optimizer = make()
+    before = bits(model)
+    with pytest.warns(UserWarning, match="second pass computed no gradients, so this step changes no weight") as caught:
+        for _ in range(2):
+            backward(model)
+            second_pass(model, optimizer)
+            optimizer.step()
+            assert same_bits(model, before)
+    assert len(caught) == 1
+    assert_next_step_is_right(model, optimizer, VARIANTS[0])
