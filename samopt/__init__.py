@@ -10,6 +10,7 @@ from samopt.step_metrics import StepMetrics
 from samopt.variants import available, create
 from samopt.variants.asam import ASAM
 from samopt.variants.fisher_sam import FisherSAM
+from samopt.variants.flat_lora import FlatLoRA
 from samopt.variants.friendly_sam import FriendlySAM
 from samopt.variants.functional_sam import FunctionalSAM
 from samopt.variants.gsam import GSAM
@@ -34,6 +35,7 @@ __all__ = [
     "TRAM",
     "WSAM",
     "FisherSAM",
+    "FlatLoRA",
     "FriendlySAM",
     "FunctionalSAM",
     "LookSAM",

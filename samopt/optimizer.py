@@ -131,6 +131,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         check_combination(combination, chosen)
         base = build_base(params, base_optimizer, base_kwargs, name)
         models = check_models(model, base, name)
+        self._check_models(models, base)
         refuse_unsupported(models, base, one_pass=not isinstance(chosen, Gradient))
         for part in (chosen, geometry, radius, combination):
             if part is not None:
@@ -501,6 +502,9 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         weakref.finalize(self, self._passes.detach)
         if ascent.combines:
             follow_steps(self.base_optimizer, self._after_base_step)
+
+    def _check_models(self, models: list[nn.Module], base: Optimizer) -> None:
+        """Raise if this kind of optimizer cannot work on some models; nothing has been changed yet."""
 
     def _step_with(self, closure: Callable[[], Any], ascent_closure: Callable[[], Any] | None) -> Any:
         """Give the base optimizer a closure that delivers the perturbed gradient at ``w``, as often as it asks."""

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 __all__ = [
     "asam",
     "fisher_sam",
+    "flat_lora",
     "friendly_sam",
     "functional_sam",
     "gsam",
@@ -156,6 +157,43 @@ def momentum_sam(parameters: Sequence[Tensor], base: Optimizer, compute_loss: Lo
     epsilon = [-rho * m / length for m in momenta]
     update(parameters, base, perturbed_gradient(parameters, noted_loss, epsilon))
     return losses[0].detach()
+
+
+def flat_lora(
+    parameters: Sequence[Tensor],
+    base: Optimizer,
+    compute_loss: Loss,
+    memory: dict[str, Any],
+    rho: float = 0.05,
+    seed: int = 0,
+    layers: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Flat-LoRA (Li et al. 2025, section 3.3): one pass at ``W + s B A + epsilon``, with ``W`` frozen.
+
+    Row ``i`` of ``epsilon`` is Gaussian, with deviation ``rho ||(W + s B A)_i|| / sqrt(n)``. ``layers`` has ``W`` and
+    ``W + s B A`` of each adapter layer; without adapters, both are each trained matrix. ``memory`` is a dict that is
+    kept between steps. Returns the loss at the perturbed weights.
+    """
+    step = memory["step"] = memory.get("step", -1) + 1
+    layers = layers or [(w, w) for w in parameters if w.dim() > 1]
+    kept = [w.detach().clone() for w, _ in layers]
+    with torch.no_grad():
+        for index, (w, whole) in enumerate(layers):
+            deviation = rho * torch.linalg.vector_norm(whole, dim=1, keepdim=True) / w.shape[1] ** 0.5
+            w.add_(deviation * normal(w, seed, step, index))
+    loss, g = gradient(parameters, compute_loss)
+    with torch.no_grad():
+        for (w, _), value in zip(layers, kept, strict=True):
+            w.copy_(value)
+    update(parameters, base, g)
+    return loss
+
+
+def normal(like: Tensor, seed: int, step: int, index: int) -> Tensor:
+    """Return normal numbers that the seed, the step and the place of a layer decide alone."""
+    key = (seed * 0x9E3779B97F4A7C15 + step + index * 0xD1B54A32D192ED03) % 2**63
+    generator = torch.Generator(like.device).manual_seed(key)
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def friendly_sam(

@@ -15,7 +15,7 @@ __all__ = ["try_options"]
 
 
 def try_options(variant: str, options: Mapping[str, Any]) -> None:
-    """Raise what making the optimizer would raise, on a model of one weight.
+    """Raise what making the optimizer would raise, on a linear layer of one weight.
 
     Args:
         variant: A name in ``samopt.available()``.
@@ -27,8 +27,8 @@ def try_options(variant: str, options: Mapping[str, Any]) -> None:
     """
     known = option_names(variant)
     unknown = [name for name in options if name not in known]
-    model = nn.Module()
-    model.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    with torch.random.fork_rng(devices=[]):  # the layer's first values are random numbers
+        model = nn.Linear(1, 1, bias=False)
     try:
         samopt.create(variant, torch.optim.Adam(model.parameters()), model=model, **options).detach()
     except TypeError as error:

@@ -96,6 +96,7 @@ class SAMArguments:
             "le-sam",
             "functional-sam",
             "tram",
+            "flat-lora",
         ]
         | None
     ) = _option(None, "Sharpness-aware optimizer around the one that --optim names; by default none.")

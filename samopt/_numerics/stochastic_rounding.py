@@ -1,4 +1,4 @@
-"""Seeded uniform numbers for stochastic rounding, apart from every global random stream."""
+"""Seeded numbers for stochastic rounding and random directions, apart from every global random stream."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class Noise:
 
     def __call__(self, like: Tensor) -> Tensor:
         """Return fp32 numbers in [0, 1), shaped and placed like ``like``."""
-        device = like.device
-        if device not in self._generators:
-            seed = (self._seed + self._stream * _STREAM_STRIDE) % 2**63
-            self._generators[device] = torch.Generator(device).manual_seed(seed)
-        return torch.rand(like.shape, generator=self._generators[device], device=device, dtype=torch.float32)
+        return torch.rand(like.shape, generator=self._on(like.device), device=like.device, dtype=torch.float32)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Return numbers of mean 0 and variance 1, shaped and placed like ``like``, in at least fp32."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return torch.randn(like.shape, generator=self._on(like.device), device=like.device, dtype=wide)
 
     def key(self) -> int:
         """Return 64 bits for a kernel that makes its own numbers."""
@@ -46,6 +47,13 @@ class Noise:
             stream: Which.
         """
         return self._streams.setdefault(stream, Noise(self._seed, stream))
+
+    def _on(self, device: torch.device) -> torch.Generator:
+        """Return the generator of a device."""
+        if device not in self._generators:
+            seed = (self._seed + self._stream * _STREAM_STRIDE) % 2**63
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
+        return self._generators[device]
 
 
 class RoundingNoise:

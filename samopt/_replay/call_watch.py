@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["RAISED", "CallWatcher", "PassFollower", "is_compiled", "watch"]
+__all__ = ["RAISED", "CallWatcher", "PassFollower", "followed", "is_compiled", "watch"]
 
 _SLOT = "_compiled_call_impl"
 
@@ -177,7 +177,7 @@ def watch(models: Iterable[nn.Module], watcher: CallWatcher, *, only_these: bool
         A function that ends this; it may be called more than once.
     """
     calls: list[_WatchedCall] = []
-    for module in list(models) if only_these else _followed(models):
+    for module in list(models) if only_these else followed(models):
         call = vars(module).get(_SLOT)
         if not isinstance(call, _WatchedCall):
             call = _WatchedCall(module)
@@ -213,8 +213,12 @@ def is_compiled(module: nn.Module) -> bool:
     return call is not None or "_orig_mod" in module._modules
 
 
-def _followed(models: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the modules to follow, each once."""
+def followed(models: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the modules in some models whose calls ``watch`` follows, each once.
+
+    Args:
+        models: The models.
+    """
     found: dict[nn.Module, None] = {}
     pending = list(models)
     while pending:

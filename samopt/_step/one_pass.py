@@ -24,6 +24,7 @@ from samopt._step.exact_exit import ExactExit
 from samopt._step.moved_shards import MovedShards
 from samopt._step.pass_handle import PassHandle
 from samopt._step.retirement import enlist, replace_older
+from samopt._step.shifted_layers import ShiftedLayers
 from samopt._step.shifted_parameters import ShiftedParameters
 from samopt._step.two_pass import differentiate
 from samopt.distributed import is_fully_sharded, reshard, unsynced
@@ -68,11 +69,11 @@ class OnePass:
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
         self._shards: MovedShards | None = None
-        self._shifted: ShiftedParameters | None = None
+        self._shifted: ShiftedParameters | ShiftedLayers | None = None
         if is_fully_sharded(every_module(models)):
             self._shards = MovedShards(models, self._enter_forward, self._enter, self._leave, self._be_exact)
         elif models:
-            self._shifted = ShiftedParameters(self._displaced)
+            self._shifted = self._make_shifted()
         self._stop_watching: Callable[[], None] | None = None
         self._is_retired = False
         if models:
@@ -110,7 +111,7 @@ class OnePass:
             self._stop_watching = None
         if self._shards is not None:
             self._shards.detach()
-        if self._shifted is not None:
+        if isinstance(self._shifted, ShiftedParameters):
             self._shifted.forget()
 
     @contextmanager
@@ -257,7 +258,7 @@ class OnePass:
     def gradients_cleared(self) -> None:
         """Follow the models' calls again, if another optimizer over the same weights ended that: this one is in use."""
         self._was_retired()
-        if self._shifted is not None:
+        if isinstance(self._shifted, ShiftedParameters):
             self._shifted.gradients_cleared()
 
     def note_unscaling(self) -> None:
@@ -273,7 +274,7 @@ class OnePass:
         if self._has_ascended:
             self._ascent.advance_rounding()
         self._has_ascended = False
-        if self._shifted is not None:
+        if isinstance(self._shifted, ShiftedParameters):
             self._shifted.forget()
         self._loss = None
 
@@ -291,7 +292,14 @@ class OnePass:
             self._watch()
         return was_retired
 
+    def _make_shifted(self) -> ShiftedParameters | ShiftedLayers:
+        """Return what gives the modules other weights while they run."""
+        return ShiftedParameters(self._displaced)
+
     def _watch(self) -> None:
+        if isinstance(self._shifted, ShiftedLayers):
+            self._stop_watching = self._shifted.follow(self._models)
+            return
         watcher = self._shifted or self._shards
         assert watcher is not None
         # Sharded modules gather copies for the whole of a model, so parts called on their own are not followed there.

@@ -153,7 +153,8 @@ class SecondPass:
 
     def measure(self) -> StepMetrics:
         """Return what both passes measured; call it after ``end``, with the second gradients in place."""
-        norm = gradient_norm(self._moving, self._ascent.backend) if self._measures_norms and self.is_needed else None
+        is_known = self._measures_norms and self.is_needed and any(w.grad is not None for w in self._moving)
+        norm = gradient_norm(self._moving, self._ascent.backend) if is_known else None
         applied = self._radius.new_zeros(()) if self._applied is None else self._applied
         return StepMetrics(
             loss=self._loss,

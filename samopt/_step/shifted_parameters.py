@@ -21,7 +21,7 @@ from samopt._replay.call_watch import RAISED, CallWatcher, is_compiled
 from samopt._replay.module_state import every_module, sample
 from samopt._replay.unobserved import is_unobserved, outside_transforms
 
-__all__ = ["ShiftedParameters"]
+__all__ = ["ShiftedParameters", "in_place_of", "reads_registry"]
 
 _CHECKS = 4  # first steps in which some values are compared after each forward
 _CHECK_EVERY = 64  # of the steps after these, one in so many
@@ -107,7 +107,7 @@ class ShiftedParameters(CallWatcher):
         shifted = self._shifted
         owners = every_module([module])
         # Compiled code and replicas read the registry of parameters; Python looks into the module's attributes first.
-        self._uses_registry = any(map(_reads_registry, owners))
+        self._uses_registry = any(map(reads_registry, owners))
         for owner in owners:
             self._entered.add(id(owner))
             if owner._parameters:
@@ -191,9 +191,7 @@ class ShiftedParameters(CallWatcher):
                 found = self._displaced(beside)
             self._weights, self._shifted = [], {}
             for parameter, values in found.items():
-                tensor: Any = values
-                if not tensor.requires_grad:
-                    tensor = _AtShiftedValues.apply(parameter, values)  # type: ignore[no-untyped-call]
+                tensor: Any = values if values.requires_grad else in_place_of(parameter, values)
                 tensor._is_param = True  # isinstance(tensor, nn.Parameter) is asked by some forwards
                 self._weights.append(parameter)
                 self._shifted[id(parameter)] = tensor
@@ -231,6 +229,17 @@ class ShiftedParameters(CallWatcher):
         return False
 
 
+def in_place_of(parameter: Tensor, values: Tensor) -> Tensor:
+    """Return a tensor with other values whose gradient is a parameter's.
+
+    Args:
+        parameter: A parameter that requires a gradient.
+        values: Of its shape and dtype.
+    """
+    tensor: Tensor = _AtShiftedValues.apply(parameter, values)  # type: ignore[no-untyped-call]  # torch has no types
+    return tensor
+
+
 def _cover(places: list[tuple[dict[str, Any], str, Tensor]]) -> None:
     """Put replacements back that were taken away for a call."""
     for attributes, name, tensor in places:
@@ -247,6 +256,10 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if type(tensor) is nn.Parameter or type(tensor) is Tensor else 0
 
 
-def _reads_registry(module: nn.Module) -> bool:
-    """Return whether a module finds the parameters in it by its registry: compiled code does, and DataParallel."""
+def reads_registry(module: nn.Module) -> bool:
+    """Return whether a module finds the parameters in it by its registry: compiled code does, and DataParallel.
+
+    Args:
+        module: Any module.
+    """
     return is_compiled(module) or isinstance(module, nn.DataParallel)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.variants.asam import ASAM
 from samopt.variants.fisher_sam import FisherSAM
+from samopt.variants.flat_lora import FlatLoRA
 from samopt.variants.friendly_sam import FriendlySAM
 from samopt.variants.functional_sam import FunctionalSAM
 from samopt.variants.gsam import GSAM
@@ -36,6 +37,7 @@ _REGISTRY: dict[str, Callable[..., SharpnessAwareOptimizer]] = {
     "le-sam": LESAM,
     "functional-sam": FunctionalSAM,
     "tram": TRAM,
+    "flat-lora": FlatLoRA,
 }
 
 

@@ -22,6 +22,7 @@ PUBLIC = [
     "TRAM",
     "WSAM",
     "FisherSAM",
+    "FlatLoRA",
     "FriendlySAM",
     "FunctionalSAM",
     "LookSAM",

@@ -13,7 +13,7 @@ from samopt import reference
 from tests.helpers.cases import BASES, batch, mlp
 
 LOOPS = {name: getattr(reference, name.replace("-", "_")) for name in samopt.available()}
-WITH_MEMORY = {"friendly-sam", "looksam"}
+WITH_MEMORY = {"friendly-sam", "looksam", "flat-lora"}
 STEPS = 7  # LookSAM's second pass comes back at the sixth
 
 
