@@ -54,6 +54,8 @@ class TwoPasses:
         # Shards of a gradient belong together, so that sharded parameters have one perturbation.
         synced = sync_perturbation or optimizer.sync_perturbation or accelerator.is_fsdp2
         self._per_rank = accelerator.num_processes > 1 and not synced
+        if synced and optimizer.two_passes is not None:
+            optimizer.two_passes.share_perturbation()
         self._kept = kept
 
     def run(self, once: Callable[[], Tensor], again: Callable[[], Tensor]) -> Tensor:

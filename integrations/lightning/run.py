@@ -59,6 +59,8 @@ class Run:
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
         synced = sync_perturbation or optimizer.sync_perturbation or is_sharded
         self._per_rank = trainer.world_size > 1 and not synced
+        if synced and self._passes is not None:
+            self._passes.share_perturbation()
         self._strategy = trainer.strategy
         self._training_step = self._strategy.training_step
         self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)

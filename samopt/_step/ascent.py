@@ -98,6 +98,9 @@ class Ascent:
         """Return whether any group moves in this step, as far as the host can tell."""
         return self.is_on() and (self.combination is None or self.combination.is_due())
 
+    def share_gradients(self) -> None:
+        """Have ranks share the direction's gradients: nothing to do for parameters, whose backward exchanges them."""
+
     def needs_capture(self) -> bool:
         """Return whether a cached direction must be taken, in a pass of its own, before this step's ascent."""
         return isinstance(self.direction, CachedDirection) and self.direction.is_due() and self.may_move()

@@ -26,7 +26,7 @@ from samopt._step.adapter_layers import AdapterLayer
 from samopt._step.ascent import Ascent
 from samopt._step.layer_groups import groups_of_layers
 from samopt._step.shifted_layers import ShiftedLayers
-from samopt.distributed import data_parallel_modules
+from samopt.distributed import data_parallel_modules, runs_on_several_ranks
 from samopt.kernels import StepSize
 from samopt.parts.geometry import Geometry
 
@@ -40,24 +40,22 @@ class LayerGradients(PassFollower):
         ascent: The optimizer's parts and groups.
         models: The modules that the passes run.
         layers: The adapter layers in them.
-        synced: Whether ranks share the gradients.
 
     Attributes:
+        is_shared: Whether ranks share the gradients: no backward of theirs exchanges those of frozen weights.
         replaying: Whether the second pass is running.
         elsewhere: Makes the weight of a layer at ``W + epsilon``; None while nothing is perturbed.
         shifted: What gives the layers their weights.
     """
 
-    def __init__(
-        self, ascent: Ascent, models: Sequence[nn.Module], layers: Sequence[AdapterLayer], *, synced: bool
-    ) -> None:
+    def __init__(self, ascent: Ascent, models: Sequence[nn.Module], layers: Sequence[AdapterLayer]) -> None:
+        self.is_shared = False
         self.replaying = False
         self.elsewhere: Callable[[AdapterLayer], Tensor | None] | None = None
         self.shifted = ShiftedLayers(layers, self._is_wanted, self._weight_for)
         self._ascent = ascent
         self._models = models
         self._layers = layers
-        self._synced = synced
         self._leaves: dict[AdapterLayer, Tensor] = {}
         self._groups: dict[AdapterLayer, dict[str, Any]] | None = None
 
@@ -79,9 +77,9 @@ class LayerGradients(PassFollower):
             groups: The layers that move.
         """
         found = {layer: leaf.grad for layer, leaf in self._leaves.items() if layer in groups and leaf.grad is not None}
-        replicas = data_parallel_modules(self._models) if self._synced else []
-        if replicas:
-            ranks = replicas[0].process_group
+        if self.is_shared and runs_on_several_ranks():
+            replicas = data_parallel_modules(self._models)
+            ranks = replicas[0].process_group if replicas else None  # a framework's DDP is around the models: all ranks
             for layer in groups:  # every rank joins in for every layer, whether it ran there or not
                 gradient = found.setdefault(layer, torch.zeros_like(layer.weight))
                 if gradient.layout is not torch.strided:
@@ -147,6 +145,11 @@ class LayerAscent(Ascent):
         self._layers = layers
         self._gradients = gradients
         self._moving: list[AdapterLayer] = []
+
+    def share_gradients(self) -> None:
+        """Have ranks average the gradients of whole weights."""
+        if self._gradients is not None:
+            self._gradients.is_shared = True
 
     def targets_from_gradients(self) -> tuple[StashedGradients, list[Targets]]:
         """Return every trainable parameter with its gradient, and the whole weights with theirs.

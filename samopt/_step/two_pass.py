@@ -68,6 +68,8 @@ class TwoPass:
         self._models = models
         self._sync_perturbation = sync_perturbation
         self._measure_grad_norms = measure_grad_norms
+        if sync_perturbation:
+            ascent.share_gradients()
         self._replay = Replay(models, ascent.accelerators, followers)
         self._memory = ScratchPool()
         self._current: SecondPass | None = None
@@ -150,6 +152,11 @@ class TwoPass:
         self._waiting = None
         self.window = []
         self._replay.forget()
+
+    def share_perturbation(self) -> None:
+        """Have ranks perturb along the averaged gradient, where a loop exchanges the first gradients itself."""
+        self._sync_perturbation = True
+        self._ascent.share_gradients()
 
     def take_decoupled_update(self) -> DecoupledUpdate | None:
         """Return what the update does besides the base's step, once: a base's ``step`` may call its parent's."""

@@ -175,7 +175,7 @@ class FlatLoRA(SharpnessAwareOptimizer):
         gradients, followers = None, list[PassFollower]()
         self._stop_following: Callable[[], None] = lambda: None
         if layers[0].adapter is not None:
-            gradients = LayerGradients(self._ascent, models, layers, synced=self.sync_perturbation)
+            gradients = LayerGradients(self._ascent, models, layers)
             self._stop_following = gradients.shifted.follow(models)
             weakref.finalize(self, self._stop_following)
             followers.append(gradients)

@@ -81,6 +81,25 @@ def test_ranks_train_as_the_loop_by_hand(perturbation, sync, accumulate):
     assert changed == others == 0
 
 
+def train_with_ddp_outside():
+    """As frameworks do it: the optimizer has the model, and DDP is put around it later."""
+    model = own()
+    optimizer = samopt.FlatLoRA(adamw(model), model=model, rho=RHO, perturbation="gradient")
+    optimizer.two_passes.share_perturbation()
+    replica = DistributedDataParallel(model)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        optimizer.backward(lambda step=step: loss_of(replica, half(10 * step, torch.distributed.get_rank())))
+        optimizer.step()
+    return bits(model)
+
+
+def test_a_loop_with_ddp_around_the_model_can_share_the_gradient():
+    first, second = run_on_ranks(train_with_ddp_outside)
+    torch.testing.assert_close(first, by_hand("gradient", True, 1), **TOLERANCE[DOUBLE])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 class Branches(nn.Module):
     """One of two layers, as the rank says."""
 
