@@ -11,6 +11,7 @@ import torch
 from tests.helpers import hf
 from tests.helpers.adapters import differing, frozen, hand_step, peft_layers, trained
 from tests.helpers.cases import bits, same_bits
+from tests.helpers.ranks import run_on_launched_ranks
 
 pytestmark = pytest.mark.hf
 
@@ -22,6 +23,16 @@ def adapted(dtype=torch.float32):
     """A frozen base of a dtype under factors in fp32, as peft makes and loads them."""
     config = peft.LoraConfig(r=2, target_modules=["query", "dense"], lora_dropout=0.1, init_lora_weights=False)
     return peft.get_peft_model(hf.bert().to(dtype), config)
+
+
+def language_model():
+    """Its loss counts tokens over ranks. Without dropout, whose masks each rank draws for itself."""
+    model = hf.gpt2()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    return peft.get_peft_model(model, config)
 
 
 def slow_sgd(model):
@@ -76,6 +87,34 @@ def test_a_resumed_run_is_bit_identical(perturbation, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same_bits(resumed, bits(whole))
     assert differing(whole, before) == 0
+
+
+def train_on_ranks(rank, folder):
+    for name, options in RANKS.items():
+        model = language_model()
+        settings = {"base": slow_sgd, "ddp_backend": "gloo", "per_device_train_batch_size": 2}
+        hf.make_trainer(folder / "run", model, hf.language(24), **settings | options).train()
+        torch.save(bits(model), folder / f"{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+RANKS = {
+    "noise": options_of("noise"),
+    "gradient": options_of("gradient") | {"sam_sync_perturbation": True},
+}
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+    run_on_launched_ranks(train_on_ranks, tmp_path)
+    for perturbation in RANKS:
+        whole = language_model()
+        options = options_of(perturbation) | {"base": slow_sgd}
+        hf.make_trainer(tmp_path, whole, hf.language(24), **options).train()
+        first, second = (torch.load(tmp_path / f"{perturbation}-{rank}.pt") for rank in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for mine, other in zip(first, bits(whole), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
 def test_checkpointed_activations_change_nothing(tmp_path):
