@@ -23,6 +23,10 @@ if not CONSOLE.is_terminal:
     CONSOLE.width = 140  # in a file or a log
 
 
+# SIMPLE_HEAD in ASCII: tools that count bytes, as awk may, find lines as long as they look.
+_RULE = box.Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table: the first column's entries start at the left, numbers end at the right.
@@ -47,9 +51,7 @@ class Table:
 
     def rich(self) -> RichTable:
         """Return the table for the terminal."""
-        table = RichTable(
-            title=self.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-        )
+        table = RichTable(title=self.title, title_justify="left", box=_RULE, padding=(0, 1, 0, 0), show_edge=False)
         for index, heading in enumerate(self.headings):
             text = index in (0, *self.text_columns)
             table.add_column(
@@ -66,16 +68,32 @@ def say(text: str) -> None:
 
 
 def publish(
-    folder: Path, tables: Sequence[Table], notes: Sequence[str], figures: Mapping[str, Figure] | None = None
+    folder: Path,
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    figures: Mapping[str, Figure] | None = None,
+    *,
+    width: int | None = None,
+    conclusion: str = "",
 ) -> None:
-    """Show tables and notes, and write table.md and the figures."""
+    """Show tables and notes, and write table.md and the figures.
+
+    Args:
+        folder: Where to write; it is made.
+        tables: Shown and written first.
+        notes: How to read them, a line each.
+        figures: By file name.
+        width: Columns to show all this in; None for the terminal's.
+        conclusion: Shown last, and written after the tables.
+    """
     for table in tables:
         CONSOLE.print()
-        CONSOLE.print(table.rich())
+        CONSOLE.print(table.rich(), width=width)
     CONSOLE.print()
     for note in notes:
-        CONSOLE.print(f"- {note}", markup=False, style="dim")
-    parts = [table.markdown() for table in tables] + ["\n".join(f"- {note}" for note in notes)]
+        CONSOLE.print(f"- {note}", markup=False, style="dim", width=width)
+    parts = [table.markdown() for table in tables] + [conclusion] * bool(conclusion)
+    parts.append("\n".join(f"- {note}" for note in notes))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -84,6 +102,8 @@ def publish(
     except OSError as error:
         raise BenchmarkError(f"{folder} cannot be written: {error}; give another --output") from error
     say(f"wrote {folder / 'table.md'}{''.join(f', {name}' for name in figures or {})}")
+    if conclusion:
+        CONSOLE.print(f"\n{conclusion}", markup=False, width=width)
 
 
 def labels_text(label_noise: float) -> str:

@@ -148,7 +148,7 @@ def render(folder: Path, output: Path | None = None) -> None:
         chosen = [panel for panel in found if (panel.task, panel.evaluated_on) == (task, evaluated_on)]
         suffix = "" if evaluated_on == "test" else f"-{evaluated_on}"
         for quantity in ("accuracy", "sharpness"):
-            figures[f"{task}-{quantity}{suffix}.png"] = _curves(chosen, quantity)
+            figures[f"{task}-{quantity}{suffix}.png"] = draw_curves(chosen, quantity)
     publish(output or folder, [_table(panel) for panel in found], notes, figures)
 
 
@@ -179,7 +179,7 @@ def _decimals(value: float) -> int:
     return max(3, 1 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 3
 
 
-def _curves(found: Sequence[Panel], quantity: str) -> Figure:
+def draw_curves(found: Sequence[Panel], quantity: str) -> Figure:
     """Return a panel beside the other: mean over seeds and a band of one standard deviation, after each epoch."""
     drawn, axes = figure(1, len(found))
     names = list(dict.fromkeys(name for panel in found for name in panel.runs))

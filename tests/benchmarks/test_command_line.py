@@ -2,11 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from benchmarks.harness.cli import main, studies
-from benchmarks.harness.rows import Log
+from benchmarks.harness.rows import Log, Row
+from benchmarks.harness.statistics import panels
 from benchmarks.harness.training import Run
+from benchmarks.studies import demo
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TRAIN = ("train", "--task", "digits")
@@ -173,9 +176,39 @@ def test_published_rows_stay_readable(tmp_path, folder, study, line, request):
     assert line in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
-def test_the_demo_compares_five_optimizers_on_clean_and_random_labels(tmp_path):
+def test_the_demo_compares_optimizers_in_80_columns_and_ends_with_a_sentence(tmp_path, capsys):
     (tmp_path / "runs.jsonl").write_text("earlier\n", encoding="utf-8")
-    assert main(["demo", "--seeds", "0", "--epochs", "1", "--output", str(tmp_path)]) == 0
+    assert main(["demo", "--seeds", "0,1", "--epochs", "1", "--output", str(tmp_path)]) == 0
     rows = Log(tmp_path / "runs.jsonl").rows
-    names = ["sgd", "sam", "asam", "adamw", "adamw+sam"]
-    assert [(row.optimizer, row.label_noise) for row in rows] == [(n, noise) for noise in (0.0, 0.4) for n in names]
+    names = ["sgd", "momentum-sam", "sam", "asam", "adamw", "adamw+sam"]
+    assert [(row.optimizer, row.label_noise) for row in rows] == 2 * [(n, noise) for noise in (0.0, 0.4) for n in names]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runs.jsonl", "table.md", "landscape.png", "accuracy.png", "sharpness.png"
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    shown = [line for line in printed.splitlines() if not line.startswith("wrote")]  # the folder's name may be long
+    assert [line for line in shown if len(line.encode()) > 80] == []
+    accuracy = {(row.optimizer, row.label_noise, row.seed): row.metrics["accuracy"] for row in rows}
+    by_hand = [100 * (accuracy["sam", 0.4, seed] - accuracy["sgd", 0.4, seed]) for seed in (0, 1)]
+    sentence = " ".join(printed.rpartition("wrote")[2].split())
+    assert f"SAM (two passes, rho=0.05) gained {sum(by_hand) / 2:+.1f} [" in sentence
+    assert "MomentumSAM (one pass, rho=0.3) gained " in sentence
+
+
+def test_the_demo_draws_every_landscape_from_the_models_of_one_seed_with_the_first_direction_to_the_right():
+    places = np.linspace(-0.5, 0.5, 21)
+    rises = 1 + 8 * places[:, None] ** 2 + 0 * places  # along the first direction only: 0.5 more at a distance of 0.25
+    rows = [
+        Row(
+            task="digits", optimizer=name, base="sgd", seed=seed, label_noise=0.4, evaluated_on="test", settings={},
+            examples={}, metrics={"accuracy": 0.9}, curves={"landscape": (rises + seed).ravel().tolist()}, warnings=[],
+            environment={}, timestamp="",
+        )
+        for name in ("sgd", "momentum-sam", "sam") for seed in (2, 1)
+    ]  # fmt: skip
+    drawn = demo.draw_landscapes(panels(rows)[0])
+    for axes in drawn.axes[:3]:
+        assert "loss at the weights (+): 2.00" in axes.get_xlabel()
+        rim = axes.collections[1].get_paths()[0].vertices
+        assert np.abs(np.abs(rim[:, 0]) - 0.25).max() < 0.01
+        assert np.ptp(rim[:, 1]) > 0.99
