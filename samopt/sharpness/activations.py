@@ -69,6 +69,10 @@ def active_units(
     SAM lowers it: Andriushchenko et al. 2023, "Sharpness-Aware Minimization Leads to Low-Rank Features". A unit is a
     channel: the second dimension of outputs with four or five, otherwise the last.
 
+    The value is the share of pairs of example and unit with ``|activation| > threshold``.
+
+    Misleads: it is no sharpness. Activations without exact zeros (GELU) need a ``threshold``.
+
     Cost: 1/3 gradient a batch.
 
     Args:

@@ -73,6 +73,8 @@ def intrinsic_dimension(
     al. 2017, whose line leaves out the largest tenth of the ratios. Points that occur twice count once. Konz &
     Mazurowski 2024 relate it to generalisation, beside the label sharpness.
 
+    Misleads: it is biased low above ten dimensions, the more so the fewer points; compare data sets of one size.
+
     Cost: no gradient; ``n^2`` distances.
 
     Args:

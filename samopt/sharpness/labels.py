@@ -56,6 +56,10 @@ def label_sharpness(
     compare data sets of one size. Source: Konz & Mazurowski 2024, "The Effect of Intrinsic Dataset Properties on
     Generalization", equation 2.
 
+    Pairs of equal labels do not count (in the published code they do).
+
+    Misleads: one wrong label or one duplicate decides it.
+
     Cost: no gradient; ``n^2`` distances.
 
     Args:

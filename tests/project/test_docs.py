@@ -16,7 +16,7 @@ import numpy
 import pytest
 import torch
 
-from tests.helpers.pages import PAGES, REPOSITORY, Block, read
+from tests.helpers.pages import PAGES, REPOSITORY, read
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,9 +25,7 @@ else:
 
 SHELL = {"bash", "console"}
 LANGUAGES = {"python", *SHELL, "diff", "text", "yaml", "json", "toml", "ini", "mermaid"}
-BLOCKS = {
-    page.relative_to(REPOSITORY).as_posix(): [part for part in read(page) if isinstance(part, Block)] for page in PAGES
-}
+BLOCKS = {page.relative_to(REPOSITORY).as_posix(): read(page) for page in PAGES}
 WITH_DOCTESTS = [
     path for path in sorted(REPOSITORY.glob("samopt/**/*.py")) if ">>> " in path.read_text(encoding="utf-8")
 ]

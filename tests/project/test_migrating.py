@@ -3,7 +3,7 @@
 import torch
 
 import samopt
-from tests.helpers.pages import REPOSITORY, Block, read
+from tests.helpers.pages import REPOSITORY, read
 
 
 class DavdaSAM:
@@ -33,7 +33,7 @@ def network():
 
 
 def test_the_geometry_of_the_page_is_that_of_davda54():
-    page = [part for part in read(REPOSITORY / "docs" / "migrating.md") if isinstance(part, Block)]
+    page = read(REPOSITORY / "docs" / "migrating.md")
     (source,) = [block.source for block in page if block.language == "python" and "AbsoluteValue" in block.source]
     names = {"torch": torch, "nn": torch.nn}
     exec(source, names)

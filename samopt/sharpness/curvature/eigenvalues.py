@@ -258,6 +258,15 @@ def hessian_eigenvalues(
 ) -> Eigenvalues:
     """Return the extreme eigenvalues of the Hessian of the mean loss over all batches.
 
+    The largest is ``max of v . H v over ||v||_2 = 1``: the curvature along the one worst direction. At a minimum
+    the worst case is ``rho^2 / 2`` times it, to second order. The eigenvalues come from scipy's ARPACK, a restarted
+    Lanczos iteration. Attention kernels without second derivatives are replaced, RNN kernels without them are
+    reported.
+
+    Misleads: it changes when weights are rescaled, also where the function does not. Well into training
+    cross-entropy's Hessian shrinks towards 0 because the loss does, so models that fit better look flatter. A
+    custom ``autograd.Function`` marked ``once_differentiable`` counts as linear, silently: torch does not tell.
+
     Cost: about 3.5 gradients a batch for each matrix-vector product; the largest eigenvalue takes 20 to 60 of them, the
     smallest often more. Memory: about four copies of the weights, and on the host ``basis + 4`` vectors of their size.
 
@@ -317,6 +326,10 @@ def gauss_newton_eigenvalues(
 
     It is the Hessian without the curvature of the model itself, and has no negative eigenvalue where the loss is convex
     in the model's outputs. For cross-entropy it is the Fisher information matrix.
+
+    ``J`` is the Jacobian of the model's outputs, ``H_L`` the loss's Hessian with respect to them.
+
+    Misleads: it does not see the model's own curvature, nor penalties on the weights inside ``loss_fn``.
 
     Cost: about 3 gradients a batch for each product; otherwise as ``hessian_eigenvalues``.
 

@@ -41,6 +41,11 @@ def preconditioned_eigenvalues(
     lower, the more so the larger ``rho`` is beside the gradient (Long & Bartlett 2024). A weight decay in the gradient
     (SGD's) belongs to the Hessian: add it to the eigenvalue. Source: Cohen et al. 2021 and 2022.
 
+    The threshold is ``2 / lr`` for gradient descent, ``2 (1 + beta) / lr`` with momentum, and ``2 (1 + beta1) / ((1
+    - beta1) lr)`` for Adam.
+
+    Misleads: with small batches the gradient's noise keeps training below the threshold.
+
     Cost and memory: as ``hessian_eigenvalues``, and one more copy of the weights.
 
     Args:

@@ -92,6 +92,11 @@ def spectral_density(
 
     Source: Ghorbani et al. 2019, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density".
 
+    The density is ``1/n sum of delta(t - lambda_i)``: the bulk near 0, the few outliers, the negative part.
+
+    Misleads: nodes are widened to be seen (``width``); structure finer than that, or than ``range / steps``, is not
+    resolved.
+
     Cost: about ``3.5 * steps * samples`` gradients a batch. Memory: ``steps`` copies of the weights, or five without
     reorthogonalisation, where eigenvalues that have converged show up more than once with their weight split.
 

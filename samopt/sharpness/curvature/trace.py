@@ -73,6 +73,10 @@ def hessian_trace(
     The entries of ``z`` are +1 or -1 (Hutchinson 1990), so the error comes from the matrix's off-diagonal entries
     alone.
 
+    ``value / size`` is the mean eigenvalue.
+
+    Misleads: negative eigenvalues cancel positive ones; look at the ``spectral_density``, too.
+
     Cost: about 3.5 gradients a batch and probe. Memory: three copies of the weights.
 
     Args:

@@ -82,6 +82,11 @@ def average_case(
     gradient's share of the sampling error. Unlike the worst case the value may be negative. Its scale differs, too: the
     norm of ``u`` is about ``rho sqrt(d)`` for d weights. Source: Andriushchenko et al. 2023, section 3.
 
+    To second order the value is ``rho^2 / 2 * trace(T H T)``: one number for all directions, most of them flat.
+
+    Misleads: the same ``rho`` is a much larger move than in the worst case, so the two are not on one scale. A wide
+    network is moved further than a narrow one. A few sharp directions among millions hardly show.
+
     Cost: ``(2 * samples + 1) / 3`` gradients a batch. Memory: one copy of the weights that move.
 
     Args:

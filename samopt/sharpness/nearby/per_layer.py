@@ -62,6 +62,11 @@ def per_layer(
 ) -> PerLayer:
     """Return a measure restricted to one layer's weights at a time, the others staying where they are.
 
+    The value of layer l is ``S(w_l)`` with all other weights fixed.
+
+    Misleads: at one common l2 radius a layer with few weights is moved relatively further; use ``adaptive=True`` to
+    compare layers of different sizes. All layers together can rise more than the sum of the single rises, or less.
+
     Cost: that of the measure, times the number of layers.
 
     Args:

@@ -80,6 +80,15 @@ def worst_case(
     The mean weighs each batch by its examples. Where the gradient is exactly 0 (a training loss of 0 in fp32), nothing
     points uphill: the search goes on from a random point of the ball, but for ``steps=1``.
 
+    ``T`` is 1, or ``|w| + eta`` with the adaptive geometry of Kwon et al. 2021. The search is auto-PGD (Croce &
+    Hein 2020).
+
+    Misleads: at one radius only, since models change places as ``rho`` grows, and a large ``rho`` leaves the region
+    that training knows. Without ``adaptive`` the value follows the scale of the weights, which is arbitrary before
+    a normalisation layer: halving a weight whose output BatchNorm or LayerNorm rescales leaves the function alone
+    and makes the same move twice as large. With ``adaptive`` weights near 0 cannot move, so a sparse network looks
+    flat.
+
     Cost: ``restarts * (steps + 1/3)`` gradients a batch. Memory: three copies of the weights that move.
 
     Args:

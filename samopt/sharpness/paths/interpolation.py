@@ -87,6 +87,10 @@ def interpolate(
     line is that of WiSE-FT (Wortsman et al. 2022). BatchNorm's averages fit neither end's features in the middle; with
     ``mode="train"`` the batch's own are used.
 
+    The barrier is ``max over a of L(a) - ((1 - a) L(0) + a L(1))``.
+
+    Misleads: permuting hidden units changes nothing that a network computes, and raises a barrier all the same.
+
     Cost: ``points / 3`` gradients a batch, twice that with accuracies, and ``points / 3`` more for each layer. Memory:
     one copy of the weights besides both ends.
 

@@ -85,6 +85,9 @@ def landscape(
     norm of the model's own; tensors of dim <= 1 do not move. So 1 is a change as large as the weights. Source: Li et
     al. 2018, "Visualizing the Loss Landscape of Neural Nets", section 4.
 
+    Misleads: a random direction among a million dimensions meets almost none of the curvature, and two of them are
+    an illustration. A plane shows differences between models only with the same ``seed`` and one colour scale.
+
     Cost: ``points ** dimensions / 3`` gradients a batch. Memory: one copy of the weights, and one a direction.
 
     Args:

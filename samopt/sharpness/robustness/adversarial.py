@@ -33,6 +33,8 @@ def fgsm(
     Source: Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples". The label sharpness of a data set
     predicts it (Konz & Mazurowski 2024).
 
+    Misleads: one step is a weak attack. A model may withstand it and not others.
+
     Cost: ``4/3 + len(sizes) / 3`` gradients a batch, and ``(len(sizes) + 1) / 3`` more with accuracies.
 
     Args:

@@ -54,6 +54,10 @@ def forgetting(
     A flat minimum is said to forget less when training goes on with other data; this measures it, at a quarter, half,
     three quarters and all of the steps.
 
+    The rise is ``L_old(w after some steps on other data) - L_old(w)``.
+
+    Misleads: a model that learns the other data faster forgets faster; look at ``new_losses``, too.
+
     Cost: ``steps`` gradients of a batch of ``elsewhere``, and 5/3 gradients for each batch of both. Memory: a copy of
     the model, with the optimizer's state.
 

@@ -35,6 +35,10 @@ def quantization(
     is the largest step; tensors of dim <= 1 stay as they are. Activations are not rounded. This is what
     post-training quantisation does before any correction.
 
+    The rise is ``L(round(w)) - L(w)``.
+
+    Misleads: real quantisation also rounds activations, and corrects what it rounds.
+
     Cost: ``(len(bits) + 1) / 3`` gradients a batch, twice that with accuracies. Memory: one copy of the weights.
 
     Args:

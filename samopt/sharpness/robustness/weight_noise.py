@@ -35,6 +35,8 @@ def weight_noise(
 
     It is ``average_case`` at several radii: analog hardware, or weights that were stored badly.
 
+    Misleads: as ``average_case`` does.
+
     Cost: ``len(scales) * (2 * samples + 1) / 3`` gradients a batch. Memory: one copy of the weights that move.
 
     Args:
