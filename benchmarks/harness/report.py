@@ -51,7 +51,9 @@ class Table:
 
     def rich(self) -> RichTable:
         """Return the table for the terminal."""
-        table = RichTable(title=self.title, title_justify="left", box=_RULE, padding=(0, 1, 0, 0), show_edge=False)
+        table = RichTable(
+            title=self.title, title_justify="left", box=_RULE, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+        )
         for index, heading in enumerate(self.headings):
             text = index in (0, *self.text_columns)
             table.add_column(

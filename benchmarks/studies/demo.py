@@ -29,9 +29,9 @@ DRAWN = {"sgd": "SGD", "momentum-sam": "MomentumSAM", "sam": "SAM"}
 PLACES, REACH, PLANE, EXAMPLES = 21, 0.5, 0, 256
 """The landscape: points along each direction, how far they go, the seed of the directions, training examples."""
 VALLEY = 0.5  # the rise of the loss that the drawing's white line and the notes take for the valley's rim
-WIDTH = 78  # of the terminal's 80 columns: some tools count "±" as two
+WIDTH = 79  # of the terminal's 80 columns: some tools count "±" as two
 
-_HEADINGS = ("optimizer", "passes", "accuracy, %", "gain, points", "ms/step", "x base", "sharpness")
+_HEADINGS = ("optimizer", "passes", "accuracy, %", "gain, points", "ms/step", "cost", "sharpness")
 
 
 def study(
@@ -79,7 +79,7 @@ def render(folder: Path, output: Path | None = None) -> None:
     notes = [
         "accuracy: on test images, mean ± standard deviation over the seeds; gain: over the base (sgd or adamw) with "
         "the same seed, with its 95% interval",
-        "ms/step: median over a run's steps; x base: that over the base's, same seed",
+        "ms/step: median over a run's steps; cost: that over the base's, same seed",
         "sharpness: rise of the training loss after one step of length 0.05 uphill",
         _valley(found[-1]),
         "every optimizer has its default radius: nothing was tuned",
@@ -169,9 +169,9 @@ def draw_landscapes(panel: Panel) -> Figure:
         rim = ax.contour(places, places, losses - centre, levels=[VALLEY], colors="white", linewidths=2)
         ax.clabel(rim, fmt=lambda level: f"+{level:g}")
         ax.plot(0, 0, "w+", markersize=10)
-        ax.set_title(label, fontsize=11)
-        said = f"first direction\n\nloss at the weights (+): {centre:.2f}\n"
-        ax.set(xlabel=f"{said}test accuracy: {100 * row.metrics['accuracy']:.1f} %", aspect="equal")
+        said = f"loss at + {centre:.2f}, test accuracy {100 * row.metrics['accuracy']:.1f} %"
+        ax.set_title(f"{label}\n{said}", fontsize=9.5)
+        ax.set(xlabel="first direction", aspect="equal")
         ax.grid(False)
     axes[0][0].set_ylabel("second direction\n(1: as long as each filter's weights)")
     drawn.colorbar(shades, ax=axes[0].tolist(), label="rise of the training loss, nats", ticks=levels)

@@ -208,7 +208,7 @@ def test_the_demo_draws_every_landscape_from_the_models_of_one_seed_with_the_fir
     ]  # fmt: skip
     drawn = demo.draw_landscapes(panels(rows)[0])
     for axes in drawn.axes[:3]:
-        assert "loss at the weights (+): 2.00" in axes.get_xlabel()
+        assert "loss at + 2.00" in axes.get_title()
         rim = axes.collections[1].get_paths()[0].vertices
         assert np.abs(np.abs(rim[:, 0]) - 0.25).max() < 0.01
         assert np.ptp(rim[:, 1]) > 0.99
