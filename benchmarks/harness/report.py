@@ -165,4 +165,6 @@ def legend(drawn: Figure) -> None:
     """Put one legend for all panels below them."""
     handles = {label: h for ax in drawn.axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
-        drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 5))
+        entry = 0.7 + 0.09 * max(map(len, handles))  # inches: the line, the gaps and the longest name
+        columns = max(1, min(len(handles), 5, int(drawn.get_figwidth() / entry)))
+        drawn.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)

@@ -194,10 +194,12 @@ def _plot(rows: Sequence[Measurement]) -> Figure:
             for place, group in enumerate(members):
                 row, base = _named(group, name), _named(group, "base")
                 if row is not None:
-                    x = {"parameters": row.elements, "tensors": row.tensors}.get(kind, place)
+                    # Cases are categories: the contenders of one stand beside each other, and no line joins two cases.
+                    beside = place + 0.7 * ((index + 0.5) / len(names) - 0.5)
+                    x = {"parameters": row.elements, "tensors": row.tensors}.get(kind, beside)
                     difference = np.subtract(row.milliseconds, base.milliseconds)
                     points.append((x, _ratio(row, base) if kind == "step" else Spread.of(difference)))
-            _draw(ax, points, name, index)
+            _draw(ax, points, name, index, joined=kind in ("parameters", "tensors"))
         ax.set(
             title=f"by {kind}"
             if kind in ("parameters", "tensors")
@@ -215,12 +217,18 @@ def _plot(rows: Sequence[Measurement]) -> Figure:
     return drawn
 
 
-def _draw(ax: Axes, points: Sequence[tuple[float, Spread]], name: str, index: int) -> None:
+def _draw(ax: Axes, points: Sequence[tuple[float, Spread]], name: str, index: int, *, joined: bool) -> None:
     low, middle, high = (
         np.array([getattr(spread, part) for _, spread in points]) for part in ("low", "median", "high")
     )
     ax.errorbar(
-        [x for x, _ in points], middle, [middle - low, high - middle], color=colour(index), marker="o", label=name
+        [x for x, _ in points],
+        middle,
+        [middle - low, high - middle],
+        color=colour(index),
+        marker="os"[index // 8 % 2],  # the colours come again after eight
+        linestyle="-" if joined else "none",
+        label=name,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
@@ -216,6 +216,8 @@ def _figures(found: Sequence[Panel]) -> dict[str, Figure]:
             if any(row.metrics[measure.name] > 0 for row in panel.rows):
                 ax.set_xscale("log")
                 _few_ticks(ax.xaxis)
+                if ax.get_xlim()[1] < 4 * ax.get_xlim()[0]:  # too narrow for ticks at 1, 2 and 5
+                    ax.xaxis.set_major_locator(MaxNLocator(3))
     steps = list(range(1, len(found[0].rows[0].curves["ascent"]) + 1))
     drawn = {
         "accuracy.png": scatter,

@@ -24,15 +24,11 @@ __all__ = ["main"]
 HERE = Path(__file__).resolve().parent
 TABLE = HERE.parent / "results" / "frontier" / "table.md"
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"  # Okabe and Ito's colours
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+STYLE = HERE.parents[1] / "benchmarks" / "harness" / "style.mplstyle"
 CURVATURE = np.array([[1.6, 1.1], [1.1, 1.3]])
 METHODS = {
     "base": ("sgd", "#000000", (-8, 10), "left"),
-    "MomentumSAM": ("momentum-sam-ahead", BLUE, (6, 18), "left"),
+    "Momentum-\nSAM": ("momentum-sam-ahead", BLUE, (6, 10), "left"),
     "SAM, every\n2nd step": ("sam-every-2", GREEN, (-5, -24), "right"),
     "SAM": ("sam", ORANGE, (-6, 8), "right"),
     "ASAM": ("asam", PINK, (6, -14), "left"),
@@ -83,6 +79,7 @@ def draw_step() -> None:
     arrow(panels[1], there, step, BLUE)
     arrow(panels[2], w, step, BLUE)
     panels[2].annotate("base step", w + step, (4, 4), textcoords="offset points", color=BLUE, weight="bold")
+    figure.supxlabel("grey lines: points of equal loss", fontsize=9, color="#6b7280")
     save(figure, "step.png")
 
 
@@ -125,7 +122,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 def main() -> None:
     """Draw every figure."""
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         draw_step()
         draw_cost()
 
