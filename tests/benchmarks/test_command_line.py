@@ -164,6 +164,7 @@ def test_report_writes_the_tables_and_figures_of_a_folder(tmp_path, make_row, ca
             "optimizer",
             "| displaced | 9 | 18.77 (18.26 to 19.61) | 10.32 (10.00 to 11.06) | 0.49 (",
         ),
+        ("demo", "demo", "| sam | 2 | 93.6 ± 2.4 | +4.4 [-2.3, +11.0] |"),
         ("sharpness", "sharpness", "| largest Hessian eigenvalue | "),
         ("wordnet/tuned", "wordnet", "| sam:rho=0.02 | 5 | 34.3 ± 0.5 | +0.1 [-0.0, +0.2] |"),
     ],
