@@ -8,7 +8,7 @@ import random
 import sys
 import types
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ _SAMPLES = 64  # entries that are compared of a larger tensor whose version coun
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 _CONTAINERS = (list, tuple, dict, set, deque)
+_DICTS = (dict, OrderedDict)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
 
@@ -42,8 +43,8 @@ class ModuleState:
     second pass all of this must be as the first pass left it. ``begin`` notes what there is before the first pass;
     ``save`` copies what that pass changed, since the second pass will change the same; ``restore`` puts it back.
 
-    The second pass begins with names, containers, arrays and generators as they were before the first. Tensors that the
-    first pass wrote into keep what it left.
+    The second pass begins with names (of buffers, too), containers, arrays and generators as they were before the
+    first. Tensors that the first pass wrote into keep what it left: to copy them all beforehand would be dear.
 
     What changed is told by identity, address and version counter. Writes through ``.data`` leave no trace there, so
     tensors of up to 4,096 elements are always copied, and of larger ones 64 entries are compared: on an accelerator,
@@ -175,6 +176,8 @@ class ModuleState:
                 if registry:
                     found.registries.append((registry, registry.copy()))
                     pending.extend(registry.values())
+            if type(module._buffers) in _DICTS:  # not those of TorchScript
+                found.namespaces.append((module._buffers, module._buffers.copy(), frozenset()))
             if module._modules:
                 found.registries.append((module._modules, module._modules.copy()))
             kind = type(module)
@@ -229,7 +232,8 @@ class _Found:
     Attributes:
         tensors: Every tensor that a forward may write into, once.
         registries: Of parameters, of buffers and of modules, with their content.
-        namespaces: Attributes of modules and of other objects, with those to keep and the names of those to ignore.
+        namespaces: Attributes of modules and of other objects, with those to keep and the names of those to ignore;
+            registries of buffers.
         containers: Lists, dicts, sets and deques in attributes, with their content.
         generators: Functions that put random generators back to their positions.
         arrays: Functions that put back what no name is bound to: arrays of NumPy and of Python, attributes in slots.

@@ -124,7 +124,7 @@ class Step:
 def by_hand(model: nn.Module, compute_loss: Loss, owned: Sequence[str], rho: float, seed: int = 0) -> Step:
     """Both passes on copies of the model.
 
-    The second starts where the first ended, except that plain attributes are bound as they were before.
+    The second starts where the first ended, except that plain attributes and buffers are bound as they were before.
 
     Args:
         model: The model before the step; it is not changed.
@@ -137,6 +137,7 @@ def by_hand(model: nn.Module, compute_loss: Loss, owned: Sequence[str], rho: flo
     for (name, theirs), (_, ours) in zip(first.named_parameters(), model.named_parameters(), strict=True):
         if name not in owned and ours.grad is not None:  # those of other owners add up until their owner clears them
             theirs.grad = ours.grad.clone()
+    bound = {name: dict(module._buffers) for name, module in first.named_modules()}
     torch.manual_seed(seed)
     loss = compute_loss(first)
     loss.backward()
@@ -151,6 +152,12 @@ def by_hand(model: nn.Module, compute_loss: Loss, owned: Sequence[str], rho: flo
         for key in [key for key in vars(module) if key not in _TORCH_OWN and key not in own]:
             delattr(module, key)
         vars(module).update(own)
+        kept = dict(dict(first.named_modules())[name]._buffers)
+        for key in kept.keys() - bound[name].keys():
+            del module._buffers[key]
+        for key, buffer in bound[name].items():
+            if kept.get(key) is not buffer:
+                module._buffers[key] = before[name]._buffers[key]
     moving = {name: p for name, p in second.named_parameters() if name in owned}
     along = {name: gradients[name].to_dense() for name in moving if gradients[name] is not None}
     norm = sum(float(g.double().square().sum()) for g in along.values()) ** 0.5

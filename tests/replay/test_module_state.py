@@ -108,6 +108,32 @@ def test_attributes_that_the_loop_sets_between_micro_batches_are_set_again():
     assert (model.level, model.tags) == (3.0, [0, 1, 2])
 
 
+def test_buffers_that_the_loop_sets_between_micro_batches_are_set_again():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(3, 3, dtype=torch.float64)
+            self.register_buffer("hidden", torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, x):
+            passes.append(self.hidden)
+            self.hidden = self.inner(x + self.hidden).detach().mean(0)
+            return self.inner(x + passes[-1])
+
+    passes = []
+    model = Recurrent()
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, model=model)
+    x = torch.ones(2, 3, dtype=torch.float64)
+    for index in range(4):
+        if index == 2:  # a new sequence begins
+            model.hidden = torch.full((3,), 7.0, dtype=torch.float64)
+        optimizer.backward(lambda: model(x).square().mean(), last=index == 3)
+    first, second = passes[:4], passes[4:]
+    assert all(torch.equal(first[i], second[i]) for i in (0, 2))
+    assert all(not torch.equal(first[i], second[i]) for i in (1, 3))  # carried from a forward at w + epsilon
+    assert torch.equal(model.hidden, model.inner(x + first[3]).detach().mean(0))
+
+
 def test_values_that_nothing_wrote_are_put_back_without_counting_as_a_write():
     """A graph that needs them stays usable: BatchNorm in evaluation mode needs its statistics."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()

@@ -52,6 +52,33 @@ class ReplacedBuffer(Stateful):
         return hidden
 
 
+class HiddenStateInABuffer(Stateful):
+    def set_up(self):
+        self.register_buffer("hidden", torch.zeros(8))
+
+    def update(self, hidden):
+        hidden = hidden + 0.5 * self.hidden
+        self.hidden = mean_of(hidden)
+        return hidden
+
+
+class AnnealedBuffer(Stateful):
+    def set_up(self):
+        self.register_buffer("temperature", torch.tensor(1.0))
+
+    def update(self, hidden):
+        self.temperature = self.temperature * 0.5
+        return hidden / self.temperature
+
+
+class BufferMadeAtTheFirstCall(Stateful):
+    def update(self, hidden):
+        if "scale" not in self._buffers:
+            self.register_buffer("scale", mean_of(hidden).abs() + 0.1)
+            return hidden * 3
+        return hidden / self.scale
+
+
 class ResizedBuffer(Stateful):
     def set_up(self):
         self.register_buffer("bank", torch.zeros(0, 8))
