@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
+from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero
 from samopt._perturb.perturbation import Perturbation, gradient_norm
 from samopt._perturb.scratch_pool import ScratchPool
@@ -27,7 +28,7 @@ from samopt._step.retirement import enlist, replace_older
 from samopt._step.shifted_layers import ShiftedLayers
 from samopt._step.shifted_parameters import ShiftedParameters
 from samopt._step.two_pass import differentiate
-from samopt.distributed import is_fully_sharded, reshard, unsynced
+from samopt.distributed import is_fully_sharded, reshard, runs_on_several_ranks, unsynced
 from samopt.parts.direction import CachedDirection, KnownDirection
 from samopt.step_metrics import StepMetrics, as_scalar
 
@@ -76,6 +77,7 @@ class OnePass:
             self._shifted = self._make_shifted()
         self._stop_watching: Callable[[], None] | None = None
         self._is_retired = False
+        self._has_warned = False
         if models:
             enlist(self, ascent.parameters())
             self._watch()
@@ -422,8 +424,28 @@ class OnePass:
     def _can_move(self) -> bool:
         return any(some.weights for some in self._ascent.targets_along(self._direction))
 
+    def _warn_of_exact_gradients(self) -> None:
+        """Warn once where a parameter was used at the exact weights alone, past the modules that replace it."""
+        # Of several ranks, another one may have used the parameter in its module.
+        if not isinstance(self._shifted, ShiftedParameters) or self._has_warned or runs_on_several_ranks():
+            return
+        found = self._shifted.unreached()
+        if not found:
+            return
+        self._has_warned = True
+        names = {id(p): name for model in self._models for name, p in model.named_parameters()}
+        first = names.get(id(found[0]), f"one of shape {tuple(found[0].shape)} outside model=")
+        warn_user(
+            f"gradients were taken at the exact weights, not at the perturbed ones, for {len(found)} parameters; the "
+            f"first is {first}. They are used outside the modules of model= (add that module to the list), in a module "
+            "called in eval() mode, or looked up in forward through parameters(), state_dict() or a list instead of "
+            "the module's attribute. If that is not meant, leave out model= and use "
+            "optimizer.backward(compute_loss), which then moves the weights themselves"
+        )
+
     def _measure(self) -> None:
         """Note what the step measured."""
+        self._warn_of_exact_gradients()
         options, groups = self._ascent.options, self._ascent.base.param_groups
         weights = [p for group in groups if options.get(group, "perturb") for p in group["params"]]
         norm = gradient_norm(weights) if self._measure_grad_norms and any(p.grad is not None for p in weights) else None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt._callers.cuda_graphs import is_capturing
+from samopt._perturb.gradients import any_nonzero
 from samopt._replay.call_watch import RAISED, CallWatcher, is_compiled
 from samopt._replay.module_state import every_module, sample
 from samopt._replay.unobserved import is_unobserved, outside_transforms
@@ -68,6 +69,8 @@ class ShiftedParameters(CallWatcher):
         self._entered: set[int] = set()
         self._uses_registry = False
         self._count = 0
+        self._reached: set[int] = set()  # ids of parameters whose shifted tensor got a gradient
+        self._follows_gradients = False
         self.exact_depth = 0
         """How many contexts hold the weights exact."""
 
@@ -174,8 +177,20 @@ class ShiftedParameters(CallWatcher):
         """Note that another forward begins a step, before which weights may have been written."""
         self._is_stale = True
 
+    def unreached(self) -> list[Tensor]:
+        """Return the parameters with a gradient that did not come through their shifted tensor: it is of other weights.
+
+        Only the steps in which writes are looked for tell; in others there is nothing to return.
+        """
+        if not self._follows_gradients or not self._shifted:
+            return []
+        others = [p for p in self._weights if p.grad is not None and id(p) not in self._reached]
+        return [p for p in others if not is_capturing(p.device) and any_nonzero([{"params": [p]}])]
+
     def forget(self) -> None:
         """Drop the shifted tensors: the weights, or the direction, are about to change."""
+        self._reached = set()  # not cleared: graphs that are still there hold the last one
+        self._follows_gradients = False
         self._shifted = None
         self._weights = []
         self._entered = set()
@@ -201,6 +216,11 @@ class ShiftedParameters(CallWatcher):
         self._count += 1
         is_due = self._count <= _CHECKS or self._count % _CHECK_EVERY == 0
         self._samples = {key: sample(tensor) for key, tensor in self._shifted.items()} if is_due else {}
+        self._follows_gradients = is_due and (self._follows_gradients or not beside)
+        if self._follows_gradients:
+            for key, tensor in self._shifted.items():
+                note = functools.partial(_note_gradient, self._reached, key, tensor.output_nr)
+                tensor.grad_fn.register_prehook(note)  # of the node: compiled code looks at the hooks of tensors
 
     def _written(self) -> str | None:
         """Return the name of a replaced parameter that the forward wrote into, or None."""
@@ -238,6 +258,12 @@ def in_place_of(parameter: Tensor, values: Tensor) -> Tensor:
     """
     tensor: Tensor = _AtShiftedValues.apply(parameter, values)  # type: ignore[no-untyped-call]  # torch has no types
     return tensor
+
+
+def _note_gradient(reached: set[int], key: int, output: int, gradients: tuple[Tensor | None, ...]) -> None:
+    """Note that a gradient came to a shifted tensor."""
+    if gradients[output] is not None:
+        reached.add(key)
 
 
 def _cover(places: list[tuple[dict[str, Any], str, Tensor]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -312,6 +313,85 @@ def test_a_regulariser_outside_every_module_sees_the_exact_weights() -> None:
 
         hand_step(stock, backward)
     assert_close(ours, theirs)
+
+
+class LooksUp(nn.Module):
+    """Finds the weight of its layer by another way than the layer's attribute."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how = nn.Linear(6, 3), how
+        self.held = {"weight": self.layer.weight}
+
+    def forward(self, x):
+        ways = {
+            "parameters": lambda: next(self.parameters()),
+            "named": lambda: dict(self.named_parameters())["layer.weight"],
+            "state_dict": lambda: self.state_dict(keep_vars=True)["layer.weight"],
+            "registry": lambda: self.layer._parameters["weight"],
+            "container": lambda: self.held["weight"],
+        }
+        return nn.functional.linear(x, ways[self.how](), self.layer.bias)
+
+
+class Routed(nn.Module):
+    """One expert a step; the others have gradients of zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+        self.step = 0
+
+    def forward(self, x):
+        self.step += 1
+        return self.experts[self.step % 2](x)
+
+
+def warnings_of(model, compute_loss, followed=None, set_to_none=True, steps=5):
+    """Texts of the warnings that name gradients at the exact weights."""
+    followed = model if followed is None else followed
+    optimizer = samopt.SAM(sgd(model.parameters()), rho=RHO, model=followed, direction="momentum")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            compute_loss(x).backward()
+            optimizer.step()
+    return [str(each.message) for each in caught if "exact weights" in str(each.message)]
+
+
+@pytest.mark.parametrize("how", ["parameters", "named", "state_dict", "registry", "container"])
+def test_a_weight_that_a_forward_looks_up_past_its_attribute_is_named_once(how) -> None:
+    model = LooksUp(how).double()
+    (text,) = warnings_of(model, lambda x: model(x).square().mean())
+    assert "for 1 parameters; the first is layer.weight" in text and "optimizer.backward(compute_loss)" in text
+
+
+def test_weights_used_outside_the_followed_modules_or_in_evaluation_mode_are_named() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(6, 6), "head": nn.Linear(6, 3), "loss": nn.Linear(3, 1)}).double()
+
+    def compute_loss(x):
+        return model["loss"](model["head"](model["body"](x).tanh())).square().mean()
+
+    assert warnings_of(model, compute_loss) == []
+    (text,) = warnings_of(model, compute_loss, followed=[model["body"], model["head"]])
+    assert "for 2 parameters; the first is one of shape (1, 3) outside model=" in text
+    model["body"].eval()
+    (text,) = warnings_of(model, compute_loss)
+    assert "for 2 parameters; the first is body.weight" in text
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_parameters_without_a_part_in_a_step_and_regularisers_are_not_named(set_to_none) -> None:
+    model = Routed().double()
+
+    def compute_loss(x):
+        used = model.experts[(model.step + 1) % 2]
+        return model(x).square().mean() + 0.1 * sum(p.square().sum() for p in used.parameters())
+
+    assert warnings_of(model, compute_loss, set_to_none=set_to_none) == []
 
 
 @pytest.mark.parametrize("vectorized", [False, True])
