@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -24,6 +24,7 @@ from samopt._step.decoupled_update import follow_steps
 from samopt._step.one_pass import OnePass
 from samopt._step.pass_handle import PassHandle
 from samopt._step.retirement import replace_older
+from samopt._step.selection import Only, Selection
 from samopt._step.two_pass import THREE_WAYS, TwoPass
 from samopt.distributed import refuse_unsupported
 from samopt.parts.checks import check_nonnegative
@@ -62,6 +63,11 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             second pass repeats the random numbers of the first, and leaves buffers, parameters of other owners and
             attributes of modules as the first pass left them. Give the outermost module that your loop calls (the
             ``torch.compile``d or DDP one).
+        only: Which parameters move; None is all of them. "norm": those of normalisation layers. "bias": the biases.
+            "head": those of the last layer. Any other text: those in whose name, as in ``model.named_parameters()``,
+            this regular expression is found (``re.search``). Or a function ``(name, parameter) -> bool``. The others
+            are trained as ever, and are neither moved, saved nor counted in the norm. Groups with ``perturb=False`` do
+            not move either way. It needs ``model``, or a base made from ``model.named_parameters()``.
         direction: "gradient": this batch's, which takes a pass of its own. "momentum": ahead along the base's momentum,
             which is known before the batch, so that a step is one pass and the training loop stays as it is
             (``loss.backward(); optimizer.step()``); needs ``model`` there. "momentum-uphill": the other way along it.
@@ -83,7 +89,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
     Raises:
         TypeError: If the arguments fit neither form.
-        ValueError: If an option is out of range, or ``model`` has none of the parameters.
+        ValueError: If an option is out of range, ``model`` has none of the parameters, or ``only`` chooses nothing that
+            can move.
         RuntimeError: If the backend that was named cannot run on this machine.
 
     Example:
@@ -109,6 +116,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         eta: float = 0.01,
         radius: Radius | None = None,
         model: nn.Module | Sequence[nn.Module] | None = None,
+        only: Only | None = None,
         direction: DirectionName | Direction = "gradient",
         combination: Combination | None = None,
         norm: Literal["l2", "linf"] = "l2",
@@ -138,10 +146,14 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 part.check(base)
                 part.check_models(models, base)
         options = GroupOptions(base, {radius.option: rho, "eta": eta, "perturb": True}, check_option)
+        selection = None if only is None else Selection(only, models, options)
+        if selection is not None:
+            selection.check()
         options.take_over()
         super().__init__(options)
         self._ascent = Ascent(
             options,
+            selection=selection,
             direction=chosen,
             geometry=geometry,
             radius=radius,
@@ -222,6 +234,21 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def model(self) -> nn.Module | Sequence[nn.Module] | None:
         """What was given as ``model``."""
         return self._model
+
+    @property
+    def only(self) -> Only | None:
+        """What was given as ``only``."""
+        return None if self._ascent.selection is None else self._ascent.selection.only
+
+    @property
+    def perturbed_parameters(self) -> list[Tensor]:
+        """The parameters that move where their radius is not 0, in the order of the groups.
+
+        These are the trainable ones that ``only`` chooses, in groups without ``perturb=False``.
+        ``sum(p.numel() for p in optimizer.perturbed_parameters)`` is how many numbers a step moves, and how many its
+        copy of the weights holds.
+        """
+        return self._ascent.perturbed_parameters()
 
     @property
     def is_perturbed(self) -> bool:
@@ -443,6 +470,21 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         if zero_grad:
             self.zero_grad()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; it may have its own ``rho``, ``eta`` or ``perturb``.
+
+        Args:
+            param_group: As for ``torch.optim.Optimizer.add_param_group``. With ``only``, its parameters have names in
+                ``model``, or are given as pairs of name and parameter.
+
+        Raises:
+            ValueError: If one of its options is out of range, or ``only`` is given and a parameter has no name; nothing
+                is added then.
+        """
+        if "_ascent" in self.__dict__ and self._ascent.selection is not None:
+            self._ascent.selection.check(_as_group(param_group))
+        super().add_param_group(param_group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients through the base optimizer; a second gradient waiting for ``step`` is gone then.
 
@@ -451,6 +493,14 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         """
         super().zero_grad(set_to_none=set_to_none)
         self._passes.gradients_cleared()
+
+    def __repr__(self) -> str:
+        if self.only is None:
+            return super().__repr__()
+        moving = sum(parameter.numel() for parameter in self.perturbed_parameters)
+        every = sum(parameter.numel() for parameter in self._ascent.parameters())
+        name = type(self).__name__
+        return f"{name} (only={self.only!r}: {moving:,} of {every:,} parameters) around {self.base_optimizer!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         self._passes.check_restored("copying or pickling")
@@ -571,6 +621,18 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def _watch_for_stall(self) -> None:
         if self._stall is not None:
             self._stall.observe(self._passes.metrics)
+
+
+def _as_group(param_group: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a group, and their names if it has them, as torch will put them into the group."""
+    params = param_group["params"]
+    if isinstance(params, Tensor):
+        params = [params]
+    elif not isinstance(params, list | tuple | set):
+        params = param_group["params"] = list(params)  # a generator can be read only once
+    if params and all(isinstance(each, tuple) for each in params):
+        return {"params": [p for _, p in params], "param_names": [name for name, _ in params]}
+    return {**param_group, "params": params}
 
 
 def accepts_closure(base: Optimizer) -> bool:

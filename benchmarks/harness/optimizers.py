@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 import samopt
 from benchmarks.harness.errors import BenchmarkError, suggestion
+from samopt._step.selection import check_only
 
 BASES: dict[str, dict[str, float]] = {
     "sgd": {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4},
@@ -146,8 +147,15 @@ def parse_choice(text: str) -> Choice:
         else:
             options[key] = value
     choice = Choice(text, base, base_settings, variant, options, schedule)
+    tried = choice
+    if variant in samopt.available() and "only" in options:  # the small model has other parameters than the task's
+        try:
+            check_only(options["only"])
+        except (TypeError, ValueError) as error:
+            raise BenchmarkError(f"optimizer {text!r} cannot be made: {error}") from error
+        tried = replace(choice, options={key: value for key, value in options.items() if key != "only"})
     with torch.random.fork_rng(devices=[]):
-        group = choice.build(nn.Linear(2, 2)).param_groups[0]
+        group = tried.build(nn.Linear(2, 2)).param_groups[0]
     defaults = {key: group[key] for key in ("rho", "eta") if isinstance(group.get(key), float)}
     return replace(choice, defaults=defaults)
 

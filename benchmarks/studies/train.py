@@ -64,7 +64,8 @@ def study(
     Args:
         task: digits, digits_vit, fashion_mnist or fashion_small.
         optimizers: Comma-separated: [BASE+]NAME[:SETTING=VALUE...]. BASE is sgd or adamw, NAME a base or one of
-            samopt.available(), or a class of yours as module:Class. As in sgd,sam,adamw+asam:rho=0.2:rho_warmup=0.3.
+            samopt.available(), or a class of yours as module:Class. As in sgd,sam,adamw+asam:rho=0.2:rho_warmup=0.3,
+            or sam:only=norm for some parameters only.
         seeds: Comma-separated.
         label_noise: Comma-separated fractions of the training labels to randomise.
         epochs: Passes over the training data; by default the task's number.

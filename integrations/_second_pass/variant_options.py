@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import samopt
+from samopt._step.selection import check_only
 from samopt.variants import option_names
 
 __all__ = ["try_options"]
@@ -27,10 +28,13 @@ def try_options(variant: str, options: Mapping[str, Any]) -> None:
     """
     known = option_names(variant)
     unknown = [name for name in options if name not in known]
+    tried = dict(options)
+    if (only := tried.pop("only", None)) is not None:
+        check_only(only)  # whether it finds anything, only the model that is trained can tell
     with torch.random.fork_rng(devices=[]):  # the layer's first values are random numbers
         model = nn.Linear(1, 1, bias=False)
     try:
-        samopt.create(variant, torch.optim.Adam(model.parameters()), model=model, **options).detach()
+        samopt.create(variant, torch.optim.Adam(model.parameters()), model=model, **tried).detach()
     except TypeError as error:
         if not unknown:
             raise

@@ -49,6 +49,8 @@ class SharpnessAwareTraining(Callback):
         rho: Radius of the perturbation, >= 0; None for the optimizer's own default. TRAM has ``scale`` instead.
         eta: Stabiliser of the geometry, >= 0; None for the optimizer's own default. SAM has none.
         norm: "l2", or "linf" for the l-infinity ball.
+        only: Which parameters move: "norm", "bias" or "head"; a regular expression that is found in their names, as the
+            module's ``named_parameters()`` gives them; or a function ``(name, parameter) -> bool``. None is all.
         sync_perturbation: With several processes: perturb along the averaged gradient, as one process with the whole
             batch would, for one more exchange of gradients. By default each perturbs along its own.
         stochastic_rounding: Round perturbed bf16 and fp16 weights stochastically.
@@ -74,6 +76,7 @@ class SharpnessAwareTraining(Callback):
         rho: float | None = None,
         eta: float | None = None,
         norm: str | None = None,
+        only: str | Callable[[str, Tensor], bool] | None = None,
         sync_perturbation: bool = False,
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
@@ -83,7 +86,8 @@ class SharpnessAwareTraining(Callback):
         if isinstance(variant, str) and variant not in samopt.available():
             raise ValueError(f"variant must be one of {', '.join(samopt.available())}, got {variant!r}")
         self.optimizer: SharpnessAwareOptimizer | None = None
-        named = {"rho": rho, "eta": eta, "norm": norm, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        named = {"rho": rho, "eta": eta, "norm": norm, "only": only}
+        named |= {"stochastic_rounding": stochastic_rounding, "seed": seed}
         self._variant = variant
         self._options = {name: value for name, value in named.items() if value is not None} | options
         self._sync_perturbation = sync_perturbation

@@ -30,6 +30,7 @@ _OPTIONS = {
     "sam_eta": "eta",
     "sam_norm": "norm",
     "sam_direction": "direction",
+    "sam_only": "only",
     "sam_scale": "scale",
     "sam_max_radius": "max_radius",
     "sam_geometry": "geometry",
@@ -61,6 +62,9 @@ class SAMArguments:
         sam_direction: "gradient", which takes a pass of its own; or "momentum": ahead along the base optimizer's, which
             is known before the batch, so that a step costs one pass; or "momentum-uphill", the other way along it. TRAM
             and the optimizers that combine two gradients need "gradient".
+        sam_only: Which parameters move: "norm", "bias" or "head"; or a regular expression that is found in their names,
+            as ``model.named_parameters()`` gives them. None is all of them. It is looked up at the first step, when the
+            model is known.
         sam_rho_schedule: How the radius (TRAM's scale) varies over the run: "linear_warmup" from 0 over
             ``sam_rho_warmup_steps``, "cosine" to 0 at the last step, "proportional_to_lr" from ``learning_rate``, or
             "constant".
@@ -105,6 +109,9 @@ class SAMArguments:
     sam_norm: Literal["l2", "linf"] = _option("l2", "Norm of the ball.")
     sam_direction: Literal["gradient", "momentum", "momentum-uphill"] = _option(
         "gradient", "Along the batch's gradient (two passes a step), or ahead along the base's momentum (one)."
+    )
+    sam_only: str | None = _option(
+        None, "Which parameters move: norm, bias, head, or a regular expression for names; by default all."
     )
     sam_rho_schedule: Literal["constant", "linear_warmup", "cosine", "proportional_to_lr"] = _option(
         "constant", "How the radius varies over the run."

@@ -16,6 +16,7 @@ from samopt._perturb.perturbation import Perturbation
 from samopt._perturb.targets import Region, Targets
 from samopt._replay.call_watch import PassFollower
 from samopt._step.base_wrapper import GroupOptions
+from samopt._step.selection import Selection
 from samopt.parts.combination import Combination
 from samopt.parts.direction import CachedDirection, Direction, Gradient, KnownDirection
 from samopt.parts.geometry import Geometry
@@ -32,6 +33,7 @@ class Ascent:
 
     Args:
         options: The base's parameter groups, with the options "eta", "perturb" and the radius's own.
+        selection: Which parameters may move; None for all.
         direction: Along what.
         geometry: The elementwise geometry ``T``.
         radius: How far.
@@ -45,6 +47,7 @@ class Ascent:
         self,
         options: GroupOptions,
         *,
+        selection: Selection | None,
         direction: Direction,
         geometry: Geometry,
         radius: Radius,
@@ -54,6 +57,7 @@ class Ascent:
         backend: str,
     ) -> None:
         self.options = options
+        self.selection = selection
         self.direction = direction
         self.geometry = geometry
         self.radius = radius
@@ -91,7 +95,8 @@ class Ascent:
         for group in self.base.param_groups:
             value = get(group, option)
             if (isinstance(value, Tensor) or value > 0) and get(group, "perturb"):
-                return True
+                if self.selection is None or any(map(self.selection.is_chosen, group["params"])):
+                    return True
         return False
 
     def may_move(self) -> bool:
@@ -124,6 +129,9 @@ class Ascent:
             stashed.gradients.extend(gradients)
             if moving and self.options.get(group, "perturb"):
                 sign = -1 if group.get("maximize", False) else 1
+                if self.selection is not None:
+                    weights = self.chosen(weights)
+                    gradients = [parameter.grad for parameter in weights]
                 targets.append(Targets(self._region(group, sign), *_having(weights, gradients)))
         # The plain gradient needs no change; every other direction is made of all gradients at once.
         if moving and isinstance(self.direction, Gradient) and type(self.direction) is not Gradient:
@@ -147,7 +155,7 @@ class Ascent:
         targets = []
         for group in self.base.param_groups:
             if self.options.get(group, "perturb"):
-                weights = [parameter for parameter in group["params"] if parameter.requires_grad]
+                weights = self.chosen([parameter for parameter in group["params"] if parameter.requires_grad])
                 found = _having(weights, direction.directions(weights, group, self.base))
                 targets.append(Targets(self._region(group, direction.sign), *found))
         return targets
@@ -181,6 +189,19 @@ class Ascent:
     def parameters(self) -> list[Tensor]:
         """Return every parameter, in the order of the groups."""
         return [parameter for group in self.base.param_groups for parameter in group["params"]]
+
+    def chosen(self, parameters: list[Tensor]) -> list[Tensor]:
+        """Return those of some parameters that ``only`` chooses; all of them without it.
+
+        Args:
+            parameters: Parameters of the base.
+        """
+        return parameters if self.selection is None else list(filter(self.selection.is_chosen, parameters))
+
+    def perturbed_parameters(self) -> list[Tensor]:
+        """Return the parameters that move where the radius is not 0, in the order of the groups."""
+        groups = [group for group in self.base.param_groups if self.options.get(group, "perturb")]
+        return self.chosen([p for group in groups for p in group["params"] if p.requires_grad])
 
     def accelerators(self) -> list[torch.device]:
         """Return the devices of the parameters, except the CPU."""

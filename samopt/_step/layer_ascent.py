@@ -134,6 +134,7 @@ class LayerAscent(Ascent):
     def __init__(self, ascent: Ascent, layers: Sequence[AdapterLayer], gradients: LayerGradients | None) -> None:
         super().__init__(
             ascent.options,
+            selection=None,
             direction=ascent.direction,
             geometry=ascent.geometry,
             radius=ascent.radius,

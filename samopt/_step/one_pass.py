@@ -174,7 +174,7 @@ class OnePass:
             gradients.clear()
             with self.hold_exact(), nullcontext() if self._sync_perturbation else unsynced(self._models):
                 yield
-            self._direction.capture(parameters)
+            self._direction.capture(parameters if ascent.selection is None else ascent.perturbed_parameters())
         finally:
             self._is_aside = False
             gradients.put_back()
@@ -446,7 +446,6 @@ class OnePass:
     def _measure(self) -> None:
         """Note what the step measured."""
         self._warn_of_exact_gradients()
-        options, groups = self._ascent.options, self._ascent.base.param_groups
-        weights = [p for group in groups if options.get(group, "perturb") for p in group["params"]]
+        weights = self._ascent.perturbed_parameters()
         norm = gradient_norm(weights) if self._measure_grad_norms and any(p.grad is not None for p in weights) else None
         self.metrics = replace(self._moved, perturbed_loss=as_scalar(self._loss), perturbed_grad_norm=norm)

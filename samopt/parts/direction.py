@@ -78,7 +78,7 @@ class CachedDirection(KnownDirection):
         """Make the direction from the gradients that the parameters hold now.
 
         Args:
-            parameters: Every parameter.
+            parameters: Every parameter; with ``only``, those that may move.
         """
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import nn
 
+from samopt._step.selection import Only
 from samopt.optimizer import DirectionName, SharpnessAwareOptimizer
 from samopt.parts.combination import Combination
 from samopt.parts.direction import Direction
@@ -26,6 +27,7 @@ _C = TypeVar("_C", bound=type[SharpnessAwareOptimizer])
 class OptionsWithoutModel(TypedDict, total=False):
     """Options of ``SharpnessAwareOptimizer`` that every optimizer passes on, with the same meaning and defaults."""
 
+    only: Only | None
     direction: DirectionName | Direction
     combination: Combination | None
     norm: Literal["l2", "linf"]

@@ -92,7 +92,7 @@ class FlatLoRA(SharpnessAwareOptimizer):
         True
     """
 
-    _fixed_options = ("direction", "combination", "norm")
+    _fixed_options = ("only", "direction", "combination", "norm")
 
     @overload
     def __init__(
@@ -126,6 +126,7 @@ class FlatLoRA(SharpnessAwareOptimizer):
             self,
             options,
             direction='use perturbation="noise" or "gradient", or samopt.SAM, which takes it',
+            only="whole layers move; leave some out by giving their factors a parameter group with perturb=False",
             combination="use samopt.SAM, which takes it",
             norm="use samopt.SAM, which takes it",
             geometry=TAKEN_ELSEWHERE,

@@ -35,7 +35,7 @@ class GSAM(SharpnessAwareOptimizer):
         rho: Radius of the perturbation, >= 0.
         alpha: Weight of the gap, >= 0. 0 is SAM.
         adaptive: Use ASAM's geometry.
-        **options: ``model``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``,
+        **options: ``model``, ``only``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``,
             ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
             ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
 

@@ -35,7 +35,7 @@ class LookSAM(SharpnessAwareOptimizer):
         every: The paper's k, >= 1. 1 is SAM.
         alpha: Weight of the kept component, >= 0. 0 is the base in the steps between.
         adaptive: Use ASAM's geometry.
-        **options: ``model``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``,
+        **options: ``model``, ``only``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``,
             ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
             ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
 

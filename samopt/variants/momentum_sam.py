@@ -37,7 +37,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
         adaptive: Use ASAM's geometry.
         uphill: Move against the base's coming step instead of along it.
         preconditioned: Perturb along the step that Adam would take, in place of its momentum.
-        **options: ``model``, ``norm``, ``stochastic_rounding``, ``seed``,
+        **options: ``model``, ``only``, ``norm``, ``stochastic_rounding``, ``seed``,
             ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
             ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
 

@@ -60,9 +60,9 @@ class TRAM(SharpnessAwareOptimizer):
             the first floating-point tensor.
         mask: Returns from a ``ForwardCall`` which positions count, as a boolean tensor shaped like the logits without
             the class dimension; None leaves out padding (attention mask 0) and the label -100.
-        **options: ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``, ``sync_perturbation``,
-            ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters,
-            also the arguments of ``base_optimizer``.
+        **options: ``only``, ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
+            ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
+            ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
 
     Raises:
         TypeError: If the arguments fit neither form, ``rho`` is given, or ``model`` is missing.

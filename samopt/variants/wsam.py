@@ -36,7 +36,7 @@ class WSAM(SharpnessAwareOptimizer):
         decouple: Keep the sharpness out of the base optimizer. If False, the base gets
             ``gamma / (1 - gamma) g_p + (1 - 2 gamma) / (1 - gamma) g``, and ``gamma=0.5`` is SAM.
         adaptive: Use ASAM's geometry.
-        **options: ``model``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``,
+        **options: ``model``, ``only``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``,
             ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
             ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
 

@@ -167,6 +167,9 @@ def test_settings_reach_the_optimizer_and_defaults_are_kept():
     assert (group["rho"], group["weight_decay"], group["lr"]) == (0.3, 0.1, 1e-3)
     assert choice.settings == {"lr": 1e-3, "weight_decay": 0.1, "rho": 0.3, "eta": 0.01, "rho_warmup": 0.5}
     assert parse_choice("sam").settings["rho"] == 0.05
+    assert parse_choice("sam:only=norm").settings["only"] == "norm"
+    with pytest.raises(BenchmarkError, match="no valid regular expression"):
+        parse_choice("sam:only=(")
     assert parse_choice("sgd").settings == {"lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}
 
 

@@ -12,7 +12,7 @@ import pytest
 import samopt
 
 ROOT = Path(__file__).parents[2]
-SHARED = ["direction", "combination", "norm", "stochastic_rounding", "seed", "sync_perturbation", "backend"]
+SHARED = ["only", "direction", "combination", "norm", "stochastic_rounding", "seed", "sync_perturbation", "backend"]
 
 
 @pytest.mark.parametrize("name", samopt.available())
@@ -34,6 +34,10 @@ base = torch.optim.SGD(model.parameters(), lr=0.1)
 samopt.SAM(base, rho=0.05, model=model)
 samopt.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, model=[model])
 samopt.ASAM(base, eta=0.01, direction="momentum", model=model)
+samopt.SAM(base, only="norm", model=model)
+samopt.ASAM(base, only=lambda name, parameter: parameter.dim() > 1, model=model)
+samopt.SAM(base, only=["norm"], model=model)  # error
+samopt.TRAM(base, only=lambda name: True, model=model)  # error
 samopt.SAM(base, modle=model)  # error
 samopt.SAM(base, direction="momentun", model=model)  # error
 samopt.SAM(model, torch.optim.SGD, lr=0.1)  # error

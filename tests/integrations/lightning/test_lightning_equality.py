@@ -120,6 +120,21 @@ def test_options_in_parameter_groups(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("only", ["norm", r"^net\.[15]\.", lambda name, parameter: name[:6] in ("net.1.", "net.5.")])
+def test_only_moves_what_groups_with_perturb_would(tmp_path, only):
+    norms = (2, 3, 6, 7)  # places of the normalisation layers' parameters
+
+    def base(perturbs):
+        return lambda parameters: torch.optim.SGD(
+            [{"params": [p], "perturb": perturbs(place)} for place, p in enumerate(parameters)], lr=0.1
+        )
+
+    module, expected = lit.Module(base(lambda place: True)), lit.Module(base(norms.__contains__))
+    lit.fit(tmp_path / "only", module, SharpnessAwareTraining("sam", rho=0.3, only=only))
+    lit.fit(tmp_path / "groups", expected, SharpnessAwareTraining("sam", rho=0.3))
+    lit.assert_same_state(module.net, expected.net)
+
+
 class Deterministic(lit.Module):
     """Without noise and dropout, in fp64."""
 

@@ -105,6 +105,9 @@ def test_arguments_are_kept_with_the_run(tmp_path):
         ({"sam": "gsam", "sam_options": {"alpha": -1.0}}, "alpha must be"),
         ({"sam": "sam", "sam_rho": 0.1, "sam_options": {"rho": 0.2}}, "sam_options has rho, and sam_rho sets it too"),
         ({"sam": "sam", "sam_options": {"seed": 1}}, "sam_options cannot set seed"),
+        ({"sam": "sam", "sam_only": "("}, r"only='\(' is no valid regular expression"),
+        ({"sam": "sam", "sam_only": ""}, "only='' is found in every name"),
+        ({"sam": "sam", "sam_only": "norm", "sam_options": {"only": "bias"}}, "sam_options has only, and sam_only"),
         ({"sam": "sam", "sam_rho_schedule": "linear_warmup"}, "sam_rho_warmup_steps=0 does not go with"),
         ({"sam": "sam", "sam_rho_warmup_steps": 5}, 'sam_rho_warmup_steps=5 does not go with .*"constant"'),
     ],
@@ -126,6 +129,7 @@ def test_every_option_reaches_the_optimizer():
         base = torch.optim.SGD(model.parameters(), lr=0.1)
         return SAMArguments(**options).build_optimizer(base, model, seed=3)
 
+    assert built(sam="asam", sam_only="^bias$").only == "^bias$"
     fisher = built(sam="fisher-sam", sam_rho=0.3, sam_eta=0.5, sam_norm="linf", sam_stochastic_rounding=False)
     assert type(fisher) is samopt.FisherSAM
     assert (fisher.param_groups[0]["rho"], fisher.param_groups[0]["eta"], fisher.norm) == (0.3, 0.5, "linf")

@@ -238,6 +238,26 @@ def test_options_of_a_parameter_group_are_kept(tmp_path):
     assert [group["rho"] for group in trainer.sam_optimizer.param_groups] == [0.1, 0.05]
 
 
+@pytest.mark.parametrize("only", ["norm", r"^layers\.[15]\."])
+def test_only_moves_what_groups_with_perturb_would(tmp_path, only):
+    norms = ("layers.1.", "layers.5.")
+
+    def base(perturbs):
+        return lambda model: torch.optim.AdamW(
+            [{"params": [p], "perturb": perturbs(name)} for name, p in model.named_parameters()], lr=1e-2
+        )
+
+    data = hf.points()
+    models = [hf.norms(), hf.norms()]
+    ours = hf.make_trainer(tmp_path, models[0], data, base=base(lambda name: True), sam_rho=0.3, sam_only=only)
+    theirs = hf.make_trainer(tmp_path, models[1], data, base=base(lambda name: name.startswith(norms)), sam_rho=0.3)
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert len(ours.sam_optimizer.perturbed_parameters) == 4
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name
+
+
 def test_compute_loss_func(tmp_path):
     def summed(outputs, labels, num_items_in_batch):
         loss = nn.functional.cross_entropy(outputs["logits"], labels, reduction="sum")
