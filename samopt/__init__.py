@@ -17,6 +17,7 @@ from samopt.variants.gsam import GSAM
 from samopt.variants.lesam import LESAM
 from samopt.variants.looksam import LookSAM
 from samopt.variants.momentum_sam import MomentumSAM
+from samopt.variants.preconditioned_sam import PreconditionedSAM
 from samopt.variants.sam import SAM
 from samopt.variants.tram import TRAM
 from samopt.variants.wsam import WSAM
@@ -41,6 +42,7 @@ __all__ = [
     "LookSAM",
     "MomentumSAM",
     "PassHandle",
+    "PreconditionedSAM",
     "RhoScheduler",
     "SharpnessAwareOptimizer",
     "StepMetrics",

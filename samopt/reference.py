@@ -6,7 +6,7 @@ forward pass and returns the loss. The package computes the same numbers (``test
 package to train.
 
 Notation: ``w`` weights, ``g`` gradient at ``w``, ``epsilon`` perturbation, ``g_p`` gradient at ``w + epsilon``, ``rho``
-radius, ``T`` geometry.
+radius, ``T`` geometry, ``v`` the base's second moment.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "le_sam",
     "looksam",
     "momentum_sam",
+    "preconditioned_sam",
     "sam",
     "tram",
     "wsam",
@@ -100,6 +101,25 @@ def fisher_sam(
     """Fisher SAM (Kim et al. 2022, algorithm 1): ``T^2 = 1 / (1 + eta g^2)``."""
     loss, g = gradient(parameters, compute_loss)
     t_squared = [1 / (1 + eta * entry * entry) for entry in g]
+    length = torch.stack([(a * b * b).sum() for a, b in zip(t_squared, g, strict=True)]).sum().sqrt()
+    epsilon = [rho * a * b / length for a, b in zip(t_squared, g, strict=True)]
+    update(parameters, base, perturbed_gradient(parameters, compute_loss, epsilon))
+    return loss
+
+
+def preconditioned_sam(parameters: Sequence[Tensor], base: Optimizer, compute_loss: Loss, rho: float = 0.01) -> Tensor:
+    """SAM in Adam's geometry: ``T^2 = 1 / (sqrt(v_hat) + eps)`` with the second moment of ``base``, here Adam or AdamW.
+
+    The first step, which has no second moment yet, is a plain one.
+    """
+    loss, g = gradient(parameters, compute_loss)
+    states, group = [base.state[w] for w in parameters], base.param_groups[0]
+    if not states[0]:
+        update(parameters, base, g)
+        return loss
+    v_hat = [state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"])) for state in states]
+    # An entry that never had a gradient has no scale, and does not move.
+    t_squared = [torch.where(v > 0, 1 / (v.sqrt() + group["eps"]), 0.0) for v in v_hat]
     length = torch.stack([(a * b * b).sum() for a, b in zip(t_squared, g, strict=True)]).sum().sqrt()
     epsilon = [rho * a * b / length for a, b in zip(t_squared, g, strict=True)]
     update(parameters, base, perturbed_gradient(parameters, compute_loss, epsilon))

@@ -77,7 +77,7 @@ class SAMArguments:
         sam_divergence: TRAM's: how they are compared.
         sam_scale: TRAM's: factor from distance to radius, >= 0.
         sam_max_radius: TRAM's and LE-SAM's: largest radius, > 0.
-        sam_geometry: TRAM's: "adaptive", "euclidean" or "fisher".
+        sam_geometry: TRAM's: "adaptive", "euclidean", "fisher" or "preconditioned".
         sam_ema_decay: Of the trust region "ema", in (0, 1).
         sam_noise_std: Of the trust region "input_noise", > 0, in units of the input embeddings.
         sam_options: Further options of the optimizer, as a dict or its JSON: ``{"alpha": 0.2}`` for GSAM, say.
@@ -92,6 +92,7 @@ class SAMArguments:
             "sam",
             "asam",
             "fisher-sam",
+            "preconditioned-sam",
             "momentum-sam",
             "friendly-sam",
             "looksam",
@@ -130,7 +131,7 @@ class SAMArguments:
     )
     sam_scale: float | None = _option(None, "TRAM: factor from distance to radius; by default 1.")
     sam_max_radius: float | None = _option(None, "TRAM and LE-SAM: largest radius.")
-    sam_geometry: Literal["adaptive", "euclidean", "fisher"] | None = _option(
+    sam_geometry: Literal["adaptive", "euclidean", "fisher", "preconditioned"] | None = _option(
         None, "TRAM: geometry of the perturbation; by default adaptive."
     )
     sam_ema_decay: float | None = _option(None, "TRAM: decay of the trust region ema.")

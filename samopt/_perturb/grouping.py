@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import compress
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -60,12 +60,12 @@ def moving_blocks(targets: Iterable[Targets], geometry: Geometry, *, linf: bool,
     """
     own = None if geometry.name == "euclidean" else geometry
     return [
-        MovingBlock(block, parameters, region, kernels.select(block, backend), shards)
-        for region, weights, directions in targets
+        MovingBlock(block, parameters, some.region, kernels.select(block, backend), shards)
+        for some in targets
         for block, parameters, shards in (
-            _split_by_geometry(region, weights, directions, own, linf)
-            if _is_uniform(weights, directions)
-            else _split_by_kind(region, weights, directions, own, linf)
+            _split_by_geometry(some.region, some.weights, some.directions, own, linf)
+            if some.scales is None and _is_uniform(some.weights, some.directions)
+            else _split_by_kind(some, own, linf)
         )
     ]
 
@@ -86,11 +86,11 @@ def _split_by_geometry(
 
 
 def _split_by_kind(
-    region: Region, weights: list[Tensor], directions: list[Tensor], geometry: Geometry | None, linf: bool
+    some: Targets, geometry: Geometry | None, linf: bool
 ) -> list[tuple[Block, list[Tensor], Shards | None]]:
     """Return tensors of one dtype, device, layout, geometry and placement at a time."""
     found: dict[tuple[Any, ...], tuple[Block, list[Tensor], Shards | None]] = {}
-    for parameter, direction in zip(weights, directions, strict=True):
+    for index, (parameter, direction) in enumerate(zip(some.weights, some.directions, strict=True)):
         weight, shards = parameter, None
         if type(parameter) not in _WHOLE:
             shards = Shards.of(parameter)
@@ -100,10 +100,13 @@ def _split_by_kind(
         is_aligned = is_dense and same_memory_layout(weight, direction)
         key = (own is None, weight.dtype, direction.dtype, direction.layout, is_aligned, weight.device, shards)
         if key not in found:
-            found[key] = Block([], [], own, region.eta, linf), [], shards
+            scales: list[Callable[[], Tensor]] | None = None if own is None or some.scales is None else []
+            found[key] = Block([], [], own, some.region.eta, linf, scales), [], shards
         block, parameters, _ = found[key]
         block.weights.append(weight)
         block.directions.append(direction)
+        if block.scales is not None and some.scales is not None:
+            block.scales.append(some.scales[index])
         parameters.append(parameter)
     return list(found.values())
 

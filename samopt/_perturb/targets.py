@@ -38,8 +38,16 @@ class Region:
 
 
 class Targets(NamedTuple):
-    """Weights that move in one region, with the direction of each."""
+    """Weights that move in one region, with the direction of each.
+
+    Attributes:
+        region: The ball.
+        weights: What moves.
+        directions: Along what, for each weight.
+        scales: What makes ``T`` of each weight's local part, where the geometry knows it from the base's state.
+    """
 
     region: Region
     weights: list[Tensor]
     directions: list[Tensor]
+    scales: list[Callable[[], Tensor]] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class Ascent:
         """
         self.options.check(self.base.param_groups)
         stashed = StashedGradients([], [])
-        targets = []
+        targets, groups = [], []
         moving = self.may_move()
         if moving:
             self.radius.prepare()
@@ -133,11 +133,12 @@ class Ascent:
                     weights = self.chosen(weights)
                     gradients = [parameter.grad for parameter in weights]
                 targets.append(Targets(self._region(group, sign), *_having(weights, gradients)))
+                groups.append(group)
         # The plain gradient needs no change; every other direction is made of all gradients at once.
         if moving and isinstance(self.direction, Gradient) and type(self.direction) is not Gradient:
             with torch.no_grad():
                 targets = self._redirected(targets, self.direction)
-        return stashed, targets
+        return stashed, self._with_known_scales(targets, groups)
 
     def targets_along(self, direction: KnownDirection) -> list[Targets]:
         """Return every parameter that moves along a known direction; those without a direction yet do not.
@@ -152,13 +153,14 @@ class Ascent:
         if not self.may_move():
             return []
         self.radius.prepare()
-        targets = []
+        targets, groups = [], []
         for group in self.base.param_groups:
             if self.options.get(group, "perturb"):
                 weights = self.chosen([parameter for parameter in group["params"] if parameter.requires_grad])
                 found = _having(weights, direction.directions(weights, group, self.base))
                 targets.append(Targets(self._region(group, direction.sign), *found))
-        return targets
+                groups.append(group)
+        return self._with_known_scales(targets, groups)
 
     def perturbation(self, targets: list[Targets]) -> Perturbation:
         """Return the perturbation of targets, with its norms measured and nothing written.
@@ -265,6 +267,23 @@ class Ascent:
         gradients = [gradient for some in targets for gradient in some.directions]
         made = iter(direction.from_gradients(weights, gradients))
         return [some._replace(directions=list(islice(made, len(some.weights)))) for some in targets]
+
+    def _with_known_scales(self, targets: list[Targets], groups: list[dict[str, Any]]) -> list[Targets]:
+        """Return the targets with the ``T`` that the geometry knows from the base's state, without those that lack it.
+
+        Args:
+            targets: What moves, by group.
+            groups: The parameter group of each.
+        """
+        found = []
+        for some, group in zip(targets, groups, strict=True):
+            scales = self.geometry.known_scales(some.weights, group, self.base)
+            if scales is not None:
+                moving = [t is not None for t in scales]
+                weights, directions = list(compress(some.weights, moving)), list(compress(some.directions, moving))
+                some = Targets(some.region, weights, directions, [t for t in scales if t is not None])
+            found.append(some)
+        return found
 
 
 def _having(weights: list[Tensor], directions: list[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ class Block:
         geometry: ``T``; None is the identity.
         eta: The stabiliser of the geometry.
         linf: True for the l-infinity ball, False for the l2 ball.
+        scales: What makes ``T`` of each weight, where ``geometry`` knows it from the base optimizer's state.
     """
 
     weights: list[Tensor]
@@ -45,6 +47,7 @@ class Block:
     geometry: Geometry | None
     eta: float
     linf: bool
+    scales: list[Callable[[], Tensor]] | None = None
 
     @functools.cached_property
     def sizes(self) -> list[int]:
@@ -53,7 +56,23 @@ class Block:
 
     def without_geometry(self) -> Block:
         """Return the same tensors with ``T = 1``."""
-        return replace(self, geometry=None)
+        return replace(self, geometry=None, scales=None)
+
+    def scale(self, index: int, weight: Tensor, direction: Tensor, rows: tuple[Tensor, ...] | None) -> Tensor | None:
+        """Return ``T`` of a weight; None for ``T = 1``.
+
+        Args:
+            index: Which weight.
+            weight: Its values in at least fp32, at ``rows``.
+            direction: Likewise.
+            rows: The rows that move; None is all of them.
+        """
+        if self.geometry is None:
+            return None
+        if self.scales is None:
+            return self.geometry.scale(weight, direction, self.eta)
+        known = self.scales[index]()
+        return known if rows is None else known[rows]
 
 
 class Norms(NamedTuple):

@@ -24,12 +24,11 @@ def supports(block: Block) -> str | None:
 def norm(block: Block) -> Tensor:
     """Return ``||T d||_2`` over the block: a 0-dim fp64 tensor on the block's device, safe at 1e30 and at 1e-30."""
     norms = []
-    for weight, direction in zip(block.weights, block.directions, strict=True):
+    for index, (weight, direction) in enumerate(zip(block.weights, block.directions, strict=True)):
         rows, values = split_sparse(direction)
         values = widen(values)
-        if block.geometry is not None:
-            values = values * block.geometry.scale(widen(_take(weight, rows)), values, block.eta)
-        norms.append(vector_norm(values))
+        t = None if block.geometry is None else block.scale(index, widen(_take(weight, rows)), values, rows)
+        norms.append(vector_norm(values if t is None else values * t))
     return vector_norm(torch.stack(norms))
 
 
@@ -53,11 +52,11 @@ def ascend(
     targets = block.weights if into is None else into
     is_low = is_low_precision(block.weights[0])
     applied = []
-    for weight, direction, target in zip(block.weights, block.directions, targets, strict=True):
+    for index, (weight, direction, target) in enumerate(zip(block.weights, block.directions, targets, strict=True)):
         rows, values = split_sparse(direction)
         start, values = widen(_take(weight, rows)), widen(values)
         uphill = torch.sgn(values) if block.linf else values
-        t = None if block.geometry is None else block.geometry.scale(start, values, block.eta)
+        t = block.scale(index, start, values, rows)
         if t is not None:
             uphill = uphill * t if block.linf else uphill * t * t  # T^2 alone may underflow
         factor = scale.to(start.real.dtype if start.is_complex() else start.dtype)

@@ -11,7 +11,7 @@ from samopt.parts.direction import (
     ReusedGradient,
 )
 from samopt.parts.functional import FunctionalGradient
-from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry
+from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry, Preconditioned
 from samopt.parts.part import Part
 from samopt.parts.radius import ConstantRadius, LossBudget, Radius
 
@@ -31,6 +31,7 @@ __all__ = [
     "LossBudget",
     "Momentum",
     "Part",
+    "Preconditioned",
     "Radius",
     "ReusedComponent",
     "ReusedGradient",

@@ -261,7 +261,8 @@ class Momentum(KnownDirection):
 
     Args:
         uphill: Move up along the average instead, to ``w + rho m / ||m||``.
-        preconditioned: Divide by ``sqrt(v) + eps`` with the bias-corrected second moment: Adam's step.
+        preconditioned: Divide by ``sqrt(v) + eps`` with the bias-corrected second moment: Adam's step. The norm stays
+            that of the geometry; ``Preconditioned`` is the geometry in which Adam's step is the steepest.
         buffer: Name of the entry in the base's state, for other optimizers.
         own: Keep an average of samopt's own, for a base without one. It costs one copy of the gradients, kept and
             saved in checkpoints.

@@ -19,6 +19,7 @@ from samopt.variants.gsam import GSAM
 from samopt.variants.lesam import LESAM
 from samopt.variants.looksam import LookSAM
 from samopt.variants.momentum_sam import MomentumSAM
+from samopt.variants.preconditioned_sam import PreconditionedSAM
 from samopt.variants.sam import SAM
 from samopt.variants.tram import TRAM
 from samopt.variants.wsam import WSAM
@@ -29,6 +30,7 @@ _REGISTRY: dict[str, Callable[..., SharpnessAwareOptimizer]] = {
     "sam": SAM,
     "asam": ASAM,
     "fisher-sam": FisherSAM,
+    "preconditioned-sam": PreconditionedSAM,
     "momentum-sam": MomentumSAM,
     "friendly-sam": FriendlySAM,
     "looksam": LookSAM,

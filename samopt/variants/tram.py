@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from samopt._step.arguments import refuse_fixed
 from samopt.optimizer import SharpnessAwareOptimizer
 from samopt.parts.direction import KnownDirection, named_direction
-from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry
+from samopt.parts.geometry import Adaptive, Euclidean, Fisher, Geometry, Preconditioned
 from samopt.trust_region import Divergence, ForwardCall, RadiusSource, TrustRegion
 from samopt.trust_region.comparison import Comparison
 from samopt.trust_region.divergence import check_divergence
@@ -26,6 +26,7 @@ _GEOMETRIES: dict[str, tuple[type[Geometry], float]] = {
     "adaptive": (Adaptive, 0.01),
     "euclidean": (Euclidean, 0.0),
     "fisher": (Fisher, 0.1),
+    "preconditioned": (Preconditioned, 0.0),
 }
 
 
@@ -52,8 +53,8 @@ class TRAM(SharpnessAwareOptimizer):
         scale: Factor from distance to radius, >= 0. Each parameter group holds it as ``scale``; ``RhoScheduler``
             drives it, and groups may differ.
         max_radius: Largest radius, > 0; None is no bound.
-        geometry: "adaptive" (ASAM's), "euclidean" (SAM's), "fisher" (TRAM-Fisher); or an object from
-            ``samopt.parts``.
+        geometry: "adaptive" (ASAM's), "euclidean" (SAM's), "fisher" (TRAM-Fisher), "preconditioned" (of the
+            base's second moment); or an object from ``samopt.parts``.
         eta: Stabiliser of the geometry, >= 0; None is 0.01 for "adaptive" and 0.1 for "fisher".
         class_dim: Dimension of the logits that holds the classes: 1 for segmentation models.
         logits: Takes the compared tensor from what the model returns; None looks for ``.logits``, entries named so, or

@@ -105,8 +105,14 @@ class Preset:
     textbook: Callable[[], Textbook]
     """Makes a stepper with a memory of its own."""
     rho: float
-    needs_momentum: bool = False
     needs_model: bool = False
+    without: tuple[str, ...] = ()
+    """Those of ``BASES`` that it does not work with."""
+
+    @property
+    def usual_base(self) -> str:
+        """The name of a base with a state that it works with."""
+        return "adamw" if "sgd-momentum" in self.without else "sgd-momentum"
 
 
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -149,6 +149,24 @@ class BudgetLoop(Loop):
         return loss, g_p
 
 
+class PreconditionedLoop(Loop):
+    """SAM in the metric ``sqrt(v_hat) + eps`` of Adam's own state; a plain step before there is one."""
+
+    def step(self) -> tuple[Tensor, list[Tensor]]:
+        loss, g = self.gradient()
+        if not all(self.base.state.get(p) for p in self.parameters):
+            return loss, g
+        uphill, squares = [], 0.0
+        for group in self.base.param_groups:
+            for p in group["params"]:
+                state, along = self.base.state[p], g[len(uphill)]
+                v_hat = state["exp_avg_sq"].double() / (1 - group["betas"][1] ** int(state["step"]))
+                uphill.append(along / (v_hat.sqrt() + group["eps"]))
+                squares += float((along * uphill[-1]).sum())
+        _, g_p = self.gradient([rho * up / squares**0.5 for rho, up in zip(self.rhos, uphill, strict=True)])
+        return loss, g_p
+
+
 class ReuseLoop(Loop):
     """The gradient of every second first pass, ascended along for two steps."""
 
@@ -201,8 +219,8 @@ def _reused(params, base_optimizer=None, **options):
 
 
 PRESETS = [
-    Preset("momentum-uphill", _uphill, MomentumLoop, 0.1, needs_momentum=True),
-    Preset("momentum", samopt.MomentumSAM, AheadLoop, 0.1, needs_momentum=True),
+    Preset("momentum-uphill", _uphill, MomentumLoop, 0.1, without=("sgd",)),
+    Preset("momentum", samopt.MomentumSAM, AheadLoop, 0.1, without=("sgd",)),
     Preset("friendly", samopt.FriendlySAM, FriendlyLoop, 0.1),
     Preset("look", _look, LookLoop, 0.1),
     Preset("gsam", samopt.GSAM, GapLoop, 0.1),
@@ -211,4 +229,5 @@ PRESETS = [
     Preset("lesam", _budgeted, BudgetLoop, 0.02),
     Preset("functional", samopt.FunctionalSAM, FunctionalLoop, 0.1, needs_model=True),
     Preset("reused", _reused, ReuseLoop, 0.1),
+    Preset("preconditioned", samopt.PreconditionedSAM, PreconditionedLoop, 0.02, without=("sgd", "sgd-momentum")),
 ]

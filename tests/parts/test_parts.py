@@ -34,9 +34,9 @@ DOUBLE = torch.float64
 each_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 
 
-def build(preset, base="sgd-momentum", dtype=DOUBLE, **options):
+def build(preset, dtype=DOUBLE, **options):
     model = mlp(dtype)
-    return model, preset.wrap(BASES[base](model.parameters()), rho=preset.rho, model=model, **options)
+    return model, preset.wrap(BASES[preset.usual_base](model.parameters()), rho=preset.rho, model=model, **options)
 
 
 def train(optimizer, model, steps, first=0, dtype=DOUBLE):
@@ -68,7 +68,9 @@ def test_a_friendly_direction_without_an_average_is_sam_to_the_bit() -> None:
     assert same_bits(model, bits(plain))
 
 
-@pytest.mark.parametrize("name", ["gsam", "wsam", "wsam-coupled", "look", "functional", "momentum", "reused"])
+@pytest.mark.parametrize(
+    "name", ["gsam", "wsam", "wsam-coupled", "look", "functional", "preconditioned", "momentum", "reused"]
+)
 def test_a_power_of_two_as_loss_scale_changes_no_bit(name) -> None:
     preset = next(preset for preset in PRESETS if preset.name == name)
     model, optimizer = build(preset, dtype=torch.float32)
@@ -109,14 +111,14 @@ def test_a_copied_or_pickled_optimizer_trains_on_as_the_first(preset) -> None:
 @each_preset
 def test_a_checkpoint_of_the_plain_base_starts_the_parts_anew(preset) -> None:
     stock_model = mlp(DOUBLE)
-    stock = BASES["sgd-momentum"](stock_model.parameters())
+    stock = BASES[preset.usual_base](stock_model.parameters())
     stock.step(closure_of(stock, stock_model, batch(DOUBLE, seed=7)))
     model, optimizer = build(preset)
     train(optimizer, model, 2)
     model.load_state_dict(stock_model.state_dict())
     optimizer.load_state_dict(copy.deepcopy(stock.state_dict()))
     loop, reference = preset.textbook(), copy.deepcopy(stock_model)
-    base = BASES["sgd-momentum"](reference.parameters())
+    base = BASES[preset.usual_base](reference.parameters())
     base.load_state_dict(copy.deepcopy(stock.state_dict()))
     base.param_groups[0]["rho"] = preset.rho
     for step in range(3):
@@ -378,7 +380,7 @@ def test_an_ascent_closure_without_its_direction_is_refused() -> None:
 )
 def test_ranks_train_as_one_process_does(preset) -> None:
     model = mlp(DOUBLE)
-    stock = BASES["sgd-momentum"](model.parameters())
+    stock = BASES[preset.usual_base](model.parameters())
     stock.param_groups[0]["rho"] = preset.rho
     loop = preset.textbook()
     for step in range(5):
@@ -391,8 +393,9 @@ def test_ranks_train_as_one_process_does(preset) -> None:
 def train_replica(name: str, steps: int) -> list[Tensor]:
     preset = next(preset for preset in PRESETS if preset.name == name)
     model = DistributedDataParallel(mlp(DOUBLE))
-    base = BASES["sgd-momentum"](model.parameters())
-    optimizer = preset.wrap(base, rho=preset.rho, model=model, sync_perturbation=name in ("lesam", "functional"))
+    base = BASES[preset.usual_base](model.parameters())
+    synced = name in ("lesam", "functional", "preconditioned")
+    optimizer = preset.wrap(base, rho=preset.rho, model=model, sync_perturbation=synced)
     part = slice(8 * torch.distributed.get_rank(), 8 * torch.distributed.get_rank() + 8)
     for step in range(steps):
         x, y = batch(DOUBLE, seed=step)
@@ -401,14 +404,14 @@ def train_replica(name: str, steps: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["friendly", "look", "gsam", "wsam", "wsam-coupled", "lesam", "functional", "momentum"]
+    "name", ["friendly", "look", "gsam", "wsam", "wsam-coupled", "lesam", "functional", "preconditioned", "momentum"]
 )
 def test_shards_train_as_one_process_does(name) -> None:
     from tests.helpers.sharded import uneven
 
     preset = next(preset for preset in PRESETS if preset.name == name)
     model = uneven()
-    stock = BASES["sgd-momentum"](model.parameters())
+    stock = BASES[preset.usual_base](model.parameters())
     stock.param_groups[0]["rho"] = preset.rho
     loop = preset.textbook()
     for step in range(5):
@@ -422,7 +425,7 @@ def train_shards(name: str, steps: int) -> list[Tensor]:
 
     preset = next(preset for preset in PRESETS if preset.name == name)
     model = fully_sharded(uneven())
-    optimizer = preset.wrap(BASES["sgd-momentum"](model.parameters()), rho=preset.rho, model=model)
+    optimizer = preset.wrap(BASES[preset.usual_base](model.parameters()), rho=preset.rho, model=model)
     for step in range(steps):
         optimizer.step(closure_of(optimizer, model, own_part(step)))
     return full(model.parameters())

@@ -28,6 +28,7 @@ PUBLIC = [
     "LookSAM",
     "MomentumSAM",
     "PassHandle",
+    "PreconditionedSAM",
     "RhoScheduler",
     "SharpnessAwareOptimizer",
     "StepMetrics",

@@ -35,7 +35,7 @@ each_pairing = pytest.mark.parametrize(
         pytest.param(variant, base, id=f"{base}-{variant.name}")
         for variant in [*VARIANTS, *PRESETS]
         for base in BASES
-        if base != "sgd" or not getattr(variant, "needs_momentum", False)
+        if base not in getattr(variant, "without", ())
     ],
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -179,7 +179,7 @@ def test_resumed_run_is_the_uninterrupted_one(variant, base, dtype, factors) -> 
 @each_dtype
 @each_grouping
 def test_perturbation_leaves_every_bit_when_nothing_is_learned(variant, dtype, factors) -> None:
-    model, optimizer = build(variant, "sgd-momentum", dtype, factors)
+    model, optimizer = build(variant, getattr(variant, "usual_base", "sgd-momentum"), dtype, factors)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     before = bits(model)

@@ -86,7 +86,11 @@ def test_scale_is_scheduled_as_rho_and_costs_one_pass_at_zero() -> None:
         ({"scale": -1.0}, ValueError, "scale must be >= 0 and finite, got -1.0"),
         ({"max_radius": 0.0}, ValueError, "max_radius must be > 0, got 0.0; use scale=0"),
         ({"divergence": "js"}, ValueError, r"divergence must be one of \['kl'"),
-        ({"geometry": "round"}, ValueError, r"geometry must be one of \['adaptive', 'euclidean', 'fisher'\]"),
+        (
+            {"geometry": "round"},
+            ValueError,
+            r"geometry must be one of \['adaptive', .*'preconditioned'\]",
+        ),
         (
             {"trust_region": "last"},
             ValueError,
