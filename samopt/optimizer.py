@@ -274,6 +274,19 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         return self._ascent.may_move()
 
     @property
+    def is_paused(self) -> bool:
+        """Whether every step is the base's alone, in one pass, whatever ``rho`` is; False unless set.
+
+        Set it between steps. The trainers leave out the perturbation for a part of a run by it. Checkpoints do not hold
+        it.
+        """
+        return self._ascent.is_paused
+
+    @is_paused.setter
+    def is_paused(self, value: bool) -> None:
+        self._ascent.is_paused = bool(value)
+
+    @property
     def waits_for_step(self) -> bool:
         """Whether the gradients of a second pass wait for ``step()``."""
         return self._passes.waits_for_step

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
+from numbers import Integral
 from typing import Any
 
+from samopt._step.late_phase import first_late_step, share_of
+from samopt.distributed import runs_on_several_ranks
 from samopt.optimizer import SharpnessAwareOptimizer
+from samopt.parts.checks import check_nonnegative
 
 __all__ = ["RhoScheduler"]
 
@@ -128,8 +134,16 @@ class RhoScheduler:
         return cls(optimizer, partial(_every, k=k))
 
     @classmethod
-    def late(cls, optimizer: SharpnessAwareOptimizer, start: int, ramp: int = 0) -> RhoScheduler:
-        """Return a schedule with ``rho = 0``, so one pass a step, before step ``start``, and the full ``rho`` after.
+    def late(
+        cls,
+        optimizer: SharpnessAwareOptimizer,
+        start: int | str,
+        ramp: int = 0,
+        *,
+        total: int | None = None,
+        seconds: float | None = None,
+    ) -> RhoScheduler:
+        """Return a schedule with ``rho = 0``, so one pass a step, before ``start``, and the full ``rho`` after.
 
         A few epochs of SAM at the end find minima about as flat as SAM throughout (Zhou et al. 2025, "Sharpness-Aware
         Minimization Efficiently Selects Flatter Minima Late in Training"). Cost: with ``start`` halfway, 1.5 times the
@@ -137,15 +151,53 @@ class RhoScheduler:
 
         Args:
             optimizer: The optimizer to drive.
-            start: First perturbed step, >= 0.
-            ramp: Number of steps over which ``rho`` rises linearly from there, >= 0.
+            start: First perturbed step, >= 0; or a share of the run such as "last 25 %", with ``total`` or ``seconds``.
+                A broken number of perturbed steps is rounded up.
+            ramp: Number of steps over which ``rho`` rises linearly from there, >= 0; 0 with ``seconds``.
+            total: With a share: scheduler steps of the whole run, >= 1.
+            seconds: With a share: wall-clock time of the whole run, > 0. It is counted from here on, and goes on from
+                the saved time after ``load_state_dict``. One process only.
 
         Raises:
-            ValueError: If an argument is negative.
+            ValueError: If an argument is out of range, or does not go with another.
+
+        Example:
+            >>> import torch, samopt
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = samopt.SAM([w], torch.optim.SGD, rho=0.2, lr=0.1)
+            >>> scheduler = samopt.RhoScheduler.late(optimizer, "last 25 %", total=8)
+            >>> [(scheduler.get_last_rho()[0], scheduler.step())[0] for _ in range(8)]
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.2, 0.2]
         """
-        if start < 0 or ramp < 0:
-            raise ValueError(f"start and ramp must be >= 0, got {start} and {ramp}")
-        return cls(optimizer, partial(_late, start=start, ramp=ramp))
+        if ramp < 0:
+            raise ValueError(f"ramp must be >= 0, got {ramp}")
+        if not isinstance(start, str):
+            if total is not None or seconds is not None:
+                raise ValueError(
+                    f'total= and seconds= go with a share of the run, such as start="last 25 %"; got start={start!r}'
+                )
+            if not _is_step(start):
+                raise ValueError(f'start must be a step >= 0, or a share of the run such as "last 25 %"; got {start!r}')
+            return cls(optimizer, partial(_late, start=start, ramp=ramp))
+        share = share_of("start", start)
+        if (total is None) == (seconds is None):
+            raise ValueError(
+                f"start={start!r} is a share of the run, so give either total= (its scheduler steps) or seconds= (its "
+                f"time); got total={total} and seconds={seconds}"
+            )
+        if total is not None:
+            if total < 1:
+                raise ValueError(f"total must be at least 1, got {total}")
+            return cls(optimizer, partial(_late, start=first_late_step(share, total), ramp=ramp))
+        check_nonnegative("seconds", seconds)
+        if seconds == 0 or ramp:
+            raise ValueError(f"seconds must be > 0, and has no ramp of steps; got seconds={seconds} and ramp={ramp}")
+        if runs_on_several_ranks():
+            raise ValueError(
+                "seconds= follows the clock of this process, so several processes would not perturb in the same steps, "
+                "and would wait for each other; use total="
+            )
+        return cls(optimizer, _LateInTime(share, float(seconds or 0)))
 
     @classmethod
     def below_lr(cls, optimizer: SharpnessAwareOptimizer, lr: float) -> RhoScheduler:
@@ -178,8 +230,14 @@ class RhoScheduler:
         return [self.optimizer.option(group, self.optimizer.radius.option) for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps and the initial radii; the factor itself is code and is not saved."""
-        return {"last_step": self.last_step, "base_rhos": list(self.base_rhos)}
+        """Return the number of steps and the initial radii, and with ``seconds=`` the time that has passed.
+
+        The factor itself is code and is not saved.
+        """
+        state: dict[str, Any] = {"last_step": self.last_step, "base_rhos": list(self.base_rhos)}
+        if isinstance(self._factor, _LateInTime):
+            state["seconds"] = self._factor.elapsed()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, and set every group's ``rho`` accordingly.
@@ -196,6 +254,8 @@ class RhoScheduler:
                 f"the saved schedule drives {len(base_rhos)} param groups, but the optimizer has "
                 f"{len(self.optimizer.param_groups)}; add the others (add_param_group) before loading"
             )
+        if isinstance(self._factor, _LateInTime):
+            self._factor.go_on_from(state_dict.get("seconds", 0.0))
         self._move_to(state_dict["last_step"], base_rhos)
 
     def _move_to(self, step: int, base_rhos: list[float]) -> None:
@@ -228,6 +288,32 @@ def _late(step: int, *, start: int, ramp: int) -> float:
     return min(1.0, (step - start + 1) / (ramp + 1))
 
 
+class _LateInTime:
+    """1 in the last share of a time, 0 before."""
+
+    def __init__(self, share: Fraction, seconds: float) -> None:
+        self._begin = float(1 - share) * seconds
+        self.go_on_from(0.0)
+
+    def __call__(self, step: int) -> float:
+        return 1.0 if self.elapsed() >= self._begin else 0.0
+
+    def elapsed(self) -> float:
+        """Return the seconds of the run until now."""
+        return self._before + time.monotonic() - self._since
+
+    def go_on_from(self, seconds: float) -> None:
+        """Count on from a time."""
+        self._before, self._since = float(seconds), time.monotonic()
+
+    def __getstate__(self) -> dict[str, float]:
+        return {"_begin": self._begin, "_before": self.elapsed()}
+
+    def __setstate__(self, state: dict[str, float]) -> None:
+        self._begin = state["_begin"]
+        self.go_on_from(state["_before"])  # another process has another clock
+
+
 def _below_lr(step: int, *, optimizer: SharpnessAwareOptimizer, lr: float) -> float:
     return 1.0 if float(optimizer.param_groups[0]["lr"]) <= lr else 0.0
 
@@ -237,6 +323,10 @@ def _follow_lr(
 ) -> float:
     fraction = (float(optimizer.param_groups[0]["lr"]) - min_lr) / (max_lr - min_lr)
     return min_factor + (1.0 - min_factor) * min(max(fraction, 0.0), 1.0)
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, Integral) and int(value) >= 0
 
 
 def _check_steps(steps: int) -> None:

@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 import samopt
 from samopt import SharpnessAwareOptimizer, StepMetrics
+from samopt._step.late_phase import share_of
 
 from .._second_pass.variant_options import try_options
+from .late_phase import LatePhase
 from .packages import Callback
 from .refusals import (
     refuse_missing_optimizer,
@@ -57,6 +59,8 @@ class SharpnessAwareTraining(Callback):
         seed: Seed of that rounding.
         watch: For TRAM and functional SAM: name of the submodule whose outputs they take. None is the one that has all
             parameters, or else the module itself, if ``training_step`` calls it as ``self(...)``.
+        late: Perturb in the last share of the run only: "last 25 %", or 0.25. It counts the trainer's optimizer steps,
+            or its ``max_time`` where that ends the run first. The steps before cost one pass. None is the whole run.
         **options: Further options of the optimizer, such as TRAM's ``trust_region`` and ``scale``.
 
     Raises:
@@ -81,6 +85,7 @@ class SharpnessAwareTraining(Callback):
         stochastic_rounding: bool | None = None,
         seed: int | None = None,
         watch: str | None = None,
+        late: float | str | None = None,
         **options: Any,
     ) -> None:
         if isinstance(variant, str) and variant not in samopt.available():
@@ -92,6 +97,8 @@ class SharpnessAwareTraining(Callback):
         self._options = {name: value for name, value in named.items() if value is not None} | options
         self._sync_perturbation = sync_perturbation
         self._watch = watch
+        self._late = None if late is None else share_of("late", late)
+        self._phase: LatePhase | None = None
         self._run: Run | None = None
         self._loaded: dict[str, Any] = {}
         self._group_options: list[dict[str, Any]] = []
@@ -156,6 +163,9 @@ class SharpnessAwareTraining(Callback):
         Args:
             trainer: The trainer.
             pl_module: The module.
+
+        Raises:
+            ValueError: If ``late`` is a share of a run of unknown length.
         """
         optimizer = self.optimizer
         assert optimizer is not None
@@ -164,8 +174,21 @@ class SharpnessAwareTraining(Callback):
             self._loaded = {}
         for group, options in zip(optimizer.param_groups, self._group_options, strict=False):
             group.update(options)
+        self._phase = None if self._late is None else LatePhase(trainer, self._late)
         self._run = Run(trainer, pl_module, optimizer, sync_perturbation=self._sync_perturbation)
         self._run.install()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Leave out the perturbation before the last share of the run.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            batch: The batch.
+            batch_idx: Its number in the epoch.
+        """
+        if self._phase is not None and self.optimizer is not None:
+            self.optimizer.is_paused = not self._phase.has_begun()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Note that an accumulation window begins.
@@ -285,6 +308,7 @@ class SharpnessAwareTraining(Callback):
         if self._run is not None:
             self._run.remove()
         if self.optimizer is not None:
+            self.optimizer.is_paused = False
             for group, keys in zip(self.optimizer.param_groups, self._added, strict=False):
                 for key in keys:
                     group.pop(key, None)

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 import samopt
 from samopt import SharpnessAwareOptimizer
 from samopt._callers.user_warnings import warn_user
+from samopt._step.late_phase import first_late_step, share_of
 from samopt.trust_region import EMA, InputNoise
 from samopt.variants import option_names
 
@@ -70,6 +71,8 @@ class SAMArguments:
             "constant".
         sam_rho_warmup_steps: Optimizer steps of "linear_warmup", >= 1 there.
         sam_every: Perturb every so many optimizer steps, >= 1; the others cost one pass.
+        sam_late: Perturb in the last share of the run's optimizer steps only: "last 25 %", or 0.25. The steps before
+            cost one pass. None is the whole run.
         sam_sync_perturbation: With several processes: perturb along the averaged gradient, as one process with the
             whole batch would, for one more exchange of gradients. By default each perturbs along its own.
         sam_stochastic_rounding: Round perturbed bf16 and fp16 weights stochastically.
@@ -119,6 +122,9 @@ class SAMArguments:
     )
     sam_rho_warmup_steps: int = _option(0, "Optimizer steps over which linear_warmup raises the radius from 0.")
     sam_every: int = _option(1, "Perturb every so many optimizer steps; the others cost one pass.")
+    sam_late: float | str | None = _option(
+        None, 'Perturb in the last share of the steps only, as "last 25 %%" or 0.25; the others cost one pass.'
+    )
     sam_sync_perturbation: bool = _option(
         False, "Perturb along the gradient averaged over processes instead of each process's own."
     )
@@ -153,6 +159,8 @@ class SAMArguments:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}; leave it out for the default")
         if self.sam_every < 1:
             raise ValueError(f"sam_every must be at least 1, got {self.sam_every}; 1 perturbs every step")
+        if self.sam_late is not None:
+            share_of("sam_late", self.sam_late)
         if (self.sam_rho_schedule == "linear_warmup") != (self.sam_rho_warmup_steps > 0):
             raise ValueError(
                 f'sam_rho_warmup_steps={self.sam_rho_warmup_steps} does not go with sam_rho_schedule="'
@@ -209,6 +217,24 @@ class SAMArguments:
             case "proportional_to_lr":
                 return samopt.RhoScheduler.proportional_to_lr(optimizer, max_lr=learning_rate)
         return samopt.RhoScheduler(optimizer, lambda step: 1.0) if self.sam_every > 1 else None
+
+    def first_perturbed_step(self, max_steps: int) -> int:
+        """Return the first optimizer step that is perturbed.
+
+        Args:
+            max_steps: How many optimizer steps the run has.
+
+        Raises:
+            ValueError: If ``sam_late`` is a share of a run of unknown length.
+        """
+        if self.sam_late is None:
+            return 0
+        if max_steps < 1:
+            raise ValueError(
+                f"sam_late={self.sam_late!r} is a share of the run, whose number of steps is not known: max_steps is "
+                f"{max_steps}; set max_steps="
+            )
+        return first_late_step(share_of("sam_late", self.sam_late), max_steps)
 
     def _look_at_trainer(self, frame: FrameType) -> None:
         """Warn if the training step of a Trainer runs that is not sharpness-aware."""

@@ -55,6 +55,7 @@ class Run:
         self._handle: RemovableHandle | None = None
         self._passes: TwoPasses | None = None
         self._schedule: RhoScheduler | None = None
+        self._first_perturbed = 0
         self._gradient_scale: Tensor | None = None
         self._is_prepared = False
 
@@ -75,6 +76,7 @@ class Run:
         if self._passes is None:
             self._passes = self._start(trainer, model)
         self._follow_schedule(trainer.state.global_step)
+        self._passes.optimizer.is_paused = trainer.state.global_step < self._first_perturbed
         self._is_prepared = False
         loss = self._passes.run(once, again)
         scaler = trainer.accelerator.scaler
@@ -97,6 +99,7 @@ class Run:
         self._schedule = self._arguments.build_schedule(
             optimizer, max_steps=trainer.state.max_steps, learning_rate=trainer.args.learning_rate
         )
+        self._first_perturbed = self._arguments.first_perturbed_step(trainer.state.max_steps)
         self.optimizer = optimizer
         return TwoPasses(
             trainer.accelerator,

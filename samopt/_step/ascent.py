@@ -41,6 +41,9 @@ class Ascent:
         linf: True for the l-infinity ball.
         rounding: Source of numbers for stochastic rounding, or None.
         backend: Name of a kernel backend, or "auto".
+
+    Attributes:
+        is_paused: Whether nothing moves, whatever the radii are.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Ascent:
         self.linf = linf
         self.rounding = rounding
         self.backend = backend
+        self.is_paused = False
 
     @property
     def base(self) -> Optimizer:
@@ -91,6 +95,8 @@ class Ascent:
 
     def is_on(self) -> bool:
         """Return whether any group has a positive radius, so that this is more than the base optimizer."""
+        if self.is_paused:
+            return False
         get, option = self.options.get, self.radius.option
         for group in self.base.param_groups:
             value = get(group, option)

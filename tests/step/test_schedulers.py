@@ -21,14 +21,18 @@ from tests.helpers.cases import (
     BASES,
     FORMS,
     TOLERANCE,
+    VARIANTS,
     assert_equal,
     batch,
+    bits,
     closure_of,
     mlp,
     parameter_groups,
     sam_epsilon,
+    same_bits,
     textbook_step,
 )
+from tests.helpers.published import PRESETS
 
 STEPS = 8
 RHO = 0.05
@@ -280,6 +284,109 @@ def test_a_state_for_more_groups_is_refused_and_leaves_everything() -> None:
 
 
 @pytest.mark.parametrize(
+    ("start", "total", "perturbed"),
+    [
+        ("last 25 %", 8, 2),
+        ("last 25%", 8, 2),
+        (" last 25 %", 9, 3),
+        ("last 10 %", 30, 3),
+        ("last 12.5 %", 8, 1),
+        ("last 100 %", 5, 5),
+        ("last 1 %", 5, 1),
+        ("0.1", 30, 3),
+    ],
+)
+def test_a_late_share_perturbs_the_last_steps_alone_and_the_others_cost_one_pass(start, total, perturbed) -> None:
+    model, expected = mlp(torch.float64), mlp(torch.float64)
+    optimizer = samopt.SAM(BASES["sgd-momentum"](model.parameters()), rho=RHO, model=model)
+    schedule = RhoScheduler.late(optimizer, start, total=total)
+    stock = BASES["sgd-momentum"](parameter_groups(expected, [RHO]))
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    costs = []
+    for step in range(total):
+        data = batch(torch.float64, seed=step)
+        optimizer.step(closure_of(optimizer, model, data))
+        schedule.step()
+        costs.append(len(forwards))
+        forwards.clear()
+        if step < total - perturbed:
+            stock.step(closure_of(stock, expected, data))
+        else:
+            textbook_step(expected, stock, data, sam_epsilon)
+    assert costs == [1] * (total - perturbed) + [2] * perturbed
+    assert_equal(model, expected)
+
+
+def test_a_late_share_resumes_where_it_was() -> None:
+    made = [samopt.SAM(BASES["sgd"](mlp().parameters()), rho=0.2) for _ in range(2)]
+    first, second = (RhoScheduler.late(optimizer, "last 50 %", ramp=1, total=8) for optimizer in made)
+    factors = []
+    for step in range(8):
+        if step == 5:
+            second.load_state_dict(through_a_file(first.state_dict()))
+            first = second
+        factors.append(first.get_last_rho()[0] / 0.2)
+        first.step()
+    assert factors == [0, 0, 0, 0, 0.5, 1, 1, 1]
+
+
+def test_a_late_share_of_time_follows_the_clock_and_goes_on_from_a_checkpoint(monkeypatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("samopt.rho_scheduler.time.monotonic", lambda: now[0])
+    optimizer = samopt.SAM(BASES["sgd"](mlp().parameters()), rho=0.2)
+    schedule = RhoScheduler.late(optimizer, "last 25 %", seconds=100)
+    for passed, rho in ((50.0, 0.0), (74.9, 0.0)):
+        now[0] = 1000.0 + passed
+        schedule.step()
+        assert schedule.get_last_rho() == [rho]
+    saved = through_a_file(schedule.state_dict())
+    assert saved["seconds"] == pytest.approx(74.9)
+    copied = pickle.dumps(schedule)
+    now[0] = 5.0  # another machine's clock
+    resumed = RhoScheduler.late(samopt.SAM(BASES["sgd"](mlp().parameters()), rho=0.2), "last 25 %", seconds=100)
+    resumed.load_state_dict(saved)
+    twin = pickle.loads(copied)
+    for each in (resumed, twin):
+        now[0] = 5.0
+        each.load_state_dict(saved)
+        each.step()
+        assert each.get_last_rho() == [0.0]
+        now[0] = 5.2
+        each.step()
+        assert each.get_last_rho() == [0.2]
+
+
+def test_a_late_share_of_time_is_refused_on_several_ranks(monkeypatch) -> None:
+    monkeypatch.setattr("samopt.rho_scheduler.runs_on_several_ranks", lambda: True)
+    optimizer = samopt.SAM(BASES["sgd"](mlp().parameters()), rho=0.2)
+    with pytest.raises(ValueError, match="seconds= follows the clock of this process.*use total="):
+        RhoScheduler.late(optimizer, "last 25 %", seconds=10)
+    assert RhoScheduler.late(optimizer, "last 25 %", total=10).get_last_rho() == [0.0]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *PRESETS], ids=lambda variant: variant.name)
+def test_a_paused_optimizer_is_its_base_and_goes_on(variant) -> None:
+    base = getattr(variant, "usual_base", "sgd-momentum")
+    model, expected = mlp(), mlp()
+    optimizer = variant.wrap(BASES[base](model.parameters()), rho=variant.rho, model=model)
+    stock = BASES[base](expected.parameters())
+    optimizer.is_paused = True
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    for step in range(3):
+        optimizer.step(closure_of(optimizer, model, batch(seed=step)))
+        stock.step(closure_of(stock, expected, batch(seed=step)))
+    assert same_bits(model, bits(expected))
+    assert (len(forwards), optimizer.rho, optimizer.perturbs_this_step) == (3, variant.rho, False)
+    optimizer.is_paused = False
+    for step in range(3, 5):
+        optimizer.step(closure_of(optimizer, model, batch(seed=step)))
+        stock.step(closure_of(stock, expected, batch(seed=step)))
+    assert not same_bits(model, bits(expected))
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda opt: RhoScheduler.linear_warmup(opt, steps=0), "steps must be at least 1, got 0"),
@@ -287,7 +394,20 @@ def test_a_state_for_more_groups_is_refused_and_leaves_everything() -> None:
         (lambda opt: RhoScheduler.cosine(opt, steps=-1), "steps must be at least 1, got -1"),
         (lambda opt: RhoScheduler.cosine(opt, steps=2, final=-0.1), "final must be >= 0, got -0.1"),
         (lambda opt: RhoScheduler.every(opt, 0), "k must be at least 1, got 0"),
-        (lambda opt: RhoScheduler.late(opt, -1), "start and ramp must be >= 0, got -1 and 0"),
+        (lambda opt: RhoScheduler.late(opt, -1), "start must be a step >= 0, or a share .* got -1"),
+        (lambda opt: RhoScheduler.late(opt, 0.25), 'start must be a step .* such as "last 25 %"; got 0.25'),
+        (lambda opt: RhoScheduler.late(opt, 3, ramp=-1), "ramp must be >= 0, got -1"),
+        (lambda opt: RhoScheduler.late(opt, 3, total=10), r"total= and seconds= go with a share .* got start=3"),
+        (lambda opt: RhoScheduler.late(opt, "last 25 %"), "give either total= .* got total=None and seconds=None"),
+        (lambda opt: RhoScheduler.late(opt, "last 25 %", total=4, seconds=2.0), "got total=4 and seconds=2.0"),
+        (lambda opt: RhoScheduler.late(opt, "last 25 %", total=0), "total must be at least 1, got 0"),
+        (lambda opt: RhoScheduler.late(opt, "last 25 %", seconds=0.0), "seconds must be > 0"),
+        (lambda opt: RhoScheduler.late(opt, "last 25 %", seconds=-1.0), "seconds must be >= 0 and finite, got -1.0"),
+        (lambda opt: RhoScheduler.late(opt, "last 25 %", ramp=2, seconds=9.0), "has no ramp of steps"),
+        (lambda opt: RhoScheduler.late(opt, "first 10 %", total=4), 'written as "last 25 %" or 0.25; got .first 10 %'),
+        (lambda opt: RhoScheduler.late(opt, "last 0 %", total=4), "above 0 and up to 1 .* got 'last 0 %'"),
+        (lambda opt: RhoScheduler.late(opt, "last 101%", total=4), "got 'last 101%'"),
+        (lambda opt: RhoScheduler.late(opt, "last 25", total=4), "got 'last 25'"),
         (lambda opt: RhoScheduler.below_lr(opt, 0.0), "lr must be > 0, got 0.0"),
         (lambda opt: RhoScheduler.proportional_to_lr(opt, 0.1, 0.1), "max_lr must be larger than min_lr"),
         (lambda opt: RhoScheduler.proportional_to_lr(opt, 0.1, min_factor=2.0), r"min_factor must be in \[0, 1\]"),

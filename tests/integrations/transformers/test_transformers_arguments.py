@@ -86,6 +86,9 @@ def test_arguments_are_kept_with_the_run(tmp_path):
         ({"sam": "sam", "sam_rho": float("nan")}, "sam_rho must be >= 0 and finite, got nan"),
         ({"sam": "asam", "sam_eta": -1.0}, "sam_eta must be >= 0"),
         ({"sam": "tram", "sam_max_radius": 0.0}, "sam_max_radius must be > 0, got 0.0"),
+        ({"sam": "sam", "sam_late": "first 10 %"}, 'sam_late must be a share .* "last 25 %" or 0.25; got .first 10 %'),
+        ({"sam": "sam", "sam_late": 25}, "sam_late must be a share of the run, above 0 and up to 1 .* got 25"),
+        ({"sam": "sam", "sam_late": 0.0}, "sam_late must be a share of the run"),
         ({"sam": "sam", "sam_every": 0}, "sam_every must be at least 1, got 0"),
         ({"sam": "sam", "sam_eta": 0.1}, 'sam_eta=0.1 has no effect with sam="sam"; leave it out, or use asam or'),
         ({"sam": "tram", "sam_rho": 0.1}, 'sam_rho=0.1 has no effect with sam="tram"'),
@@ -164,6 +167,22 @@ def test_every_optimizer_is_made_by_its_name(name):
     assert type(made) is type(samopt.create(name, torch.optim.Adam(model.parameters(), lr=0.1), model=model))
     choices = typing.get_args(typing.get_args(typing.get_type_hints(SAMArguments)["sam"])[0])
     assert list(choices) == ["none", *samopt.available()]
+
+
+@pytest.mark.parametrize("text", ["last 25 %", "last 25%", "0.25"])
+def test_a_late_share_on_the_command_line(text, tmp_path):
+    parser = transformers.HfArgumentParser(SAMTrainingArguments)
+    (arguments,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--sam", "sam", "--sam_late", text]
+    )
+    assert arguments.first_perturbed_step(40) == 30
+    (from_yaml,) = parser.parse_dict({"output_dir": str(tmp_path), "sam": "sam", "sam_late": 0.25})
+    assert from_yaml.first_perturbed_step(40) == 30
+    assert SAMArguments(sam="sam").first_perturbed_step(-1) == 0
+    with pytest.raises(ValueError, match=r"sam_late=0.25 is a share of the run, .* max_steps is -1; set max_steps="):
+        from_yaml.first_perturbed_step(-1)
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args_into_dataclasses(["--help"])
 
 
 def test_options_of_a_single_optimizer(tmp_path):

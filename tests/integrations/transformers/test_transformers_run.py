@@ -367,6 +367,60 @@ def test_every_and_schedules_follow_the_steps(tmp_path):
     )
 
 
+@pytest.mark.parametrize("late", ["last 40 %", 0.4])
+def test_a_late_share_perturbs_the_last_steps_alone(late, tmp_path):
+    """Seven steps of two micro-batches, of which the last three are perturbed, as a loop by hand does it."""
+    data = hf.points(52)
+    calls = []  # of no Trainer, so that nothing is put back
+
+    class Counting(SAMTrainer):
+        def compute_loss(self, *args, **options):
+            calls.append(self.state.global_step)
+            return super().compute_loss(*args, **options)
+
+    options = {"num_train_epochs": 1, "gradient_accumulation_steps": 2, "lr_scheduler_type": "constant"}
+    model, by_hand = hf.norms(), hf.norms()
+    trainer = hf.make_trainer(tmp_path, model, data, kind=Counting, sam_late=late, **options)
+    trainer.train()
+    assert [calls.count(step) for step in range(7)] == [2, 2, 2, 2, 4, 4, 2]  # 13 batches: the last window has one
+    assert hf.logged(trainer, "sharpness/radius") == pytest.approx([0, 0, 0, 0, 0.05, 0.05, 0.05])
+    every = hf.make_trainer(tmp_path, by_hand, data, sam_rho=0.0, **options)
+
+    class FromStep(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            optimizer = every.sam_optimizer
+            if state.global_step >= 4:
+                optimizer.rho = 0.05
+
+    every.add_callback(FromStep())
+    every.train()
+    assert same_model(model, by_hand)
+
+
+def test_a_late_share_resumes_as_if_uninterrupted(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1, "sam_late": "last 50 %"}
+    whole = hf.make_trainer(tmp_path / "whole", hf.norms(), hf.points(), **options)
+    whole.train()
+    for step in (3, 6):  # before and in the last share
+        resumed = hf.make_trainer(tmp_path / str(step), hf.norms(), hf.points(), **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert same_model(resumed.model, whole.model)
+    radii = hf.logged(whole, "sharpness/radius")
+    assert radii == pytest.approx([0, 0, 0, 0.05, 0.05, 0.05, 0.05])
+
+
+def test_a_late_share_of_a_stream_needs_max_steps(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(hf.points(20))
+
+    with pytest.raises(ValueError, match="max_steps"):
+        hf.make_trainer(tmp_path, hf.norms(), Stream(), sam_late="last 25 %").train()
+    trainer = hf.make_trainer(tmp_path, hf.norms(), Stream(), sam_late="last 25 %", max_steps=8)
+    trainer.train()
+    assert hf.logged(trainer, "sharpness/radius") == pytest.approx([0] * 6 + [0.05] * 2)
+
+
 def test_steps_without_a_perturbation_cost_one_pass(tmp_path):
     calls = []  # of no Trainer, so that nothing is put back
 
