@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -26,11 +27,44 @@ RAISED = object()
 class CallWatcher:
     """Told when the outermost call of a module in a watched tree begins and ends.
 
+    It follows the calls of the thread that trains, and those in a backward pass, which may have a thread of its own. A
+    call that evaluates in another thread meanwhile is left alone.
+
     Attributes:
         running: The module whose outermost call is running; None between calls.
+        thread: The thread of that call.
+        trains: Whether that call is one in training, with gradients on.
+        training_thread: The thread of the last such call that was not in a backward pass; None before the first.
     """
 
     running: nn.Module | None = None
+    thread: int | None = None
+    trains = False
+    training_thread: int | None = None
+
+    def follows(self, module: nn.Module) -> bool:
+        """Return whether a call that begins now is to be followed, as an outermost one.
+
+        Args:
+            module: What is called.
+        """
+        trains = module.training and torch.is_grad_enabled()
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self.running is not None:  # in another thread
+            return trains and not in_backward and not self.trains
+        return trains or in_backward or self.training_thread in (None, get_ident())
+
+    def enter(self, module: nn.Module) -> None:
+        """Note that a call begins that is to be followed.
+
+        Args:
+            module: What is called.
+        """
+        self.thread = get_ident()
+        self.running = module
+        self.trains = module.training and torch.is_grad_enabled()
+        if self.trains and torch._C._current_graph_task_id() == -1:
+            self.training_thread = self.thread
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note that a call begins.
@@ -108,10 +142,11 @@ class _WatchedCall:
         call = self.inner or module._call_impl
         if torch.compiler.is_compiling():
             return call(*args, **kwargs)
-        outermost, resume = [], []
+        outermost, resume, thread = [], [], get_ident()
         for watcher in self.watchers:
-            if watcher.running is None:
-                outermost.append(watcher)
+            if watcher.running is None or watcher.thread != thread:
+                if watcher.follows(module):
+                    outermost.append(watcher)
             elif (end_aside := watcher.step_aside(module)) is not None:
                 resume.append(end_aside)
         if resume:
@@ -135,7 +170,7 @@ class _WatchedCall:
         try:
             try:
                 for watcher in outermost:
-                    watcher.running = module
+                    watcher.enter(module)
                     watcher.begin(module, args, kwargs)
                 output = call(*args, **kwargs)
                 return output
@@ -151,6 +186,9 @@ def _end(
     """Tell every watcher that the call is over, innermost first."""
     while watchers:
         watcher = watchers[-1]
+        if watcher.thread != get_ident():  # a call that trains, in another thread, has taken over
+            watchers.pop()
+            continue
         try:
             watcher.end(module, args, kwargs, output)
         except Exception:

@@ -438,8 +438,8 @@ class OnePass:
         warn_user(
             f"gradients were taken at the exact weights, not at the perturbed ones, for {len(found)} parameters; the "
             f"first is {first}. They are used outside the modules of model= (add that module to the list), in a module "
-            "called in eval() mode, or looked up in forward through parameters(), state_dict() or a list instead of "
-            "the module's attribute. If that is not meant, leave out model= and use "
+            "called in eval() mode or scripted, or looked up in forward through parameters(), state_dict() or a list "
+            "instead of the module's attribute. If that is not meant, leave out model= and use "
             "optimizer.backward(compute_loss), which then moves the weights themselves"
         )
 
