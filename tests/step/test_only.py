@@ -438,7 +438,7 @@ def test_a_head_among_several_models_is_refused():
         (lambda name, p: re.search("weight", name), TypeError, r"True or False, got Match for 0.weight; write bool"),
         (lambda name, p: False, ValueError, "chooses none of the 10 parameters"),
     ],
-    ids=str,
+    ids=["encoder", "bracket", "nothing", "a list", "a class", "a module", "compiled", "not a bool", "always False"],
 )
 def test_a_wrong_choice_is_refused_and_leaves_the_base_as_it_was(only, kind, message):
     model = network()
