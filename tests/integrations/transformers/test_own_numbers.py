@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import types
 
@@ -343,3 +344,55 @@ def test_a_subclass_of_sam_trainer_counts_once(tmp_path):
     run = hf.make_trainer(tmp_path, hf.norms(), hf.points(16), kind=Own, sam="sam", num_train_epochs=1)
     run.train()
     assert run.examples == 16
+
+
+class Noting:
+    """Computes a loss and keeps numbers, as a method of an object, called in several ways."""
+
+    def __init__(self):
+        self.examples = 0
+        self.seen = []
+
+    def loss(self, outputs, labels, num_items_in_batch=None):
+        self.examples += len(labels)
+        self.seen.append(labels.tolist())
+        return nn.functional.cross_entropy(outputs["logits"], labels)
+
+    def __call__(self, *args, **options):
+        return self.loss(*args, **options)
+
+
+def _call(loss, outputs, labels, num_items_in_batch=None):
+    return loss(outputs, labels)
+
+
+def _closure(noting):
+    counts = {"calls": 0}
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        counts["calls"] += 1
+        noting.calls = counts["calls"]
+        return noting.loss(outputs, labels)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda noting: noting.loss,
+        lambda noting: noting,
+        lambda noting: functools.partial(_call, noting.loss),
+        lambda noting: lambda outputs, labels, **options: noting.loss(outputs, labels),
+        _closure,
+    ],
+    ids=["method", "callable object", "partial", "lambda", "closure"],
+)
+def test_what_a_loss_function_keeps_counts_once(function, tmp_path):
+    noting = Noting()
+    options = {"compute_loss_func": function(noting)}
+    run = hf.make_trainer(tmp_path, hf.norms(), hf.points(16), num_train_epochs=1, trainer_options=options)
+    run.train()
+    assert noting.examples == 16
+    assert len(noting.seen) == 4
+    assert getattr(noting, "calls", 4) == 4
