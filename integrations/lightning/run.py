@@ -18,6 +18,7 @@ from samopt._step.window import MicroBatch
 from samopt.distributed import unsynced
 
 from .._second_pass.batch_copies import independent_copy
+from .module_state import module_state
 from .unreported import unreported
 
 __all__ = ["Run"]
@@ -53,8 +54,6 @@ class Run:
         self._module = module
         self._optimizer = optimizer
         self._passes = optimizer.two_passes
-        if self._passes is not None:
-            self._passes.include([module])
         # Shards of a gradient belong together, so that sharded parameters have one perturbation.
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
         synced = sync_perturbation or optimizer.sync_perturbation or is_sharded
@@ -152,7 +151,12 @@ class Run:
             return self._training_step(*args, **kwargs)
         parts = self._trainer.accumulate_grad_batches
         call = _Call(independent_copy(args), independent_copy(kwargs), parts)
-        start = self._passes.begin_micro_batch(is_first=not self._window)
+        # Lightning clears the gradients after the training step, so what a step that was left out left is still here.
+        is_first = not self._window or self._trainer.fit_loop.epoch_loop.batch_idx % parts == 0
+        if is_first:
+            self._window = []
+            self._passes.include(*module_state(self._module))
+        start = self._passes.begin_micro_batch(is_first=is_first)
         # Only gradients that a second pass replaces may stay unexchanged.
         unexchanged = self._per_rank and self._optimizer.perturbs_this_step
         self._until_backward_ends.enter_context(self._exchange(not unexchanged))
