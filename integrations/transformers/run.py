@@ -40,6 +40,7 @@ class Run:
 
     Attributes:
         optimizer: The sharpness-aware optimizer; None before the first step.
+        is_in_step: Whether a training step is running.
     """
 
     def __init__(self, arguments: SAMArguments, optimizer: Optimizer, previous: Run | None = None) -> None:
@@ -58,6 +59,7 @@ class Run:
         self._first_perturbed = 0
         self._gradient_scale: Tensor | None = None
         self._is_prepared = False
+        self.is_in_step = False
 
     def step(
         self, trainer: Trainer, model: nn.Module, once: Callable[[], Tensor], again: Callable[[], Tensor]
@@ -78,7 +80,11 @@ class Run:
         self._follow_schedule(trainer.state.global_step)
         self._passes.optimizer.is_paused = trainer.state.global_step < self._first_perturbed
         self._is_prepared = False
-        loss = self._passes.run(once, again)
+        self.is_in_step = True
+        try:
+            loss = self._passes.run(once, again)
+        finally:
+            self.is_in_step = False
         scaler = trainer.accelerator.scaler
         if scaler is not None and not self._passes.optimizer.is_one_pass:  # in one pass, norms are measured later
             self._gradient_scale = scaler.scale(torch.ones((), device=loss.device))

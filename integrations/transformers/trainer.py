@@ -52,6 +52,13 @@ class SAMTrainerMixin(_Base):
     _attached_arguments: SAMArguments | None = None  # where the Trainer's own arguments have no such fields
     _run: Run | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a ``training_step`` that comes before this class's part of both passes, as one that comes after is."""
+        super().__init_subclass__(**kwargs)
+        found = cls.training_step
+        if not getattr(found, "_runs_both_passes", False):
+            cls.training_step = _in_both_passes(found)  # type: ignore[method-assign]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_unsupported(self, self.sam_arguments)
@@ -116,21 +123,9 @@ class SAMTrainerMixin(_Base):
         Returns:
             The first pass's loss.
         """
-        step = super().training_step
-        if self.sam_arguments.sam == "none":
-            return step(model, inputs, num_items_in_batch)
-        if self._run is None:  # a subclass created the optimizer in its own way
-            assert self.optimizer is not None
-            self._run = Run(self.sam_arguments, self.optimizer)
-        again = functools.partial(
-            self._step_again,
-            step,
-            model,
-            independent_copy(inputs),
-            num_items_in_batch,
-            self.current_gradient_accumulation_steps,
-        )
-        return self._run.step(self, model, functools.partial(step, model, inputs, num_items_in_batch), again)
+        return self._run_both_passes(super().training_step, model, inputs, num_items_in_batch)
+
+    training_step._runs_both_passes = True  # type: ignore[attr-defined]
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """Add a callback as ever, and give a ``SharpnessCallback`` the way to log.
@@ -157,16 +152,24 @@ class SAMTrainerMixin(_Base):
                     logs.update(callback.take_averages())
         super().log(logs, start_time)
 
-    def _step_again(
-        self,
-        step: Callable[..., Tensor],
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None,
-        accumulation_steps: int,
+    def _run_both_passes(
+        self, step: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any
     ) -> Tensor:
-        self.current_gradient_accumulation_steps = accumulation_steps
-        return step(model, inputs, num_items_in_batch)
+        """Call a training step in both passes; inside one, call it once, since it is a part of that."""
+        if self.sam_arguments.sam == "none":
+            return step(model, inputs, *rest, **named)
+        if self._run is None:  # a subclass created the optimizer in its own way
+            assert self.optimizer is not None
+            self._run = Run(self.sam_arguments, self.optimizer)
+        if self._run.is_in_step:
+            return step(model, inputs, *rest, **named)
+        copied, parts = independent_copy(inputs), self.current_gradient_accumulation_steps
+
+        def again() -> Tensor:
+            self.current_gradient_accumulation_steps = parts
+            return step(model, copied, *rest, **named)
+
+        return self._run.step(self, model, lambda: step(model, inputs, *rest, **named), again)
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
@@ -219,6 +222,17 @@ def make_sharpness_aware(trainer: _T, **options: Any) -> _T:
     vars(trainer)["_attached_arguments"] = arguments
     _bind_callbacks(trainer)
     return trainer
+
+
+def _in_both_passes(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a ``training_step`` that runs another in both passes, with whatever that does around its parent's."""
+
+    @functools.wraps(step)
+    def training_step(self: SAMTrainerMixin, *args: Any, **named: Any) -> Tensor:
+        return self._run_both_passes(functools.partial(step, self), *args, **named)
+
+    training_step._runs_both_passes = True  # type: ignore[attr-defined]
+    return training_step
 
 
 def _trainer_inside(wrapper: Any) -> Trainer:

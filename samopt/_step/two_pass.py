@@ -242,7 +242,7 @@ class TwoPass:
             self._replay.forget()
             self.metrics = StepMetrics(loss=total, radius=torch.zeros(()))
             return False
-        with cast(Any, self.perturbed(total, window[0].start.random)) as handle:
+        with cast(Any, self.perturbed(total, window[0].start.random, may_lack_gradients=True)) as handle:
             if not handle.is_needed:
                 return False
             losses = []
