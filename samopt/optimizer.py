@@ -17,7 +17,7 @@ from samopt._callers.compiled import never_compiled
 from samopt._callers.grad_scaler import calling_scaler_stage, is_unscaling
 from samopt._callers.lightning import is_trainer_closure, refuse_without_callback
 from samopt._numerics.stochastic_rounding import RoundingNoise
-from samopt._step.arguments import build_base, check_combination, check_models, check_option, check_options
+from samopt._step.arguments import build_base, check_combination, check_models, check_option, check_options, check_reuse
 from samopt._step.ascent import Ascent
 from samopt._step.base_wrapper import GroupOptions, OptimizerWrapper, with_step_hooks
 from samopt._step.decoupled_update import follow_steps
@@ -68,6 +68,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             this regular expression is found (``re.search``). Or a function ``(name, parameter) -> bool``. The others
             are trained as ever, and are neither moved, saved nor counted in the norm. Groups with ``perturb=False`` do
             not move either way. It needs ``model``, or a base made from ``model.named_parameters()``.
+        reuse_trunk: Run the trunk once in ``backward``, where ``only`` chooses the module that makes the model's output
+            (``only="head"``): the second pass begins there, on the input that it had in the first, and one backward
+            goes through the whole. The result is that of two full passes, bit for bit. For a loss that calls the model
+            once, on one process and uncompiled; ``backward`` refuses everything else with the reason.
         direction: "gradient": this batch's, which takes a pass of its own. "momentum": ahead along the base's momentum,
             which is known before the batch, so that a step is one pass and the training loop stays as it is
             (``loss.backward(); optimizer.step()``); needs ``model`` there. "momentum-uphill": the other way along it.
@@ -117,6 +121,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         radius: Radius | None = None,
         model: nn.Module | Sequence[nn.Module] | None = None,
         only: Only | None = None,
+        reuse_trunk: bool = False,
         direction: DirectionName | Direction = "gradient",
         combination: Combination | None = None,
         norm: Literal["l2", "linf"] = "l2",
@@ -149,6 +154,8 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         selection = None if only is None else Selection(only, models, options)
         if selection is not None:
             selection.check()
+        if reuse_trunk:
+            check_reuse(has_choice=only is not None, models=models, direction=chosen, combination=combination)
         options.take_over()
         super().__init__(options)
         self._ascent = Ascent(
@@ -165,6 +172,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         # What is kept from gradients, or made of them for the base, must be the same on every rank.
         self.sync_perturbation = sync_perturbation or self._ascent.combines or type(chosen) is not Gradient
         self.measure_grad_norms = not self.is_one_pass if measure_grad_norms is None else measure_grad_norms
+        self.reuse_trunk = reuse_trunk
         self._stall = StallDetector() if warn_on_stall else None
         self._model = model
         self._set_up_passes(models)
@@ -521,6 +529,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
             "_ascent": self._ascent,
             "sync_perturbation": self.sync_perturbation,
             "measure_grad_norms": self.measure_grad_norms,
+            "reuse_trunk": self.reuse_trunk,
             "_stall": self._stall,
             "_model": self._model,
         }
@@ -561,6 +570,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 sync_perturbation=self.sync_perturbation,
                 measure_grad_norms=self.measure_grad_norms,
                 followers=ascent.followers(models),
+                reuse_trunk=self.reuse_trunk,
             )
         weakref.finalize(self, self._passes.detach)
         if ascent.combines:

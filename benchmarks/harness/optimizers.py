@@ -153,7 +153,8 @@ def parse_choice(text: str) -> Choice:
             check_only(options["only"])
         except (TypeError, ValueError) as error:
             raise BenchmarkError(f"optimizer {text!r} cannot be made: {error}") from error
-        tried = replace(choice, options={key: value for key, value in options.items() if key != "only"})
+        others = {key: value for key, value in options.items() if key not in ("only", "reuse_trunk")}
+        tried = replace(choice, options=others)
     with torch.random.fork_rng(devices=[]):
         group = tried.build(nn.Linear(2, 2)).param_groups[0]
     defaults = {key: group[key] for key in ("rho", "eta") if isinstance(group.get(key), float)}

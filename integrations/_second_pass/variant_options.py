@@ -24,10 +24,15 @@ def try_options(variant: str, options: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: If the optimizer does not take an option.
-        ValueError: If an option is out of range, or does not go with another.
+        ValueError: If an option is out of range, or does not go with another or with a trainer.
     """
     known = option_names(variant)
     unknown = [name for name in options if name not in known]
+    if options.get("reuse_trunk"):
+        raise ValueError(
+            "reuse_trunk=True works in a loop that calls optimizer.backward(compute_loss), and a trainer runs the two "
+            "passes itself; leave it out"
+        )
     tried = dict(options)
     if (only := tried.pop("only", None)) is not None:
         check_only(only)  # whether it finds anything, only the model that is trained can tell

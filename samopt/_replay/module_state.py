@@ -32,6 +32,7 @@ _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 _CONTAINERS = (list, tuple, dict, set, deque)
 _DICTS = (dict, OrderedDict)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+_ABSENT = object()
 _PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
 
 
@@ -117,6 +118,27 @@ class ModuleState:
         """
         before, self._at_end = self._at_end, None
         return (lambda: None) if before is None else self._look().changes_since(before)
+
+    def rebound(self) -> list[str]:
+        """Return what names are bound to other objects than before the first pass, or may be.
+
+        Containers with another content count, as do arrays and random generators: nothing tells whether they changed.
+        """
+        if self._at_start is None:
+            return []
+        now, before = self._look(), self._at_start
+        earlier = {id(namespace): attributes for namespace, attributes, _ in before.namespaces}
+        changed = []
+        for namespace, attributes, _ in now.namespaces:
+            old = earlier.get(id(namespace), {})
+            names = [*attributes, *(old.keys() - attributes.keys())]
+            changed += [name for name in names if old.get(name, _ABSENT) is not attributes.get(name, _ABSENT)]
+        filled = {id(container): content for container, content in before.containers}
+        if any(not _holds(content, filled.get(id(each), ())) for each, content in now.containers):
+            changed.append("the content of a list, dict or set in an attribute")
+        if now.generators or now.arrays:
+            changed.append("a random generator or a NumPy array in an attribute")
+        return changed
 
     def parameters_with_gradients(self) -> list[Tensor]:
         """Return the parameters of the models that have a gradient; ``save`` uses the same look."""

@@ -15,7 +15,15 @@ from samopt.parts.checks import check_nonnegative
 from samopt.parts.combination import Combination
 from samopt.parts.direction import Direction, KnownDirection
 
-__all__ = ["build_base", "check_combination", "check_models", "check_option", "check_options", "refuse_fixed"]
+__all__ = [
+    "build_base",
+    "check_combination",
+    "check_models",
+    "check_option",
+    "check_options",
+    "check_reuse",
+    "refuse_fixed",
+]
 
 
 def build_base(
@@ -120,6 +128,33 @@ def check_combination(combination: Combination | None, direction: Direction) -> 
         raise ValueError(
             f"{type(combination).__name__} combines the gradients of two passes, and this direction takes one; use "
             'direction="gradient"'
+        )
+
+
+def check_reuse(
+    *, has_choice: bool, models: list[nn.Module], direction: Direction, combination: Combination | None
+) -> None:
+    """Raise if the other options leave no trunk to reuse, or need more of the first pass than the head's gradient.
+
+    Args:
+        has_choice: Whether ``only`` was given.
+        models: The modules of ``model=``.
+        direction: The direction.
+        combination: The combination.
+
+    Raises:
+        ValueError: If ``reuse_trunk=True`` does not go with them.
+    """
+    if not (has_choice and models):
+        raise ValueError('reuse_trunk=True needs model= and an only= that chooses the last layer, such as only="head"')
+    if isinstance(direction, KnownDirection):
+        raise ValueError(
+            f"reuse_trunk=True saves a part of the second pass, and {type(direction).__name__} takes one; leave it out"
+        )
+    if combination is not None:
+        raise ValueError(
+            f"reuse_trunk=True takes the head's gradient alone at w, but {type(combination).__name__} combines all "
+            "gradients of both passes; leave it out"
         )
 
 

@@ -24,6 +24,7 @@ from samopt._step.exact_exit import ExactExit
 from samopt._step.frozen_call import frozen
 from samopt._step.pass_handle import PassHandle
 from samopt._step.second_pass import SecondPass
+from samopt._step.trunk_reuse import TrunkReuse, leaves_of
 from samopt._step.window import MicroBatch, Start
 from samopt.distributed import runs_on_several_ranks, unsynced
 from samopt.step_metrics import StepMetrics, as_scalar, loss_in
@@ -49,6 +50,7 @@ class TwoPass:
         sync_perturbation: Whether ranks perturb along the averaged gradient.
         measure_grad_norms: Whether to measure both gradient norms.
         followers: Told of the calls of the first model, and when passes begin and end.
+        reuse_trunk: Whether the second pass begins at the module that moves.
 
     Attributes:
         metrics: What the latest step measured.
@@ -63,6 +65,7 @@ class TwoPass:
         sync_perturbation: bool,
         measure_grad_norms: bool,
         followers: Iterable[PassFollower],
+        reuse_trunk: bool = False,
     ) -> None:
         self._ascent = ascent
         self._models = models
@@ -71,6 +74,8 @@ class TwoPass:
         if sync_perturbation:
             ascent.share_gradients()
         self._replay = Replay(models, ascent.accelerators, followers)
+        self._reuse = TrunkReuse(models, ascent) if reuse_trunk else None
+        self._is_reusing = False
         self._memory = ScratchPool()
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None
@@ -181,6 +186,8 @@ class TwoPass:
         if not self.window:
             self._refuse_waiting("backward()")
             self._refuse_leftovers()
+        if self._reuse is not None and self._ascent.may_move():
+            return self._backward_through_one_trunk(self._reuse, compute_loss, is_whole=last and not self.window)
         start = self.begin_micro_batch(is_first=not self.window)
         repeated = compute_loss if last and not self.window else frozen(compute_loss)
         with torch.enable_grad(), self._exchange(is_needed=last and not self._keeps_on_rank()):
@@ -192,6 +199,45 @@ class TwoPass:
             self.run_again(window, lambda is_last: self._exchange(is_needed=is_last))
         else:
             self.end_micro_batch()
+        return result
+
+    def _backward_through_one_trunk(self, reuse: TrunkReuse, compute_loss: Callable[[], Any], *, is_whole: bool) -> Any:
+        """Do what ``backward`` does, with one forward and one backward of the trunk.
+
+        Args:
+            reuse: Runs the forwards.
+            compute_loss: Returns the loss.
+            is_whole: Whether this is the only micro-batch of its window.
+
+        Returns:
+            What ``compute_loss`` returned at ``w``.
+        """
+        if not is_whole:
+            raise RuntimeError(
+                "reuse_trunk=True takes one micro-batch a step, since each more would keep its own graph; leave "
+                "reuse_trunk out to accumulate with backward(..., last=False)"
+            )
+        start = self.begin_micro_batch(is_first=True)
+        moving = self._ascent.perturbed_parameters()
+        before = StashedGradients.of(moving)
+        self._is_reusing = True
+        try:
+            with torch.enable_grad():
+                result = reuse.first(compute_loss)
+                loss = _differentiable(result)
+                reuse.check(loss, self._replay.state.rebound())
+                loss.backward(inputs=moving, retain_graph=True)  # type: ignore[no-untyped-call]
+            with cast(Any, self.perturbed(loss.detach(), start.random)) as handle:
+                if handle.is_needed:
+                    with torch.enable_grad():
+                        handle.loss = differentiate(reuse.again(compute_loss)).detach()
+            if not handle.is_needed:  # the trunk has no gradients yet; those of one plain pass are the step's
+                before.put_back()
+                loss.backward()  # type: ignore[no-untyped-call]
+                self._waiting = self._first_gradient()
+        finally:
+            self._is_reusing = False
+            reuse.forget()
         return result
 
     def include(self, models: Sequence[nn.Module] = (), objects: Iterable[tuple[object, Collection[str]]] = ()) -> None:
@@ -348,6 +394,12 @@ class TwoPass:
     def _steps(self, first_loss: Any, start: RngState | None, may_lack_gradients: bool) -> Generator[Any, Any, None]:
         """Move the weights, wait for the block, restore: the generator behind ``perturbed``."""
         self.check_restored("perturbed()")
+        if self._reuse is not None and not self._is_reusing:
+            raise RuntimeError(
+                "reuse_trunk=True works in 'loss = optimizer.backward(compute_loss)' alone, where samopt runs both "
+                "passes; this loop, or the trainer that it belongs to, runs them itself. Call backward(), or leave "
+                "reuse_trunk out"
+            )
         self._refuse_waiting("perturbed()")
         second = self._second_pass(first_loss, may_lack_gradients)
         handle = PassHandle(second.is_needed)
@@ -430,8 +482,12 @@ class TwoPass:
         if flag is not None:
             propagate_nonfinite(flag, ascent.base.param_groups)
         self.metrics = second.measure()
-        self._waiting = next((p.grad for p in ascent.parameters() if p.grad is not None), None)
+        self._waiting = self._first_gradient()
         self._is_ready = True
+
+    def _first_gradient(self) -> Tensor | None:
+        """Return the first gradient there is, by which those of this pass are known again."""
+        return next((p.grad for p in self._ascent.parameters() if p.grad is not None), None)
 
     def _complete(self) -> None:
         """Make the base's gradients of those at ``w``, where the combination chose to leave out the second pass."""
@@ -489,7 +545,7 @@ class TwoPass:
             return
         self._has_looked_for_others = True
         owned = set(self._ascent.parameters())
-        others = [p for p in _leaves_of(first_loss) if p.grad is not None and p not in owned]
+        others = [p for p in leaves_of([first_loss]) if p.grad is not None and p not in owned]
         if others:
             warn_user(
                 f"the loss depends on {len(others)} parameters with gradients that this optimizer does not have, of "
@@ -526,6 +582,13 @@ def differentiate(result: Any) -> Tensor:
         TypeError: If there is no loss in what was returned.
         RuntimeError: If it has no graph.
     """
+    loss = _differentiable(result)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+    return loss
+
+
+def _differentiable(result: Any) -> Tensor:
+    """Return the loss in what a user's function returned, if it can be differentiated."""
     loss = loss_in(result)
     if loss is None:
         raise TypeError(
@@ -538,26 +601,9 @@ def differentiate(result: Any) -> Tensor:
             "the loss given to backward() has no graph: it was detached, or computed without gradients; return the "
             "loss as criterion(model(x), y) gives it"
         )
-    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
     return loss
 
 
 def _sum(losses: Sequence[Tensor]) -> Tensor:
     """Return the loss of a window."""
     return torch.stack(list(losses)).sum() if len(losses) > 1 else losses[0]
-
-
-def _leaves_of(loss: Tensor) -> list[Tensor]:
-    """Return the leaf tensors that a loss depends on."""
-    found: list[Tensor] = []
-    pending, seen = [loss.grad_fn], set[Any]()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found.append(variable)
-        pending.extend(after for after, _ in node.next_functions)
-    return found

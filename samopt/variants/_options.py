@@ -28,6 +28,7 @@ class OptionsWithoutModel(TypedDict, total=False):
     """Options of ``SharpnessAwareOptimizer`` that every optimizer passes on, with the same meaning and defaults."""
 
     only: Only | None
+    reuse_trunk: bool
     direction: DirectionName | Direction
     combination: Combination | None
     norm: Literal["l2", "linf"]

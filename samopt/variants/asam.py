@@ -32,9 +32,10 @@ class ASAM(SharpnessAwareOptimizer):
         base_optimizer: With parameters: an optimizer class, called as ``base_optimizer(params, **options)``.
         rho: Radius of the perturbation in the adaptive norm, >= 0; about ten times SAM's.
         eta: Keeps weights near zero movable, >= 0, in units of the weights.
-        **options: ``model``, ``only``, ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
-            ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
-            ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
+        **options: ``model``, ``only``, ``reuse_trunk``, ``direction``, ``combination``, ``norm``,
+            ``stochastic_rounding``, ``seed``, ``sync_perturbation``, ``backend``, ``measure_grad_norms``,
+            ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters, also the arguments of
+            ``base_optimizer``.
 
     Raises:
         TypeError: If the arguments fit neither form.

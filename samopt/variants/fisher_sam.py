@@ -32,9 +32,10 @@ class FisherSAM(SharpnessAwareOptimizer):
         base_optimizer: With parameters: an optimizer class, called as ``base_optimizer(params, **options)``.
         rho: Radius of the perturbation in the Fisher norm, >= 0 (the paper's gamma).
         eta: Weight of the Fisher information against the identity, >= 0, in units of one over the squared gradient.
-        **options: ``model``, ``only``, ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
-            ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
-            ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
+        **options: ``model``, ``only``, ``reuse_trunk``, ``direction``, ``combination``, ``norm``,
+            ``stochastic_rounding``, ``seed``, ``sync_perturbation``, ``backend``, ``measure_grad_norms``,
+            ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters, also the arguments of
+            ``base_optimizer``.
 
     Raises:
         TypeError: If the arguments fit neither form.

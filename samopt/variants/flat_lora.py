@@ -92,7 +92,7 @@ class FlatLoRA(SharpnessAwareOptimizer):
         True
     """
 
-    _fixed_options = ("only", "direction", "combination", "norm")
+    _fixed_options = ("only", "reuse_trunk", "direction", "combination", "norm")
 
     @overload
     def __init__(
@@ -127,6 +127,7 @@ class FlatLoRA(SharpnessAwareOptimizer):
             options,
             direction='use perturbation="noise" or "gradient", or samopt.SAM, which takes it',
             only="whole layers move; leave some out by giving their factors a parameter group with perturb=False",
+            reuse_trunk="adapters are in the whole model; use samopt.SAM, which takes it",
             combination="use samopt.SAM, which takes it",
             norm="use samopt.SAM, which takes it",
             geometry=TAKEN_ELSEWHERE,

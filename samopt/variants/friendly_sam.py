@@ -34,7 +34,7 @@ class FriendlySAM(SharpnessAwareOptimizer):
         sigma: How much of the average is taken out, >= 0. 0 is SAM.
         decay: Weight of the past in the average (the paper's lambda), in [0, 1).
         adaptive: Use ASAM's geometry.
-        **options: ``model``, ``only``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
+        **options: ``model``, ``only``, ``reuse_trunk``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
             ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
             ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``. Under a
             ``GradScaler`` the average is of scaled gradients, and takes a few steps to follow a change of the scale.

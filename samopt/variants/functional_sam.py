@@ -63,7 +63,7 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         >>> optimizer.step()
     """
 
-    _fixed_options = ("combination",)
+    _fixed_options = ("combination", "reuse_trunk")
 
     @overload
     def __init__(
@@ -102,7 +102,13 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         outputs: Callable[[Any], Tensor | Sequence[Tensor]] | None = None,
         **options: Any,
     ) -> None:
-        refuse_fixed(self, options, combination="use samopt.SAM, which takes it", **FIXED_BY_ADAPTIVE)
+        refuse_fixed(
+            self,
+            options,
+            combination="use samopt.SAM, which takes it",
+            reuse_trunk="use samopt.SAM, which takes it: this one needs the outputs' gradient of a whole first pass",
+            **FIXED_BY_ADAPTIVE,
+        )
         geometry = Adaptive() if adaptive else Euclidean()
         combination = FunctionalGradient(outputs)
         super().__init__(

@@ -50,7 +50,7 @@ class GSAM(SharpnessAwareOptimizer):
         >>> scheduler = samopt.RhoScheduler.proportional_to_lr(optimizer, max_lr=0.1)
     """
 
-    _fixed_options = ("combination",)
+    _fixed_options = ("combination", "reuse_trunk")
 
     @overload
     def __init__(
@@ -83,7 +83,13 @@ class GSAM(SharpnessAwareOptimizer):
         adaptive: bool = False,
         **options: Any,
     ) -> None:
-        refuse_fixed(self, options, combination="use samopt.SAM, which takes it", **FIXED_BY_ADAPTIVE)
+        refuse_fixed(
+            self,
+            options,
+            combination="use samopt.SAM, which takes it",
+            reuse_trunk="use samopt.SAM, which takes it: this one needs all gradients of both passes",
+            **FIXED_BY_ADAPTIVE,
+        )
         geometry = Adaptive() if adaptive else Euclidean()
         combination = SurrogateGap(alpha)
         super().__init__(params, base_optimizer, geometry=geometry, rho=rho, combination=combination, **options)

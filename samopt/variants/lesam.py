@@ -35,10 +35,10 @@ class LESAM(SharpnessAwareOptimizer):
         budget: Rise of the loss, >= 0, in the loss's own units. The default is ours.
         max_radius: Largest radius, > 0, where gradients are small. The default is ours.
         adaptive: Use ASAM's geometry, in which the radius and the length of the gradient are measured then.
-        **options: ``model``, ``only``, ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
-            ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
-            ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``. The radius
-            depends on the scale of the gradient, so a ``GradScaler`` changes it.
+        **options: ``model``, ``only``, ``reuse_trunk``, ``direction``, ``combination``, ``norm``,
+            ``stochastic_rounding``, ``seed``, ``sync_perturbation``, ``backend``, ``measure_grad_norms``,
+            ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters, also the arguments of
+            ``base_optimizer``. The radius depends on the scale of the gradient, so a ``GradScaler`` changes it.
 
     Raises:
         TypeError: If the arguments fit neither form.

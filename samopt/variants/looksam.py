@@ -51,7 +51,7 @@ class LookSAM(SharpnessAwareOptimizer):
         5
     """
 
-    _fixed_options = ("combination",)
+    _fixed_options = ("combination", "reuse_trunk")
 
     @overload
     def __init__(
@@ -87,7 +87,13 @@ class LookSAM(SharpnessAwareOptimizer):
         adaptive: bool = False,
         **options: Any,
     ) -> None:
-        refuse_fixed(self, options, combination="use samopt.SAM, which takes it", **FIXED_BY_ADAPTIVE)
+        refuse_fixed(
+            self,
+            options,
+            combination="use samopt.SAM, which takes it",
+            reuse_trunk="use samopt.SAM, which takes it: this one needs all gradients of both passes",
+            **FIXED_BY_ADAPTIVE,
+        )
         geometry = Adaptive() if adaptive else Euclidean()
         combination = ReusedComponent(every, alpha)
         super().__init__(params, base_optimizer, geometry=geometry, rho=rho, combination=combination, **options)

@@ -57,6 +57,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
     _fixed_options = (
         "direction",
         "combination",
+        "reuse_trunk",
     )
 
     @overload
@@ -98,6 +99,7 @@ class MomentumSAM(SharpnessAwareOptimizer):
             options,
             direction="use samopt.SAM, which takes it",
             combination="one pass has one gradient, so there is nothing to combine",
+            reuse_trunk="one pass runs the trunk once anyway",
             geometry=TAKEN_ELSEWHERE,
             eta='use samopt.ASAM(base, eta=..., direction="momentum")',
         )

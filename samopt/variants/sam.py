@@ -32,9 +32,10 @@ class SAM(SharpnessAwareOptimizer):
         base_optimizer: With parameters: an optimizer class, called as ``base_optimizer(params, **options)``.
         rho: Radius of the perturbation, >= 0, in units of the weights' l2 norm.
         adaptive: Use ASAM's geometry with its default ``eta``; ``samopt.ASAM`` says it more plainly.
-        **options: ``model``, ``only``, ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
-            ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
-            ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
+        **options: ``model``, ``only``, ``reuse_trunk``, ``direction``, ``combination``, ``norm``,
+            ``stochastic_rounding``, ``seed``, ``sync_perturbation``, ``backend``, ``measure_grad_norms``,
+            ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters, also the arguments of
+            ``base_optimizer``.
 
     Raises:
         TypeError: If the arguments fit neither form.

@@ -84,6 +84,8 @@ class TRAM(SharpnessAwareOptimizer):
         (0.0, True)
     """
 
+    _fixed_options = ("reuse_trunk",)
+
     @overload
     def __init__(
         self,
@@ -144,6 +146,7 @@ class TRAM(SharpnessAwareOptimizer):
             options,
             rho="its radius is scale times the trust-region distance: use scale=, or samopt.ASAM for a constant radius",
             radius=TAKEN_ELSEWHERE,
+            reuse_trunk="its reference is another run of the whole model; use samopt.SAM, which takes it",
         )
         check_divergence(divergence)
         radius = TrustRegionRadius(trust_region, Comparison(divergence, class_dim, logits, mask), max_radius)

@@ -50,7 +50,7 @@ class WSAM(SharpnessAwareOptimizer):
         >>> optimizer = samopt.WSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, gamma=0.9, model=model)
     """
 
-    _fixed_options = ("combination",)
+    _fixed_options = ("combination", "reuse_trunk")
 
     @overload
     def __init__(
@@ -86,7 +86,13 @@ class WSAM(SharpnessAwareOptimizer):
         adaptive: bool = False,
         **options: Any,
     ) -> None:
-        refuse_fixed(self, options, combination="use samopt.SAM, which takes it", **FIXED_BY_ADAPTIVE)
+        refuse_fixed(
+            self,
+            options,
+            combination="use samopt.SAM, which takes it",
+            reuse_trunk="use samopt.SAM, which takes it: this one needs all gradients of both passes",
+            **FIXED_BY_ADAPTIVE,
+        )
         geometry = Adaptive() if adaptive else Euclidean()
         combination = WeightedSharpness(gamma, decouple)
         super().__init__(params, base_optimizer, geometry=geometry, rho=rho, combination=combination, **options)

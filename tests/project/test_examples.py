@@ -17,6 +17,7 @@ CASES = [
     ("gan.py", [], ["--steps", "400"], r"modes (\d) of 8", 6),
     ("language_model.py", [], ["--steps", "60"], r"validation loss ([\d.]+)", -3.2),
     ("sharpness_curve.py", [], ["--epochs", "8"], r"as a share of SGD's: ([\d.]+)", -0.8),
+    ("head_only.py", [], ["--rounds", "5", "--size", "32"], r"run once: .* step: ([\d.]+)$", -1.5),
     ("hf_classifier.py", [], ["--output_dir", "out", "--use_cpu", "true"], r"test accuracy ([\d.]+)", 0.8),
     ("lightning_cli.py", [], ["fit", "--config", EXAMPLES / "lightning_cli.yaml"], r"test accuracy ([\d.]+)", 0.9),
     ("with_accelerate.py", [], ["--cpu"], r"test accuracy ([\d.]+)", 0.8),
