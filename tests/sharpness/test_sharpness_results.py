@@ -99,3 +99,7 @@ def test_means_and_their_errors():
     assert mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
     mean, error = mean_and_error([1e8 + 1, 1e8 + 2, 1e8 + 3])
     assert (mean, error) == (1e8 + 2, pytest.approx(math.sqrt(1 / 3)))
+
+
+def test_the_error_of_values_whose_squares_overflow_is_a_number():
+    assert mean_and_error([0.0, 2e200]) == pytest.approx((1e200, 1e200))

@@ -93,8 +93,8 @@ def mean_and_error(values: Sequence[float], sizes: Sequence[float] | None = None
     mean = math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / total
     if count < 2:
         return mean, None
-    spread = math.fsum(((value - mean) * size / total) ** 2 for value, size in zip(values, sizes, strict=True))
-    return mean, math.sqrt(spread * count / (count - 1))
+    parts = ((value - mean) * size / total for value, size in zip(values, sizes, strict=True))
+    return mean, math.hypot(*parts) * math.sqrt(count / (count - 1))  # the squares themselves may overflow
 
 
 def plain(value: Any) -> Any:
