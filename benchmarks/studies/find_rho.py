@@ -39,7 +39,7 @@ def study(
     seeds: list[NonNegativeInt] = [0],
     label_noise: list[Fraction] = [0.0, 0.4],
     steps: PositiveInt = 300,
-    folds: PositiveInt = 1,
+    folds: PositiveInt = 4,
     threads: PositiveInt = 1,
     output: Path = Path("results/find-rho"),
     quick: bool = False,
@@ -102,7 +102,7 @@ def check(arena: Arena, noise: float, seed: int, *, steps: int, folds: int, quic
     batches = [(split.inputs[part], split.labels[part]) for part in torch.split(order, task.batch_size)]
     model = build_model(task.build_model, seed)
     steps = min(steps, len(batches) * experiment.epochs)
-    start = time.perf_counter()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         search = samopt.find_rho(
@@ -114,7 +114,7 @@ def check(arena: Arena, noise: float, seed: int, *, steps: int, folds: int, quic
             folds=folds,
             progress=False,
         )
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     alone = final(0.0)
     tuned = {float(choice.options["rho"]): final(choice.options["rho"]) for choice in place.candidates(_SAM, lr)}
     found = alone if search.rho is None else tuned.get(search.rho) or final(search.rho)
@@ -125,10 +125,15 @@ def check(arena: Arena, noise: float, seed: int, *, steps: int, folds: int, quic
         "rho": search.rho,
         "gains": dict(zip(search.radii, search.gains, strict=True)),
         "errors": dict(zip(search.radii, search.errors, strict=True)),
+        "fold_gains": dict(zip(search.radii, search.fold_gains, strict=True)),
+        "loss_rises": dict(zip(search.radii, search.loss_rises, strict=True)),
         "steps": steps,
-        "seconds": seconds,
+        "folds": folds,
+        "gradients": search.cost,
+        "cpu_seconds": seconds,
         "base": alone,
         "tuned": tuned,
+        "test_examples": len(split.test_labels),
         "found": found,
         "among_best_two": found >= sorted(tuned.values())[-2],
         "above_base_less_one": found >= alone - 1,

@@ -100,3 +100,23 @@ def test_normalised_logits_of_an_output(model, batches):
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     with pytest.raises(ValueError, match="normalize_logits came too late: .* call it without labels in loss_fn"):
         sharpness.worst_case(model, sharpness.hf_loss, batches, **options)
+
+
+def test_find_rho_goes_by_the_accuracy_of_a_classifier_and_by_the_loss_of_a_language_model(model, batches):
+    import samopt
+
+    def search(of, data):
+        base = torch.optim.AdamW(of.parameters(), lr=1e-3)
+        return samopt.find_rho(of, sharpness.hf_loss, data, optimizer=base, radii=[0.05], steps=2, folds=2)
+
+    before = copy.deepcopy(model.state_dict())
+    data = [{name: value.roll(shift, 0) for name, value in batch.items()} for batch in batches for shift in (0, 1)]
+    assert search(model, data).score == "accuracy"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    tokens = [{"input_ids": batch["input_ids"], "labels": batch["input_ids"]} for batch in data]
+    # The model itself compares each output with the next token, so outputs and labels as they stand tell no accuracy.
+    assert search(transformers.GPT2LMHeadModel(config), tokens).score == "loss"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +17,19 @@ LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Where a batch that is a mapping may have its labels."""
 
 
-def read_batches(batches: Iterable[Any], m: int | None = None, *, keep_rest: bool = False) -> list[Any]:
+def read_batches(
+    batches: Iterable[Any], m: int | None = None, *, keep_rest: bool = False, at_most: int | None = None
+) -> list[Any]:
     """Return every batch, or every whole piece of ``m`` examples of each batch.
 
+    The global random streams are put back, and so are generators that a ``DataLoader`` or its samplers hold.
+
     Args:
-        batches: Batches; read to the end, once.
+        batches: Batches; read once, to the end or to ``at_most``.
         m: Examples a piece; None leaves the batches as they are. What is left of a batch after its last whole piece is
             not used.
         keep_rest: Keep it after all, as a smaller piece.
+        at_most: How many batches to read; None for all.
 
     Raises:
         TypeError: If ``batches`` is one batch rather than several, or a batch cannot be cut.
@@ -37,10 +43,13 @@ def read_batches(batches: Iterable[Any], m: int | None = None, *, keep_rest: boo
             f"batches must be an iterable of batches, got a single batch ({kind}); put it into a list: [batch]"
         )
     before = RngState.capture()
+    own = [(generator, generator.get_state()) for generator in _generators(batches)]
     try:
-        read = [map_tensors(batch, _usable_in_a_graph) for batch in batches]
+        read = [map_tensors(batch, _usable_in_a_graph) for batch in itertools.islice(batches, at_most)]
     finally:
         before.restore()  # a DataLoader draws its workers' seed, and perhaps its order
+        for generator, state in own:
+            generator.set_state(state)
     if m is not None:
         if m < 1:
             raise ValueError(f"m must be at least 1, got {m}; leave it out to use the batches as they are")
@@ -112,6 +121,15 @@ def _sizes(part: Any) -> list[int]:
 
     map_tensors(part, note)
     return sizes
+
+
+def _generators(batches: Any) -> Iterator[torch.Generator]:
+    """Yield the generators that a ``DataLoader`` draws its order and its workers' seed from."""
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    for owner in (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator
 
 
 def _usable_in_a_graph(tensor: Tensor) -> Tensor:

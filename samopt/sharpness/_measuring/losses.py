@@ -13,7 +13,16 @@ from torch.nn import functional
 
 from samopt.sharpness._measuring.batches import LABEL_KEYS, label_key, map_tensors
 
-__all__ = ["Loss", "LossFn", "accuracy", "as_loss_fn", "cross_entropy", "hf_loss", "split_batch"]
+__all__ = [
+    "Loss",
+    "LossFn",
+    "accuracy",
+    "as_loss_fn",
+    "cross_entropy",
+    "has_one_class_each",
+    "hf_loss",
+    "split_batch",
+]
 
 LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch) -> scalar``: the batch's loss, averaged over its examples."""
@@ -124,6 +133,38 @@ def accuracy(model: nn.Module, batch: Any) -> Tensor:
     Raises:
         TypeError: If the batch is neither.
     """
+    logits, labels = _logits_and_labels(model, batch)
+    predictions = logits.argmax(-1 if logits.shape[:-1] == labels.shape else 1)
+    counted = labels != _IGNORED
+    hits: Tensor = (predictions == labels) & counted
+    fraction: Tensor = hits.sum() / counted.sum()
+    return fraction
+
+
+def has_one_class_each(model: nn.Module, batch: Any) -> bool:
+    """Return whether each example has one label, a class of two or more, so that ``accuracy`` means something.
+
+    A language model shifts its labels itself, and an output of its own for each of several labels may be no class.
+
+    Args:
+        model: Called once; only what it returns is looked at.
+        batch: Any batch.
+    """
+    try:
+        logits, labels = _logits_and_labels(model, batch)
+    except (TypeError, AttributeError, RuntimeError, IndexError):  # a batch or an output that ``accuracy`` cannot read
+        return False
+    return (
+        isinstance(labels, Tensor)
+        and not labels.is_floating_point()
+        and labels.dim() == 1
+        and logits.dim() == 2
+        and logits.shape[1] > int(labels.max().clamp(min=1))
+    )
+
+
+def _logits_and_labels(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+    labels: Any
     if isinstance(batch, Mapping) and "labels" in batch:  # a Hugging Face model may need its labels to run
         moved = map_tensors(dict(batch), _mover(model))
         labels = moved["labels"]
@@ -131,12 +172,7 @@ def accuracy(model: nn.Module, batch: Any) -> Tensor:
     else:
         inputs, labels = split_batch(model, batch)
         output = call_model(model, inputs)
-    logits = output if isinstance(output, Tensor) else output.logits
-    predictions = logits.argmax(-1 if logits.shape[:-1] == labels.shape else 1)
-    counted = labels != _IGNORED
-    hits: Tensor = (predictions == labels) & counted
-    fraction: Tensor = hits.sum() / counted.sum()
-    return fraction
+    return (output if isinstance(output, Tensor) else output.logits), labels
 
 
 def split_batch(model: nn.Module, batch: Any) -> tuple[Any, Any]:

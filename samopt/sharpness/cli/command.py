@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import time
 import warnings
@@ -280,7 +281,8 @@ def _find_rho(jsonargparse: Any, options: Any) -> None:
             **{name: options[name] for name in names},
         )
     for radius, gain, error in zip(search.radii, search.gains, search.errors, strict=True):
-        print(f"rho={radius:<8g} gain in held-out {search.score} {gain:+.4f} ± {error:.4f}")
+        found = f"{gain:+.4f} ± {error:.4f}" if math.isfinite(gain) else "none: the loss was not finite"
+        print(f"rho={radius:<8g} gain in held-out {search.score} {found}")
     print(search.advice)
     _write(loaded, "find_rho", search, plots=options.plots)
 

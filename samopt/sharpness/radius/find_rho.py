@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import Loss, LossFn, accuracy, as_loss_fn
+from samopt.sharpness._measuring.losses import Loss, LossFn, accuracy, as_loss_fn, has_one_class_each
 from samopt.sharpness._measuring.measured_model import GRADIENT, measuring
 from samopt.sharpness._measuring.optimizer_parts import RngState
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
@@ -34,7 +34,8 @@ __all__ = ["RhoSearch", "find_rho"]
 _HELD_OUT = 4  # every fourth batch
 _PIECE = 16  # examples over which validation is averaged before runs are compared
 _RANGE_BATCHES = 4
-_WORSE = 2.0  # standard errors by which the validation loss may exceed the base's
+_CLEARLY = 2.0  # standard errors beyond which a difference is no longer taken for noise
+_RADIUS_LABEL = "radius rho (norm of the ascent)"
 _ADAPTIVE = ("asam", "tram")
 
 
@@ -47,9 +48,11 @@ class RhoSearch(Result):
         radii: The radii that were tried.
         score: What decides: "accuracy" or "loss", on held-out batches.
         base_score: The base optimizer's score at the end of its short run.
-        gains: Score of each radius less the base's; for a loss, the base's less its own. Above 0 is better.
-        errors: Standard error of each gain, paired over pieces of the held-out batches.
+        gains: Score of each radius less the base's; for a loss, the base's less its own. Above 0 is better; ``-inf``
+            where the loss was not finite.
+        errors: Standard error of each gain: that over pieces of the held-out batches or that over folds, the larger.
         loss_rises: Held-out loss of each radius less the base's.
+        fold_gains: Gain of each radius in each fold that it took part in: fewer than all where it dropped out.
         tested_radii: The radii of the range test, at the end of the base's run.
         rises: Rise of the training loss after SAM's ascent, for each of them.
         agreements: Cosine between the gradients at the weights and there, for each of them.
@@ -62,6 +65,7 @@ class RhoSearch(Result):
     gains: tuple[float, ...]
     errors: tuple[float, ...]
     loss_rises: tuple[float, ...]
+    fold_gains: tuple[tuple[float, ...], ...]
     tested_radii: tuple[float, ...]
     rises: tuple[float, ...]
     agreements: tuple[float, ...]
@@ -69,11 +73,21 @@ class RhoSearch(Result):
     @property
     def advice(self) -> str:
         """What to do, in a sentence."""
-        best = max(range(len(self.radii)), key=self.gains.__getitem__)
+        # Radii that stayed in longest first: the gain of one that dropped out is from fewer examples.
+        best = max(range(len(self.radii)), key=lambda index: (len(self.fold_gains[index]), self.gains[index]))
+        if self.rho is not None:
+            best = self.radii.index(self.rho)
         found = f"{self.gains[best]:+.3g} ± {self.errors[best]:.2g} in held-out {self.score}"
-        if self.rho is None:
-            return f"Train without a radius: the best of {len(self.radii)}, {self.radii[best]:g}, gained {found}."
-        return f"Use rho={self.rho:g}: it gained {found} over the base optimizer alone."
+        if self.rho is not None:
+            return f"Use rho={self.rho:g}: it gained {found} over the base optimizer alone."
+        if not math.isfinite(self.gains[best]):
+            return f"Train without a radius: with none of {len(self.radii)} did the held-out loss stay finite."
+        but = ""
+        if self.gains[best] > _CLEARLY * self.errors[best]:
+            but = f", but raised the held-out loss by {self.loss_rises[best]:.2g}"
+        elif self.gains[best] > 0:
+            but = ", less than two standard errors"
+        return f"Train without a radius: the best of {len(self.radii)}, {self.radii[best]:g}, gained {found}{but}."
 
     def plot(self, title: str | None = None) -> Figure:
         """Return a figure: the gain of each radius, the rise of the loss, and the agreement of both gradients.
@@ -86,14 +100,16 @@ class RhoSearch(Result):
         """
         figure, panels = new_panels(3)
         self.draw(panels[0])
-        finish(panels[0], "after a short run")
+        finish(panels[0], f"after {self.settings['steps']} steps, ± standard error")
         for axes, values, name in (
             (panels[1], self.rises, "rise of the loss after SAM's ascent"),
             (panels[2], self.agreements, "cosine between both gradients"),
         ):
             axes.semilogx(self.tested_radii, values, ".-", color=BLUE)
-            axes.set_xlabel("radius rho")
+            axes.set_xlabel(_RADIUS_LABEL)
             axes.set_ylabel(name)
+            if values is self.rises and all(rise > 0 for rise in values):
+                axes.set_yscale("log")
             if self.rho is not None:
                 axes.axvline(self.rho, color=ORANGE, linestyle="--", label=f"rho={self.rho:g}")
             finish(axes, "range test at the end of the base's run")
@@ -108,11 +124,18 @@ class RhoSearch(Result):
             label: Name in the legend.
             color: Of the lines.
         """
-        axes.errorbar(self.radii, self.gains, yerr=self.errors, fmt="o-", color=color, capsize=3, label=label)
+        finite = [index for index, gain in enumerate(self.gains) if math.isfinite(gain)]
+        chosen = [[values[index] for index in finite] for values in (self.radii, self.gains, self.errors)]
+        axes.errorbar(chosen[0], chosen[1], yerr=chosen[2], fmt="o-", color=color, capsize=3, label=label)
+        folds = [(self.radii[index], gain) for index in finite for gain in self.fold_gains[index]]
+        if len(folds) > len(finite):
+            axes.plot(*zip(*folds, strict=True), ".", color=GREY, markersize=4, zorder=1, label="each fold")
+        for radius in (radius for index, radius in enumerate(self.radii) if index not in finite):
+            axes.axvline(radius, color=GREY, linestyle=":", label=f"rho={radius:g}: loss not finite")
         axes.axhline(0, color=GREY, linewidth=0.8)
         axes.set_xscale("log")
-        axes.set_xlabel("radius rho")
-        axes.set_ylabel(f"gain in held-out {self.score}")
+        axes.set_xlabel(_RADIUS_LABEL)
+        axes.set_ylabel(f"gain in held-out {self.score}{' (fraction)' if self.score == 'accuracy' else ''}")
 
 
 def find_rho(
@@ -126,7 +149,7 @@ def find_rho(
     validation: Iterable[Any] | None = None,
     accuracy_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     steps: int = 300,
-    folds: int = 1,
+    folds: int | None = None,
     seed: int = 0,
     progress: ProgressOption = None,
 ) -> RhoSearch:
@@ -134,17 +157,23 @@ def find_rho(
 
     Copies of the model are trained for ``steps`` steps from where it is: with the base optimizer alone, and with each
     radius around it, on the same batches with the same random numbers and a learning rate that falls to 0 along half a
-    cosine. The radius with the best score on held-out batches is returned if it beats the base by more than one
-    standard error, and if its held-out loss is not clearly worse. The score is the accuracy where labels are classes,
-    since label noise moves the loss more than the accuracy; otherwise the loss.
+    cosine. They are compared on a fourth of the batches, which is held out. This is done four times, so that every
+    batch is held out once. A radius drops out if its loss is not finite or, from the second fold on, if its score is
+    more than two standard errors below that of the base or of another radius. Of those that are left, the one with the
+    best score is returned if it beats the base by more than two standard errors and its held-out loss is not more than
+    two standard errors above the base's. (With one standard error, the best of four radii that change nothing would be
+    returned in up to half of all searches.) A standard error is that over examples or that over folds, the larger:
+    two runs end at different accuracies by chance, too, which the examples of one fold do not show. The score is the
+    accuracy where each example has one label that is a class, since label noise moves the loss more than the accuracy;
+    otherwise the loss.
 
     Start from the model as it will be trained: a fresh one for training from scratch, a pretrained one for
-    fine-tuning. The longer ``steps`` and the more held-out batches, the closer to the run itself: labels are memorised
-    only in longer runs. A gain smaller than its error is not seen; ``folds`` hold out other batches and cost as much
-    again.
+    fine-tuning. The longer ``steps`` and the more held-out examples, the closer to the run itself: labels are memorised
+    only in longer runs. A gain smaller than twice its error is not seen.
 
-    Cost: ``folds * steps * (1 + 2 * len(radii))`` gradients of one batch, and about 100 for the range test. Memory: a
-    copy of the model and of the optimizer's state, with one more copy of the weights.
+    Cost: at most ``folds * steps * (1 + 2 * len(radii))`` gradients of one batch, less what radii that drop out save,
+    and about 40 for the range test. Memory: a copy of the model and of the optimizer's state, with one more copy of the
+    weights.
 
     Args:
         model: The model; it and the optimizer come back bit for bit, since copies are trained.
@@ -156,9 +185,10 @@ def find_rho(
         variant: Name of a samopt optimizer with a radius ``rho``, see ``samopt.available()``.
         validation: Batches to compare on; None holds out every fourth of ``batches``.
         accuracy_fn: ``accuracy_fn(model, batch) -> scalar``, higher is better; None is ``sharpness.accuracy`` where
-            labels are whole numbers.
+            each example has one label, a whole number, and the model two or more outputs for it.
         steps: Length of each run, >= 1.
-        folds: How many times to hold out other batches, 1 to 4; 1 with ``validation``.
+        folds: How many times to hold out other batches, 1 to 4; None for 4, or 1 with ``validation``. Fewer cost less
+            and see less: the error falls with the root of their number.
         seed: Decides the random numbers of the runs.
         progress: See ``ProgressOption``.
 
@@ -184,7 +214,9 @@ def find_rho(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not radii or any(not 0 < radius < math.inf for radius in radii):
         raise ValueError(f"radii must be positive numbers, got {list(radii)}")
-    if not 1 <= folds <= (1 if validation is not None else _HELD_OUT):
+    most = 1 if validation is not None else _HELD_OUT
+    folds = most if folds is None else folds
+    if not 1 <= folds <= most:
         raise ValueError(f"folds must be between 1 and {_HELD_OUT}, and 1 with validation=, got {folds}")
     compute_loss = as_loss_fn(loss_fn)
     inner = unwrap(model)
@@ -192,21 +224,31 @@ def find_rho(
     before = RngState.capture(devices)
     try:
         limit = -(-steps * _HELD_OUT // (_HELD_OUT - 1)) + _HELD_OUT
-        kept = read_batches(itertools.islice(batches, limit))
+        kept = read_batches(batches, at_most=limit)
         splits = _splits(kept, validation, folds)
         measure_accuracy = accuracy_fn or (accuracy if _has_classes(inner, compute_loss, kept[0]) else None)
+        twin, base = _copied(inner, optimizer)
+        create(variant, base, model=twin, rho=radii[0])  # so that a variant without a radius fails before the runs
+        del twin, base
         counter = Progress(progress, "find_rho", float(folds * steps * (1 + 2 * len(radii))))
         try:
             runs: list[list[_Score]] = [[] for _ in range(1 + len(radii))]
+            left = list(range(1, len(runs)))
             for fold, (training, held_out) in enumerate(splits):
-                for number, radius in enumerate((0.0, *radii)):
+                for number in (0, *left):
+                    before.restore()
                     torch.manual_seed(seed_of("find_rho", seed, fold))
+                    radius = radii[number - 1] if number else 0.0
                     trained = _train(inner, optimizer, compute_loss, training, radius, variant, steps, counter)
                     runs[number].append(_score(trained, compute_loss, held_out, measure_accuracy))
                     if fold == 0 and number == 0:
                         tested = _grid(radii)
                         chosen = training[:_RANGE_BATCHES]
                         rises, agreements = range_test(trained, compute_loss, chosen, tested, variant in _ADAPTIVE)
+                _check_base(runs[0], steps)
+                left = _still_possible(runs, left)
+                if not left:
+                    break
             cost = counter.cost
         finally:
             counter.close()
@@ -214,6 +256,7 @@ def find_rho(
         before.restore()
     return _decide(
         runs,
+        left,
         tuple(float(radius) for radius in radii),
         cost,
         {"model": type(inner).__name__, "variant": variant, "steps": steps, "folds": folds, "seed": seed},
@@ -235,8 +278,8 @@ def _splits(kept: list[Any], validation: Iterable[Any] | None, folds: int) -> li
         return [(kept, read_batches(validation))]
     if len(kept) < _HELD_OUT:
         raise ValueError(
-            f"find_rho holds out every {_HELD_OUT}th batch, but there are only {len(kept)}; give more and smaller "
-            "batches, or others with validation="
+            f"find_rho holds out every {_HELD_OUT}th batch, so it needs {_HELD_OUT} or more, but got {len(kept)}; give "
+            "more and smaller batches, or others with validation="
         )
     places = range(len(kept))
     return [
@@ -317,12 +360,8 @@ def _pieces(batch: Any) -> list[Any]:
 def _has_classes(model: nn.Module, compute_loss: LossFn, batch: Any) -> bool:
     """Return whether an accuracy can be measured on a batch."""
     with measuring(model, compute_loss, [batch], name="accuracy", frozen=True, progress=False) as measured:
-        try:
-            value = measured.evaluate(accuracy, measured.batches[0])
-        except (TypeError, AttributeError, RuntimeError, IndexError):
-            return False
-    labels = batch[1] if isinstance(batch, tuple | list) else batch.get("labels")
-    return isinstance(labels, Tensor) and not labels.is_floating_point() and math.isfinite(value)
+        answer = measured.evaluate(lambda model, b: torch.tensor(has_one_class_each(model, b)), measured.batches[0])
+        return bool(answer)
 
 
 def _grid(radii: Sequence[float]) -> list[float]:
@@ -331,51 +370,116 @@ def _grid(radii: Sequence[float]) -> list[float]:
     return [low * (high / low) ** (index / (count - 1)) for index in range(count)]
 
 
+@dataclass(frozen=True)
+class _Gap:
+    """By how much one radius is better than another, over the folds that both took part in."""
+
+    gain: float
+    error: float
+    fold_gains: tuple[float, ...]
+    loss_rise: float
+    loss_error: float
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.gain) and math.isfinite(self.loss_rise)
+
+    @property
+    def is_clearly_worse(self) -> bool:
+        return not self.is_finite or self.gain < -_CLEARLY * self.error
+
+    @property
+    def is_clearly_better(self) -> bool:
+        return self.is_finite and self.gain > _CLEARLY * self.error and self.loss_rise <= _CLEARLY * self.loss_error
+
+
+def _gap(one: Sequence[_Score], other: Sequence[_Score]) -> _Gap:
+    """Return by how much ``other`` is better than ``one``, paired piece by piece."""
+    pairs = list(zip(one, other, strict=False))  # a radius that dropped out has fewer folds
+    sizes = [first.sizes for first, _ in pairs]
+    rises = [_differences(first.losses, second.losses) for first, second in pairs]
+    loss_rise, loss_error, fold_rises = _mean_over_folds(rises, sizes)
+    if one[0].accuracies is None:
+        return _Gap(-loss_rise, loss_error, tuple(-rise for rise in fold_rises), loss_rise, loss_error)
+    gains = [_differences(first.accuracies or [], second.accuracies or []) for first, second in pairs]
+    gain, error, fold_gains = _mean_over_folds(gains, sizes)
+    return _Gap(gain, error, tuple(fold_gains), loss_rise, loss_error)
+
+
+def _differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [b - a for a, b in zip(one, other, strict=True)]
+
+
+def _mean_over_folds(values: Sequence[list[float]], sizes: Sequence[list[int]]) -> tuple[float, float, list[float]]:
+    """Return the mean, its standard error, and the mean of each fold.
+
+    Two runs also differ by chance, which all examples of a fold share. The error over pieces does not see that; the
+    error over folds does, but is itself uncertain, since there are four at most. So the larger one is taken.
+    """
+    mean, error = mean_and_error([v for fold in values for v in fold], [n for fold in sizes for n in fold])
+    means = [mean_and_error(fold, of)[0] for fold, of in zip(values, sizes, strict=True)]
+    _, over_folds = mean_and_error(means, [sum(of) for of in sizes])
+    known = [each for each in (error, over_folds) if each is not None]
+    return mean, max(known, default=math.inf), means
+
+
+def _check_base(base: Sequence[_Score], steps: int) -> None:
+    losses = [loss for score in base for loss in score.losses]
+    bad = next((loss for loss in losses if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise ValueError(
+            f"the base optimizer alone ends with a held-out loss of {bad} after {steps} steps, so no radius can be "
+            "compared with it; lower its learning rate, or look at loss_fn and the batches"
+        )
+
+
+def _still_possible(runs: Sequence[Sequence[_Score]], left: Sequence[int]) -> list[int]:
+    """Return the radii that neither the base nor another radius clearly beats.
+
+    After a single fold, which does not tell how much is chance between runs, only those without a finite loss go.
+    """
+    gaps = {number: _gap(runs[0], runs[number]) for number in left}
+    if len(runs[0]) == 1:
+        return [number for number in left if gaps[number].is_finite]
+    leader = max((n for n in left if gaps[n].is_finite), key=lambda n: gaps[n].gain, default=0)
+    if leader and gaps[leader].gain < 0:
+        leader = 0
+    return [n for n in left if gaps[n].is_finite and (n == leader or not _gap(runs[leader], runs[n]).is_clearly_worse)]
+
+
 def _decide(
     runs: Sequence[Sequence[_Score]],
+    left: Sequence[int],
     radii: tuple[float, ...],
     cost: float,
     settings: dict[str, Any],
     tested: dict[str, Any],
 ) -> RhoSearch:
     base, *others = runs
-    has_accuracy = all(score.accuracies is not None for row in runs for score in row)
-    sizes = [size for score in base for size in score.sizes]
-    gains, errors, rises, allowed = [], [], [], []
-    for row in others:
-        loss_gap = [
-            b - a for one, other in zip(base, row, strict=True) for a, b in zip(one.losses, other.losses, strict=True)
-        ]
-        loss_rise, loss_error = mean_and_error(loss_gap, sizes)
-        if has_accuracy:
-            gap = [
-                b - a
-                for one, other in zip(base, row, strict=True)
-                for a, b in zip(one.accuracies or [], other.accuracies or [], strict=True)
-            ]
-        else:
-            gap = [-part for part in loss_gap]
-        gain, error = mean_and_error(gap, sizes)
-        finite = math.isfinite(gain) and math.isfinite(loss_rise)
-        gains.append(gain if finite else -math.inf)
-        errors.append(error or 0.0)
-        rises.append(loss_rise)
-        allowed.append(finite and gain > (error or 0.0) and loss_rise <= _WORSE * (loss_error or 0.0))
-    good = [index for index in range(len(radii)) if allowed[index]]
-    best = max(good, key=gains.__getitem__) if good else None
+    has_accuracy = base[0].accuracies is not None
     base_values = [value for score in base for value in ((score.accuracies or []) if has_accuracy else score.losses)]
+    gaps = [_gap(base, other) for other in others]
+    gains = [gap.gain if gap.is_finite else -math.inf for gap in gaps]
+    if len(base_values) < 2:
+        raise ValueError(
+            f"the runs are compared on {_PIECE} held-out examples at a time, but there is one such piece only, which "
+            "tells no standard error; give more batches or folds"
+        )
+    good = [number - 1 for number in left if gaps[number - 1].is_clearly_better]
+    best = max(good, key=gains.__getitem__) if good else None
     return RhoSearch(
         measure="find_rho",
         value=0.0 if best is None else gains[best],
-        standard_error=None if best is None else errors[best],
+        standard_error=None if best is None else gaps[best].error,
         cost=cost,
         settings=settings,
         rho=None if best is None else radii[best],
         radii=radii,
         score="accuracy" if has_accuracy else "loss",
-        base_score=mean_and_error(base_values, sizes)[0],
+        base_score=mean_and_error(base_values, [size for score in base for size in score.sizes])[0],
         gains=tuple(gains),
-        errors=tuple(errors),
-        loss_rises=tuple(rises),
+        errors=tuple(gap.error if gap.is_finite else math.nan for gap in gaps),
+        loss_rises=tuple(gap.loss_rise for gap in gaps),
+        fold_gains=tuple(gap.fold_gains for gap in gaps),
         **tested,
     )
