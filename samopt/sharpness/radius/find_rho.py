@@ -161,8 +161,8 @@ def find_rho(
     batch is held out once. A radius drops out if its loss is not finite or, from the second fold on, if its score is
     more than two standard errors below that of the base or of another radius. Of those that are left, the one with the
     best score is returned if it beats the base by more than two standard errors and its held-out loss is not more than
-    two standard errors above the base's. (With one standard error, the best of four radii that change nothing would be
-    returned in up to half of all searches.) A standard error is that over examples or that over folds, the larger:
+    two standard errors above the base's. (With one standard error, four radii whose gains were independent chance would
+    be recommended in half of all searches.) A standard error is that over examples or that over folds, the larger:
     two runs end at different accuracies by chance, too, which the examples of one fold do not show. The score is the
     accuracy where each example has one label that is a class, since label noise moves the loss more than the accuracy;
     otherwise the loss.
