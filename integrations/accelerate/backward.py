@@ -74,7 +74,13 @@ class SharpnessAwareBackward:
         self.optimizer: SharpnessAwareOptimizer = inner
         """The optimizer inside the prepared one, for its ``last_step``."""
         self._accelerator = accelerator
-        self._passes = TwoPasses(accelerator, inner, model, sync_perturbation=sync_perturbation)
+        self._passes = TwoPasses(
+            accelerator,
+            inner,
+            model,
+            sync_perturbation=sync_perturbation,
+            kept=lambda: (accelerator._models, ()),  # the loss may depend on models that other optimizers train
+        )
 
     def __call__(self, compute_loss: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Compute a micro-batch's loss and its gradients, and after the last of a window those of the second pass.
@@ -89,7 +95,7 @@ class SharpnessAwareBackward:
             The first pass's loss, detached.
 
         Raises:
-            TypeError: If gradients are accumulated and ``compute_loss`` is given no arguments.
+            TypeError: If gradients are accumulated and ``compute_loss`` is given no arguments, or it returns no tensor.
         """
         if self._accelerator.gradient_accumulation_steps > 1 and not args and not kwargs:
             raise TypeError(
@@ -102,6 +108,11 @@ class SharpnessAwareBackward:
 
         def differentiate(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             loss = compute_loss(*args, **kwargs)
+            if not isinstance(loss, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__} needs a function that returns the loss as a tensor, got "
+                    f"{type(loss).__name__}; return the loss alone, as in lambda batch: model(**batch).loss"
+                )
             self._accelerator.backward(loss)
             losses.append(loss.detach())
             return loss.detach() / int(self._accelerator.gradient_accumulation_steps)

@@ -444,3 +444,62 @@ def test_two_processes(sync, ranks):
         scheduler.step()
     for ours, theirs in zip(first, model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_another_optimizer_trains_gets_the_first_pass_s_gradients():
+    """One loss over two prepared models, of which one is trained with SAM; by hand in fp64."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Linear(6, 3, dtype=torch.float64)
+
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(4, 4, 6, dtype=torch.float64, generator=generator)
+    labels = torch.randint(3, (4, 4), generator=generator)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    ours, other = make(), make()
+    optimizer = samopt.SAM(torch.optim.SGD(ours.parameters(), lr=0.1), rho=0.3, model=ours)
+    models = accelerator.prepare(ours, other, optimizer, torch.optim.SGD(other.parameters(), lr=0.1))
+    prepared, prepared_other, optimizer, optimizer_of_other = models
+    backward = SharpnessAwareBackward(accelerator, prepared, optimizer)
+    for x, y in zip(inputs, labels, strict=True):
+        with accelerator.accumulate(prepared, prepared_other):
+            backward(lambda x, y: nn.functional.cross_entropy(prepared(x) + prepared_other(x), y), x, y)
+            for each in (optimizer, optimizer_of_other):
+                each.step()
+                each.zero_grad()
+
+    model, companion = make(), make()
+    for first in (0, 2):
+
+        def gradients():
+            total = sum(
+                nn.functional.cross_entropy(model(inputs[index]) + companion(inputs[index]), labels[index]) / 2
+                for index in (first, first + 1)  # noqa: B023  # called in this iteration only
+            )
+            return torch.autograd.grad(total, [*model.parameters(), *companion.parameters()])
+
+        at_w = gradients()
+        norm = torch.sqrt(sum(gradient.square().sum() for gradient in at_w[:2]))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), at_w, strict=False):
+                parameter += 0.3 * gradient / norm
+        above = gradients()
+        with torch.no_grad():
+            for parameter, gradient, second in zip(model.parameters(), at_w, above, strict=False):
+                parameter -= 0.3 * gradient / norm + 0.1 * second
+            for parameter, gradient in zip(companion.parameters(), at_w[2:], strict=True):
+                parameter -= 0.1 * gradient
+    for found, expected in ((ours, model), (other, companion)):
+        for one, two in zip(found.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_that_returns_no_tensor_is_named():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(2, 1)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    backward = SharpnessAwareBackward(accelerator, model, optimizer)
+    with pytest.raises(TypeError, match=r"returns the loss as a tensor, got dict; return the loss alone"):
+        backward(lambda x: {"loss": model(x).sum()}, torch.ones(1, 2))
