@@ -176,6 +176,7 @@ class Run:
                 return torch.tensor(torch.nan, device=self._strategy.root_device)
             scaled = loss if self._scaler is None else self._scaler.scale(loss)
             self._strategy.precision_plugin.backward(scaled, self._module, self._optimizer.base_optimizer)
+            self._module.on_after_backward()  # which may mask gradients
         return loss
 
     def _exchange(self, exchanged: bool) -> AbstractContextManager[None]:

@@ -40,8 +40,9 @@ class SharpnessAwareTraining(Callback):
     pass left them. Code in ``training_step`` that keeps count elsewhere can ask ``is_second_pass(self.trainer)``.
 
     The module must use automatic optimization, and may return its optimizer with ``rho``, ``eta`` or ``perturb`` in
-    parameter groups. ``on_before_backward`` and ``on_after_backward`` are called in the first pass only;
-    ``on_before_optimizer_step`` finds the final gradients, except in callbacks that come before this one.
+    parameter groups. The module's ``on_after_backward``, which may mask gradients, is called in both passes; that of
+    callbacks, and ``on_before_backward``, in the first only: what they change is lost. ``on_before_optimizer_step``
+    finds the final gradients, except in callbacks that come before this one.
 
     Cost: two forward-backward passes a step, one transient copy of the weights, and a copy of a window's batches.
 

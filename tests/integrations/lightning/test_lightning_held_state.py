@@ -79,6 +79,53 @@ def test_objects_of_a_module_count_each_batch_once(accumulate, tmp_path):
     assert sam.numbers[0] == 14
 
 
+class Inherited:
+    """Logs past a ``log`` of its own, as a class that puts a prefix before every name."""
+
+    def log(self, name: str, *args: Any, **options: Any) -> None:
+        super().log(f"train/{name}", *args, **options)
+
+    def training_step(self, batch: lit.Batch, batch_idx: int) -> dict[str, Tensor]:
+        output = super().training_step(batch, batch_idx)
+        super().log("raw", output["loss"], on_step=True, on_epoch=True, reduce_fx="sum")
+        super().log_dict({"largest raw": output["loss"]}, on_step=False, on_epoch=True, reduce_fx="max")
+        return output
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_a_parent_class_logs_is_logged_once(accumulate, tmp_path):
+    plain, sam = (type("Logging", (Inherited, lit.Module), {})(zero) for _ in range(2))
+    theirs = lit.fit_by_hand(tmp_path, plain, accumulate_grad_batches=accumulate)
+    ours = lit.fit(tmp_path, sam, SharpnessAwareTraining(rho=0.5), accumulate_grad_batches=accumulate)
+    assert {"raw_epoch", "train/largest raw", "train/loss_step"} <= set(ours.callback_metrics)
+    lit.assert_same_run(ours, theirs)
+
+
+class Masking:
+    """Keeps the first row of a weight where it is, by its gradient, and counts."""
+
+    masked = 0
+
+    def on_after_backward(self) -> None:
+        self.masked += 1
+        self.net[0].weight.grad[0] = 0.0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_module_that_masks_gradients_masks_those_of_both_passes(accumulate, tmp_path):
+    """A hook on the weight masks each gradient as it is made: the same masks, without ``on_after_backward``."""
+    ours, theirs = type("Masked", (Masking, lit.Module), {})(lit.sgd), lit.Module(lit.sgd)
+    start = ours.net[0].weight[0].clone()
+    mask = torch.ones_like(theirs.net[0].weight)
+    mask[0] = 0.0
+    theirs.net[0].weight.register_hook(lambda gradient: gradient * mask)
+    lit.fit(tmp_path, ours, SharpnessAwareTraining(rho=0.5), accumulate_grad_batches=accumulate)
+    lit.fit(tmp_path, theirs, SharpnessAwareTraining(rho=0.5), accumulate_grad_batches=accumulate)
+    assert torch.equal(ours.net[0].weight[0], start)
+    assert ours.masked == 14
+    lit.assert_same_state(ours, theirs)
+
+
 class Skipping:
     """Steps the optimizer for every second batch, and leaves out what the others accumulated."""
 
