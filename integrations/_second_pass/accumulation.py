@@ -69,7 +69,7 @@ class TwoPasses:
             What ``once`` returned.
 
         Raises:
-            RuntimeError: If the gradients of a second pass wait for the step.
+            RuntimeError: If the gradients of a second pass wait for the step, or were changed inside a window.
         """
         passes = self.optimizer.two_passes
         if passes is None:  # no weight moves in one pass
@@ -80,6 +80,7 @@ class TwoPasses:
                 "ended the window at the first one. Make it with Accelerator(gradient_accumulation_steps=k), put 'with "
                 "accelerator.accumulate(model):' around each micro-batch, and do not divide the loss by k"
             )
+        passes.check_window()
         is_first = not passes.window
         if is_first:
             passes.include(*self._kept())

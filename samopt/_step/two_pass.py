@@ -81,6 +81,7 @@ class TwoPass:
         self._context: ExactExit[PassHandle] | None = None
         self.window: list[MicroBatch] = []
         self._included: tuple[nn.Module, ...] = ()
+        self._at_end: list[tuple[int, int] | None] = []  # of the gradients, after the latest micro-batch
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
         self._waiting: Tensor | None = None  # one of the second pass's gradients, by which they are known again
@@ -183,6 +184,7 @@ class TwoPass:
             What ``compute_loss`` returned at ``w``.
         """
         self.check_restored("backward()")
+        self.check_window()
         if not self.window:
             self._refuse_waiting("backward()")
             self._refuse_leftovers()
@@ -265,6 +267,28 @@ class TwoPass:
     def end_micro_batch(self) -> None:
         """Note that a micro-batch is over that is not the last of its window."""
         self._replay.state.end_micro_batch()
+        self._at_end = self._gradient_marks()
+
+    def check_window(self) -> None:
+        """Forget a window whose gradients were cleared, by ``model.zero_grad()`` say; called before each micro-batch.
+
+        Raises:
+            RuntimeError: If the gradients were changed since the micro-batch before.
+        """
+        if not self.window or self._at_end == self._gradient_marks():
+            return
+        if any_nonzero(self._ascent.base.param_groups):
+            raise RuntimeError(
+                "the gradients were changed between two micro-batches of a window: the second pass computes them "
+                "again, and would lose that. Clip or mask them before step(), after the last micro-batch; add every "
+                "term of the loss in the function that computes it, without a backward of its own"
+            )
+        self.gradients_cleared()
+
+    def _gradient_marks(self) -> list[tuple[int, int] | None]:
+        """Return what changes when a gradient is written into, or replaced."""
+        gradients = [parameter.grad for parameter in self._ascent.parameters()]
+        return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
     def run_again(
         self,
