@@ -41,9 +41,9 @@ class FunctionalSAM(SharpnessAwareOptimizer):
         outputs: Takes from what the model returns the tensors that the loss is computed from: a tensor, or a sequence
             of tensors none of which is computed from another. None finds them: the output itself, ``.logits``, entries
             named so, or every floating-point tensor with a dimension if there is no scalar that may be a loss.
-        **options: ``direction``, ``norm``, ``stochastic_rounding``, ``seed``, ``sync_perturbation``, ``backend``,
-            ``measure_grad_norms``, ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters, also the
-            arguments of ``base_optimizer``.
+        **options: ``only``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``, ``sync_perturbation``,
+            ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters,
+            also the arguments of ``base_optimizer``.
 
     Raises:
         TypeError: If the arguments fit neither form, or ``model`` is missing.

@@ -35,9 +35,10 @@ class PreconditionedSAM(SharpnessAwareOptimizer):
         rho: Radius of the perturbation in the norm ``||T^-1 epsilon||_2``, >= 0. Its square has the unit of the loss:
             a loss that is multiplied by 100 needs ten times the radius. Not comparable with SAM's.
         damping: In place of the base group's ``eps``, >= 0, in units of the gradient; None is that ``eps``.
-        **options: ``model``, ``direction``, ``combination``, ``norm``, ``stochastic_rounding``, ``seed``,
-            ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
-            ``SharpnessAwareOptimizer``; with parameters, also the arguments of ``base_optimizer``.
+        **options: ``model``, ``only``, ``reuse_trunk``, ``direction``, ``combination``, ``norm``,
+            ``stochastic_rounding``, ``seed``, ``sync_perturbation``, ``backend``, ``measure_grad_norms``,
+            ``warn_on_stall`` as for ``SharpnessAwareOptimizer``; with parameters, also the arguments of
+            ``base_optimizer``.
 
     Raises:
         TypeError: If the arguments fit neither form.

@@ -177,6 +177,7 @@ def test_published_rows_stay_readable(tmp_path, folder, study, line, request):
     assert line in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_demo_compares_optimizers_in_80_columns_and_ends_with_a_sentence(tmp_path, capsys):
     (tmp_path / "runs.jsonl").write_text("earlier\n", encoding="utf-8")
     assert main(["demo", "--seeds", "0,1", "--epochs", "1", "--output", str(tmp_path)]) == 0

@@ -233,7 +233,7 @@ def plain_attributes(model: nn.Module) -> dict[str, object]:
 
 
 def by_hand(model: nn.Module, accumulate: int) -> None:
-    """SAM in plain torch: state in tensors goes on from the first pass, attributes begin as in the first pass."""
+    """SAM in plain torch: writes into a tensor go on from the first pass, names begin as in the first pass."""
     trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("scale")]
     data = batches()
     model.train()
@@ -246,6 +246,7 @@ def by_hand(model: nn.Module, accumulate: int) -> None:
         window = data[first : first + accumulate]
         model.zero_grad()
         before = plain_attributes(model)
+        buffers = [(module._buffers, module._buffers.copy()) for module in model.modules()]
         one_pass(window)
         after = plain_attributes(model)
         tensors = {key: value.clone() for key, value in model.state_dict().items()}
@@ -256,6 +257,8 @@ def by_hand(model: nn.Module, accumulate: int) -> None:
                 p += RHO * p.grad / norm
         model.zero_grad()
         vars(model).update(before)
+        for registry, content in buffers:
+            registry.update(content)
         one_pass(window)
         vars(model).update(after)
         for key, value in tensors.items():

@@ -19,7 +19,7 @@ from tests.helpers.apart import run_apart
     "arguments",
     [
         ["tests/kernels/test_triton_interpreted.py"],
-        ["tests/kernels/test_triton_memory.py"],
+        pytest.param(["tests/kernels/test_triton_memory.py"], marks=pytest.mark.slow),
         ["tests/kernels/test_triton_graphs.py"],
         ["tests/kernels/test_kernels.py", "-k", "triton and (agree_with_fp64 or every_bit_back)"],
         ["tests/kernels/test_kernels.py", "-k", "triton and not agree_with_fp64 and not every_bit_back"],

@@ -257,7 +257,7 @@ def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale() -> Non
 @pytest.mark.parametrize("variant", VARIANTS_HERE, ids=lambda variant: variant.name)
 def test_every_optimizer_takes_the_step_of_its_closure_form(variant) -> None:
     models = [mlp(DOUBLE), mlp(DOUBLE)]
-    bases = [BASES["sgd-momentum"](model.parameters()) for model in models]
+    bases = [BASES[getattr(variant, "usual_base", "sgd-momentum")](model.parameters()) for model in models]
     optimizers = [variant.wrap(base, rho=variant.rho, model=m) for base, m in zip(bases, models, strict=True)]
     by_backward, by_closure = optimizers
     for step in range(7):

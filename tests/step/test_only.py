@@ -129,17 +129,17 @@ def textbook(model, base, data, names, rho, *, seed):
     return first, second
 
 
-ROWS = {variant.name: (variant.wrap, variant.rho) for variant in VARIANTS}
-ROWS |= {preset.name: (preset.wrap, preset.rho) for preset in PRESETS}
+ROWS = {variant.name: (variant.wrap, variant.rho, "sgd-momentum") for variant in VARIANTS}
+ROWS |= {preset.name: (preset.wrap, preset.rho, preset.usual_base) for preset in PRESETS}
 
 
 @pytest.mark.parametrize("form", ["backward", "closure"])
 @pytest.mark.parametrize("name", ROWS)
 def test_every_optimizer_trains_as_with_perturb_false_in_the_other_groups(name, form):
     """Bit for bit: the same tensors move, in the same order."""
-    wrap, rho = ROWS[name]
+    wrap, rho, base_name = ROWS[name]
     ours, theirs = network(), network()
-    base = BASES["sgd-momentum"]
+    base = BASES[base_name]
     optimizer = wrap(base(grouped(ours, list(dict(ours.named_parameters())))), rho=rho, model=ours, only="norm")
     expected = wrap(base(grouped(theirs, NORM_NAMES)), rho=rho, model=theirs)
     for step in range(5):

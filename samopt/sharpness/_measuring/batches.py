@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from samopt.sharpness._measuring.optimizer_parts import RngState
 
@@ -123,12 +123,12 @@ def _sizes(part: Any) -> list[int]:
     return sizes
 
 
-def _generators(batches: Any) -> Iterator[torch.Generator]:
+def _generators(batches: Any) -> Iterator[Generator]:
     """Yield the generators that a ``DataLoader`` draws its order and its workers' seed from."""
     batch_sampler = getattr(batches, "batch_sampler", None)
     for owner in (batches, getattr(batches, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
         generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
+        if isinstance(generator, Generator):
             yield generator
 
 
