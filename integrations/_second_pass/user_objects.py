@@ -7,6 +7,8 @@ import sys
 import types
 from typing import Any
 
+from samopt._replay.slots import slot_names
+
 __all__ = ["attributes_of", "behind", "is_of_the_user"]
 
 _FRAMEWORKS = frozenset(
@@ -35,9 +37,9 @@ def is_of_the_user(value: Any) -> bool:
     """Return whether an object is of a class that the user, or a package built on a framework, wrote.
 
     Args:
-        value: Any object.
+        value: What an attribute holds.
     """
-    if isinstance(value, type) or not (hasattr(value, "__dict__") or _slots(value)):
+    if isinstance(value, type) or not (hasattr(value, "__dict__") or slot_names(value)):
         return False
     if callable(value) and type(value).__module__ in ("builtins", "types", "functools"):  # a function, not an object
         return False
@@ -52,9 +54,9 @@ def attributes_of(value: Any) -> dict[str, Any]:
     """Return what an object's names are bound to, in its ``__dict__`` and in its slots.
 
     Args:
-        value: Any object.
+        value: The object, with or without a ``__dict__``.
     """
-    in_slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
+    in_slots = {name: getattr(value, name) for name in slot_names(value) if hasattr(value, name)}
     return in_slots | getattr(value, "__dict__", {})
 
 
@@ -78,13 +80,3 @@ def _content(cell: types.CellType) -> list[Any]:
         return [cell.cell_contents]
     except ValueError:  # a variable that has no value yet
         return []
-
-
-def _slots(value: Any) -> list[str]:
-    names: list[str] = []
-    for kind in type(value).__mro__:
-        own = vars(kind).get("__slots__", ())
-        for name in (own,) if isinstance(own, str) else own:
-            is_private = name.startswith("__") and not name.endswith("__")
-            names.append(f"_{kind.__name__.lstrip('_')}{name}" if is_private else name)
-    return [name for name in names if name not in ("__dict__", "__weakref__")]

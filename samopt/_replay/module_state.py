@@ -6,7 +6,6 @@ import functools
 import operator
 import random
 import sys
-import types
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from samopt._replay.slots import slot_names
 from samopt.distributed import is_fully_sharded
 
 __all__ = ["ModuleState", "every_module", "sample"]
@@ -416,14 +416,8 @@ def _is_of_numpy(value: Any) -> bool:
 
 
 def _slots(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object that are in slots of classes written in Python."""
-    found = {}
-    for kind in type(value).__mro__:
-        names = vars(kind).get("__slots__", ())
-        for name in [names] if isinstance(names, str) else names:
-            if isinstance(vars(kind).get(name), types.MemberDescriptorType) and hasattr(value, name):
-                found[name] = getattr(value, name)
-    return found
+    """Return the attributes of an object that are in slots."""
+    return {name: getattr(value, name) for name in slot_names(value) if hasattr(value, name)}
 
 
 def _put_back_slots(value: Any, slots: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from samopt._replay.slots import slot_names
+
 __all__ = ["describe", "floating_tensors", "named_logits", "tensors_in"]
 
 
@@ -93,8 +95,6 @@ def _walk(output: Any) -> Iterator[tuple[str, Tensor]]:
 def _attributes_of(value: object) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of an object with their names, those in slots included."""
     yield from getattr(value, "__dict__", {}).items()
-    for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            if hasattr(value, name):
-                yield name, getattr(value, name)
+    for name in slot_names(value):
+        if hasattr(value, name):
+            yield name, getattr(value, name)
