@@ -225,7 +225,7 @@ def make_sharpness_aware(trainer: _T, **options: Any) -> _T:
 
 
 def _in_both_passes(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a ``training_step`` that runs another in both passes, with whatever that does around its parent's."""
+    """Return a ``training_step`` that calls another one in both passes."""
 
     @functools.wraps(step)
     def training_step(self: SAMTrainerMixin, *args: Any, **named: Any) -> Tensor:

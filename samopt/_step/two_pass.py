@@ -496,7 +496,6 @@ class TwoPass:
 
     def _deliver(self, second: SecondPass) -> None:
         """Leave the base's gradients in place."""
-        self._warn_of_missing_gradients(second)
         ascent = self._ascent
         if ascent.combination is not None and ascent.combines and ascent.may_move():
             self._decoupled = second.combine(ascent.combination)
@@ -507,6 +506,7 @@ class TwoPass:
             propagate_nonfinite(flag, ascent.base.param_groups)
         self.metrics = second.measure()
         self._waiting = self._first_gradient()
+        self._warn_of_missing_gradients(second)
         self._is_ready = True
 
     def _first_gradient(self) -> Tensor | None:
@@ -545,9 +545,9 @@ class TwoPass:
 
     def _warn_of_missing_gradients(self, second: SecondPass) -> None:
         """Warn once where a second pass that was to give the gradient gave none, so that the update does nothing."""
-        if not second.is_needed or self._has_warned_of_missing or runs_on_several_ranks():
+        if self._waiting is not None or not second.is_needed:
             return
-        if any([parameter.grad is not None for parameter in self._ascent.parameters()]):
+        if self._has_warned_of_missing or runs_on_several_ranks():
             return
         self._has_warned_of_missing = True
         warn_user(
