@@ -20,7 +20,7 @@ from samopt._step.layer_groups import groups_of_layers
 from samopt._step.one_pass import OnePass
 from samopt._step.pass_handle import PassHandle
 from samopt._step.shifted_layers import ShiftedLayers
-from samopt._step.shifted_parameters import ShiftedParameters
+from samopt._step.shifted_parameters import OtherWeights
 from samopt.kernels import Block, StepSize
 from samopt.parts.direction import KnownDirection
 from samopt.step_metrics import StepMetrics
@@ -111,7 +111,7 @@ class NoisePass(OnePass):
         self._moves = {}
         self._entered = set()
 
-    def _make_shifted(self) -> ShiftedParameters | ShiftedLayers:
+    def _make_shifted(self) -> OtherWeights:
         if any(layer.adapter is not None for layer in self._layers):
             return ShiftedLayers(list(self._layers), self._is_wanted, self._noisy)
         return super()._make_shifted()

@@ -25,8 +25,7 @@ from samopt._step.exact_exit import ExactExit
 from samopt._step.moved_shards import MovedShards
 from samopt._step.pass_handle import PassHandle
 from samopt._step.retirement import enlist, replace_older
-from samopt._step.shifted_layers import ShiftedLayers
-from samopt._step.shifted_parameters import ShiftedParameters
+from samopt._step.shifted_parameters import OtherWeights, ShiftedParameters
 from samopt._step.two_pass import differentiate
 from samopt.distributed import is_fully_sharded, reshard, runs_on_several_ranks, unsynced
 from samopt.parts.direction import CachedDirection, KnownDirection
@@ -70,7 +69,7 @@ class OnePass:
         self._moved = StepMetrics()
         self.metrics = StepMetrics()
         self._shards: MovedShards | None = None
-        self._shifted: ShiftedParameters | ShiftedLayers | None = None
+        self._shifted: OtherWeights | None = None
         if is_fully_sharded(every_module(models)):
             self._shards = MovedShards(models, self._enter_forward, self._enter, self._leave, self._be_exact)
         elif models:
@@ -113,7 +112,7 @@ class OnePass:
             self._stop_watching = None
         if self._shards is not None:
             self._shards.detach()
-        if isinstance(self._shifted, ShiftedParameters):
+        if self._shifted is not None:
             self._shifted.forget()
 
     @contextmanager
@@ -260,7 +259,7 @@ class OnePass:
     def gradients_cleared(self) -> None:
         """Follow the models' calls again, if another optimizer over the same weights ended that: this one is in use."""
         self._was_retired()
-        if isinstance(self._shifted, ShiftedParameters):
+        if self._shifted is not None:
             self._shifted.gradients_cleared()
 
     def note_unscaling(self) -> None:
@@ -276,7 +275,7 @@ class OnePass:
         if self._has_ascended:
             self._ascent.advance_rounding()
         self._has_ascended = False
-        if isinstance(self._shifted, ShiftedParameters):
+        if self._shifted is not None:
             self._shifted.forget()
         self._loss = None
 
@@ -294,18 +293,16 @@ class OnePass:
             self._watch()
         return was_retired
 
-    def _make_shifted(self) -> ShiftedParameters | ShiftedLayers:
+    def _make_shifted(self) -> OtherWeights:
         """Return what gives the modules other weights while they run."""
         return ShiftedParameters(self._displaced)
 
     def _watch(self) -> None:
-        if isinstance(self._shifted, ShiftedLayers):
+        if self._shifted is not None:
             self._stop_watching = self._shifted.follow(self._models)
-            return
-        watcher = self._shifted or self._shards
-        assert watcher is not None
-        # Sharded modules gather copies for the whole of a model, so parts called on their own are not followed there.
-        self._stop_watching = watch(self._models, watcher, only_these=self._shards is not None)
+        elif self._shards is not None:
+            # Sharded modules gather copies for the whole of a model, so parts called on their own are not followed.
+            self._stop_watching = watch(self._models, self._shards, only_these=True)
 
     def _steps(self) -> Generator[Any, Any, None]:
         """Move the weights, wait for the block, put them back: the generator behind ``perturbed``."""
@@ -427,7 +424,7 @@ class OnePass:
     def _warn_of_exact_gradients(self) -> None:
         """Warn once where a parameter was used at the exact weights alone, past the modules that replace it."""
         # Of several ranks, another one may have used the parameter in its module.
-        if not isinstance(self._shifted, ShiftedParameters) or self._has_warned or runs_on_several_ranks():
+        if self._shifted is None or self._has_warned or runs_on_several_ranks():
             return
         found = self._shifted.unreached()
         if not found:

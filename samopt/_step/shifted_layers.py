@@ -18,21 +18,18 @@ from samopt._replay.call_watch import RAISED, CallWatcher, followed, watch
 from samopt._replay.module_state import every_module
 from samopt._replay.unobserved import is_unobserved, outside_transforms
 from samopt._step.adapter_layers import AdapterLayer
-from samopt._step.shifted_parameters import reads_registry
+from samopt._step.shifted_parameters import OtherWeights, reads_registry
 
 __all__ = ["ShiftedLayers"]
 
 
-class ShiftedLayers(CallWatcher):
+class ShiftedLayers(OtherWeights):
     """Gives adapter layers another frozen weight while they run inside an outermost call that asks for it.
 
     Args:
         layers: The layers.
         is_wanted: Given the outermost module, returns whether its layers get other weights in this call.
         weight_for: Makes the weight of a layer, with gradients off; None leaves its own.
-
-    Attributes:
-        exact_depth: How many contexts hold the weights exact.
     """
 
     def __init__(
@@ -41,7 +38,6 @@ class ShiftedLayers(CallWatcher):
         is_wanted: Callable[[nn.Module], bool],
         weight_for: Callable[[AdapterLayer], Tensor | None],
     ) -> None:
-        self.exact_depth = 0
         self._layers = layers
         self._is_wanted = is_wanted
         self._weight_for = weight_for

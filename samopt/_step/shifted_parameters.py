@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from samopt._callers.cuda_graphs import is_capturing
 from samopt._perturb.gradients import any_nonzero
-from samopt._replay.call_watch import RAISED, CallWatcher, is_compiled
+from samopt._replay.call_watch import RAISED, CallWatcher, is_compiled, watch
 from samopt._replay.module_state import every_module, sample
 from samopt._replay.unobserved import is_unobserved, outside_transforms
 
-__all__ = ["ShiftedParameters", "in_place_of", "reads_registry"]
+__all__ = ["OtherWeights", "ShiftedParameters", "in_place_of", "reads_registry"]
 
 _CHECKS = 4  # first steps in which some values are compared after each forward
 _CHECK_EVERY = 64  # of the steps after these, one in so many
@@ -44,7 +44,38 @@ class _AtShiftedValues(torch.autograd.Function):
         return gradients[0], None
 
 
-class ShiftedParameters(CallWatcher):
+class OtherWeights(CallWatcher):
+    """Gives modules other weights than their own while they run.
+
+    Attributes:
+        exact_depth: How many contexts hold the weights exact.
+    """
+
+    exact_depth = 0
+
+    def follow(self, models: Sequence[nn.Module]) -> Callable[[], None]:
+        """Follow the calls of models.
+
+        Args:
+            models: The models.
+
+        Returns:
+            A function that ends this.
+        """
+        return watch(models, self)
+
+    def gradients_cleared(self) -> None:
+        """Note that another forward begins a step, before which weights may have been written."""
+
+    def unreached(self) -> list[Tensor]:
+        """Return the parameters with a gradient that is known to be of the exact weights."""
+        return []
+
+    def forget(self) -> None:
+        """Drop what was made for this step: the weights, or the direction, are about to change."""
+
+
+class ShiftedParameters(OtherWeights):
     """Replaces parameters while the outermost call of a module runs in training, with gradients on.
 
     A call in evaluation mode, without gradients, or inside ``hold_exact`` finds the exact weights. A parameter that was
@@ -71,13 +102,6 @@ class ShiftedParameters(CallWatcher):
         self._count = 0
         self._reached: set[int] = set()  # ids of parameters whose shifted tensor got a gradient
         self._follows_gradients = False
-        self.exact_depth = 0
-        """How many contexts hold the weights exact."""
-
-    @property
-    def has_run(self) -> bool:
-        """Whether a training call has asked for the shifted values since the last step."""
-        return self._shifted is not None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Replace the parameters under a module.
