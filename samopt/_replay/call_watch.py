@@ -35,12 +35,14 @@ class CallWatcher:
         thread: The thread of that call.
         trains: Whether that call is one in training, with gradients on.
         training_thread: The thread of the last such call that was not in a backward pass; None before the first.
+        steps_aside: Whether ``step_aside`` is to be asked about the calls inside the outermost one.
     """
 
     running: nn.Module | None = None
     thread: int | None = None
     trains = False
     training_thread: int | None = None
+    steps_aside = False
 
     def follows(self, module: nn.Module) -> bool:
         """Return whether a call that begins now is to be followed, as an outermost one.
@@ -147,7 +149,7 @@ class _WatchedCall:
             if watcher.running is None or watcher.thread != thread:
                 if watcher.follows(module):
                     outermost.append(watcher)
-            elif (end_aside := watcher.step_aside(module)) is not None:
+            elif watcher.steps_aside and (end_aside := watcher.step_aside(module)) is not None:
                 resume.append(end_aside)
         if resume:
             try:

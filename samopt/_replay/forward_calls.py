@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +23,22 @@ _LIMIT = 4096  # records of one pass; beyond it random numbers are not repeated,
 class _Record:
     """The random state before one call, and what tells that call from others."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[weakref.ref[Tensor], ...], state: RngState) -> None:
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...], state: RngState) -> None:
         self.module = id(module)
         self.kind = (module.training, torch.is_grad_enabled())
-        self.inputs = inputs
+        self._inputs = [weakref.ref(tensor) for tensor in inputs]
         self.state = state
         self.was_differentiated = False
         self._graph: weakref.ref[_Mark] | None = None
+
+    def was_given(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Return whether the call had the very same tensors.
+
+        Args:
+            inputs: Tensors among the arguments of another call.
+        """
+        known = [reference() for reference in self._inputs]
+        return len(known) == len(inputs) and all(map(operator.is_, known, inputs))
 
     def follow(self, output: Any) -> None:
         """Note when the output is differentiated: only then does a call with a graph belong to a pass for sure."""
@@ -97,7 +107,7 @@ class ForwardCalls(PassFollower):
         self._open = None
         if not is_observed():
             return
-        inputs = tuple(weakref.ref(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        inputs = tuple([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
         if self.replaying:
             record = self._match(module, inputs)
             if record is not None:
@@ -142,31 +152,23 @@ class ForwardCalls(PassFollower):
         self._position = 0
         self._open = None
 
-    def _match(self, module: nn.Module, inputs: tuple[weakref.ref[Tensor], ...]) -> _Record | None:
+    def _match(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> _Record | None:
         """Return the record of the call that this one repeats, or None."""
         kind = (module.training, torch.is_grad_enabled())
+        if self._position < len(self._records):  # most often, calls come in the same order
+            record = self._records[self._position]
+            is_next = record.module == id(module) and record.kind == kind and record.was_differentiated
+            if is_next and record.was_given(inputs):
+                self._position += 1
+                return record
         alike = [(index, record) for index, record in enumerate(self._records) if record.kind == kind]
         alike = [(i, record) for i, record in alike if record.module == id(module)] or alike
         alike = [(i, record) for i, record in alike if record.was_differentiated] or alike
         ahead = [(i, record) for i, record in alike if i >= self._position]
-        same = _with_inputs(ahead, inputs) or _with_inputs(alike, inputs) or ahead
+        given = [found for found in (*ahead, *alike) if found[1].was_given(inputs)] if inputs else []
+        same = given or ahead
         if not same:
             return None
         index, record = same[0]
         self._position = index + 1
         return record
-
-
-def _with_inputs(
-    records: list[tuple[int, _Record]], inputs: tuple[weakref.ref[Tensor], ...]
-) -> list[tuple[int, _Record]]:
-    """Return the records of calls that were given the very same tensors."""
-    if not inputs:
-        return []
-    given = [reference() for reference in inputs]
-    return [
-        (index, record)
-        for index, record in records
-        if len(record.inputs) == len(given)
-        and all(reference() is tensor for reference, tensor in zip(record.inputs, given, strict=True))
-    ]

@@ -71,7 +71,7 @@ class Replay:
             start: Random state at the start of the first pass, where known.
             moving: Parameters that the perturbation moves and puts back.
         """
-        self._end = RngState.capture(self._calls.devices, like=start)
+        self._end = self.capture()
         self.state.save(moving)
         self._is_blind = bool(self.models) and start is None and self._calls.is_empty
         if not self._has_warned and any(map(is_capturing, self._calls.devices)) and _has_dropout(self.models):
@@ -86,7 +86,7 @@ class Replay:
         for follower in self._followers:
             follower.replaying = True
         if start is not None:
-            start.restore(present=self._end)
+            start.restore()
 
     def end_second(self) -> None:
         """Leave the second pass: state and random streams as the first pass left them; may be called again.

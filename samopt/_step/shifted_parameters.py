@@ -87,6 +87,8 @@ class ShiftedParameters(OtherWeights):
             of their own, because a graph may hold the last ones.
     """
 
+    steps_aside = True
+
     def __init__(self, displaced: Callable[[bool], dict[Tensor, Tensor]]) -> None:
         self._displaced = displaced
         self._shifted: dict[int, Tensor] | None = None  # by id: Tensor.__hash__ is a call of Python

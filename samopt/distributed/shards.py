@@ -129,10 +129,7 @@ def abandon_pass(model: nn.Module | None) -> None:
 
 def _fully_sharded(model: nn.Module | None) -> list[Any]:
     """Return the modules that ``fully_shard`` was called on, outer ones first."""
-    modules = () if model is None else model.modules()
-    return [
-        module for module in modules if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard")
-    ]
+    return [] if model is None else [module for module in model.modules() if is_fully_sharded([module])]
 
 
 def is_fully_sharded(modules: Iterable[nn.Module]) -> bool:
@@ -142,6 +139,7 @@ def is_fully_sharded(modules: Iterable[nn.Module]) -> bool:
         modules: Every module of a model.
     """
     for module in modules:
-        if hasattr(module, "set_requires_gradient_sync") and hasattr(module, "reshard"):
+        kind = type(module)  # ``fully_shard`` changes it; a name that a module lacks is slow to look for in the module
+        if hasattr(kind, "set_requires_gradient_sync") and hasattr(kind, "reshard"):
             return True
     return False
