@@ -240,6 +240,27 @@ def test_a_folder_of_transformers(tmp_path, monkeypatch, kind):
     assert main(["measure", "--weights", "saved", *arguments]) == 2  # its head would be random
 
 
+@pytest.mark.hf
+def test_language_models_are_compared_without_an_accuracy_which_their_labels_do_not_have(tmp_path, monkeypatch, capsys):
+    import transformers
+
+    (tmp_path / "language_project.py").write_text(
+        "import torch\n\ntokens = torch.arange(48).view(4, 12) % 20\n"
+        "batches = [{'input_ids': tokens, 'labels': tokens}]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = transformers.GPT2Config(vocab_size=20, n_positions=12, n_embd=8, n_layer=1, n_head=2)
+    for name in ("one", "two"):
+        transformers.GPT2LMHeadModel(config).save_pretrained(name)
+    chosen = ["--data", "language_project:batches", "--measures", "average_case", "--output", "out"]
+    assert main(["compare", "--weights", "one", "two", *chosen]) == 0
+    assert list(results("out", "comparison.json")["results"]) == ["loss", "average_case"]
+    chosen[3] = "quantization"
+    assert main(["measure", "--weights", "one", *chosen]) == 0
+    assert results("out")["results"]["one"]["quantization"]["accuracies"] is None
+
+
 def test_every_measure_can_be_asked_for(project, tmp_path):
     chosen = [name for name in cli_measures.MEASURES if name != "interpolate"]
     options = ["--hessian_trace.samples", "2", "--spectral_density.steps", "3", "--landscape.points", "3"]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from samopt.sharpness._measuring.batches import batch_size, read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
-from samopt.sharpness._measuring.losses import Loss, LossFn, as_loss_fn
+from samopt.sharpness._measuring.losses import Loss, LossFn, accuracy, as_loss_fn, has_one_class_each
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedBuffers, unobserved
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness._measuring.weights import Selection, select, unwrap
 
-__all__ = ["FORWARD", "GRADIENT", "MODES", "MeasuredModel", "measuring"]
+__all__ = ["FORWARD", "GRADIENT", "MODES", "MeasuredModel", "accuracy_for", "measuring"]
 
 FORWARD = 1 / 3  # the cost of a forward pass alone, in gradients: a backward pass costs about twice a forward pass
 GRADIENT = 1.0
@@ -302,6 +302,19 @@ def measuring(
         counter = Progress(progress, name, total)
         stack.callback(counter.close)
         yield MeasuredModel(model, compute_loss, weights, read, mode, buffers, start, counter)
+
+
+def accuracy_for(model: nn.Module, loss_fn: Loss, batch: Any) -> Callable[[nn.Module, Any], Tensor] | None:
+    """Return ``accuracy`` where each example has one label that is a class; None where an accuracy means nothing.
+
+    Args:
+        model: The model.
+        loss_fn: Its loss.
+        batch: A batch of it.
+    """
+    with measuring(model, loss_fn, [batch], name="accuracy", frozen=True, progress=False) as measured:
+        answer = measured.evaluate(lambda model, b: torch.tensor(has_one_class_each(model, b)), measured.batches[0])
+        return accuracy if answer else None
 
 
 @contextmanager

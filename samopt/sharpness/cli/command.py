@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from samopt.sharpness._measuring.losses import LossFn, accuracy
+from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.measured_model import accuracy_for
 from samopt.sharpness._measuring.optional_packages import require
 from samopt.sharpness._measuring.results import Result, to_json
-from samopt.sharpness.cli.data import has_classes, load_batches, load_loss
+from samopt.sharpness.cli.data import load_batches, load_loss
 from samopt.sharpness.cli.errors import CommandError, explained, one_line
 from samopt.sharpness.cli.measures import DATA_MEASURES, PAIR_MEASURES, Surroundings, add_measures, run, to_requests
 from samopt.sharpness.cli.models import load_models
@@ -255,7 +256,7 @@ def _compare(jsonargparse: Any, options: Any) -> None:
             loaded.batches,
             measures=_presets(options.measures),
             elsewhere=loaded.elsewhere,
-            accuracy_fn=accuracy if has_classes(loaded.first, loaded.batches[0]) else None,
+            accuracy_fn=accuracy_for(loaded.first, loaded.loss_fn, loaded.batches[0]),
             mode=options.mode,
         )
     print(comparison)

@@ -14,7 +14,7 @@ from samopt.sharpness._measuring.losses import LossFn, as_loss_fn, cross_entropy
 from samopt.sharpness.cli.errors import CommandError
 from samopt.sharpness.cli.names import called, named_object
 
-__all__ = ["has_classes", "inputs_and_labels", "load_batches", "load_loss"]
+__all__ = ["inputs_and_labels", "load_batches", "load_loss"]
 
 _LOSSES: dict[str, LossFn] = {"cross_entropy": cross_entropy, "hf": hf_loss}
 
@@ -70,20 +70,6 @@ def load_loss(text: str, model: nn.Module, batch: Any) -> LossFn:
         return as_loss_fn(loss)
     except (TypeError, ValueError) as error:
         raise CommandError(f"--loss {text}: {error}") from error
-
-
-def has_classes(model: nn.Module, batch: Any) -> bool:
-    """Return whether a batch has labels that are classes, so that an accuracy makes sense.
-
-    Args:
-        model: The model.
-        batch: The batch.
-    """
-    try:
-        _, labels = split_batch(model, batch)
-    except TypeError:
-        return False
-    return isinstance(labels, Tensor) and labels.dim() > 0 and not labels.is_floating_point()
 
 
 def inputs_and_labels(model: nn.Module, batches: list[Any]) -> tuple[Tensor, Tensor]:

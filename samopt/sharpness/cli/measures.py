@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from samopt.sharpness._measuring.losses import LossFn, accuracy
+from samopt.sharpness._measuring.losses import LossFn
+from samopt.sharpness._measuring.measured_model import accuracy_for
 from samopt.sharpness._measuring.results import Result
 from samopt.sharpness.activations import active_units
-from samopt.sharpness.cli.data import has_classes, inputs_and_labels
+from samopt.sharpness.cli.data import inputs_and_labels
 from samopt.sharpness.cli.errors import CommandError, one_line
 from samopt.sharpness.curvature.eigenvalues import gauss_newton_eigenvalues, hessian_eigenvalues
 from samopt.sharpness.curvature.preconditioned import preconditioned_eigenvalues
@@ -202,8 +203,8 @@ def run(request: Request, names: Sequence[str], around: Surroundings) -> Result:
                 "and give the state of Adam and its like with --optimizer_state FILE"
             )
         extra = [around.make_optimizer(model)]
-    if request.name in _WITH_ACCURACY and has_classes(model, around.batches[0]):
-        options["accuracy_fn"] = accuracy
+    if request.name in _WITH_ACCURACY:
+        options["accuracy_fn"] = accuracy_for(model, around.loss_fn, around.batches[0])
     return function(model, around.loss_fn, around.batches, *extra, mode=around.mode, **options)
 
 

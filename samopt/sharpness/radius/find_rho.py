@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import Loss, LossFn, accuracy, as_loss_fn, has_one_class_each
-from samopt.sharpness._measuring.measured_model import GRADIENT, measuring
+from samopt.sharpness._measuring.losses import Loss, LossFn, as_loss_fn
+from samopt.sharpness._measuring.measured_model import GRADIENT, accuracy_for, measuring
 from samopt.sharpness._measuring.optimizer_parts import RngState
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.results import Result, mean_and_error
@@ -226,7 +226,7 @@ def find_rho(
         limit = -(-steps * _HELD_OUT // (_HELD_OUT - 1)) + _HELD_OUT
         kept = read_batches(batches, at_most=limit)
         splits = _splits(kept, validation, folds)
-        measure_accuracy = accuracy_fn or (accuracy if _has_classes(inner, compute_loss, kept[0]) else None)
+        measure_accuracy = accuracy_fn or accuracy_for(inner, compute_loss, kept[0])
         twin, base = _copied(inner, optimizer)
         create(variant, base, model=twin, rho=radii[0])  # so that a variant without a radius fails before the runs
         del twin, base
@@ -355,13 +355,6 @@ def _score(model: nn.Module, compute_loss: LossFn, batches: list[Any], measure_a
 
 def _pieces(batch: Any) -> list[Any]:
     return read_batches([batch], _PIECE, keep_rest=True)
-
-
-def _has_classes(model: nn.Module, compute_loss: LossFn, batch: Any) -> bool:
-    """Return whether an accuracy can be measured on a batch."""
-    with measuring(model, compute_loss, [batch], name="accuracy", frozen=True, progress=False) as measured:
-        answer = measured.evaluate(lambda model, b: torch.tensor(has_one_class_each(model, b)), measured.batches[0])
-        return bool(answer)
 
 
 def _grid(radii: Sequence[float]) -> list[float]:
