@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from benchmarks.harness.cost import Cost, measure
 from benchmarks.harness.optimizers import Choice
@@ -35,7 +33,7 @@ _RENAMED = {
     "lesam": "le-sam",
 }
 """Names in rows from before 1.0, when "momentum-sam" was what is now "momentum-uphill"."""
-_NEAR = 0.05  # of accuracy below the base: what is worse would squeeze the others
+_BEHIND_NAMES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
 
 
 @dataclass(frozen=True)
@@ -251,16 +249,19 @@ def render(
 def plot(found: Sequence[Scene], costs: Sequence[Cost]) -> Figure:
     """Return accuracy against cost: a row of panels for each task, a column for each label noise.
 
-    Named are the base and the methods that no cheaper one equals; the others are grey.
+    Drawn are the base and the methods that no cheaper one equals; a panel's title says from how many they are.
     """
     tasks = list(dict.fromkeys(scene.task for scene in found))
     columns = max(sum(scene.task == task for scene in found) for task in tasks)
-    drawn, axes = figure(len(tasks), columns, width=5.0, height=3.4)
+    drawn, axes = figure(len(tasks), columns, width=4.4, height=2.7)
     for index, task in enumerate(tasks):
         of_task = {_renamed(cost.method): cost for cost in costs if cost.task == task}
         for ax, scene in zip(axes[index], [scene for scene in found if scene.task == task], strict=False):
             _draw(ax, scene, of_task)
-    drawn.suptitle("test accuracy, mean ± standard deviation over seeds, against measured training cost")
+        axes[index][0].set_ylabel("test accuracy (%)")
+    for ax in axes[-1]:
+        ax.set_xlabel("time of a step (multiples of the base's)")
+    drawn.suptitle("methods that no cheaper one equals; bars: standard deviation over the seeds", fontsize=11)
     return drawn
 
 
@@ -272,30 +273,29 @@ def is_chosen(outcome: Outcome, scene: Scene) -> bool:
 
 def _draw(ax: Axes, scene: Scene, costs: Mapping[str, Cost]) -> None:
     base = scene.outcomes[0]
-    heights = itertools.cycle((5, -13, 17))  # so that names of near points do not cover each other
-    for outcome in sorted(scene.outcomes, key=lambda each: each.cost):
-        accuracy = outcome.accuracy
-        if accuracy.mean < base.accuracy.mean - _NEAR or outcome.method not in costs:
-            continue
-        if not is_chosen(outcome, scene):
-            ax.plot(outcome.cost, accuracy.mean, "o", color="0.8", markersize=4, zorder=1)
-            continue
-        cost = costs[outcome.method]
+    timed = [outcome for outcome in scene.outcomes if outcome.method in costs]
+    chosen = sorted((each for each in timed if is_chosen(each, scene)), key=lambda each: each.cost)
+    for index, outcome in enumerate(chosen):
+        cost, mean, sd = costs[outcome.method], 100 * outcome.accuracy.mean, 100 * outcome.accuracy.sd
+        sd = 0.0 if math.isnan(sd) else sd
         ax.errorbar(
             cost.ratio,
-            accuracy.mean,
+            mean,
             xerr=[[max(0.0, cost.ratio - cost.low)], [max(0.0, cost.high - cost.ratio)]],
-            yerr=None if math.isnan(accuracy.sd) else accuracy.sd,
+            yerr=sd,
             fmt="o",
             color=colour(0 if outcome is base else 1),
             elinewidth=1.0,
         )
-        place = (5, next(heights))
-        ax.annotate(outcome.method, (cost.ratio, accuracy.mean), place, textcoords="offset points", fontsize=9)
-    ax.axhline(base.accuracy.mean, color="black", linewidth=0.8, linestyle=":")
-    ax.set(title=scene.title, xlabel="training cost, x base", ylabel="test accuracy")
-    ax.margins(x=0.25)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        # Names stand below and above the bars in turn, since neighbours have nearly the same cost.
+        above = bool(index % 2)
+        place = {"textcoords": "offset points", "ha": "center", "va": "bottom" if above else "top", "fontsize": 9}
+        end = (cost.ratio, mean + sd if above else mean - sd)
+        ax.annotate(outcome.method, end, (0, 4 if above else -4), **place, bbox=_BEHIND_NAMES)
+    ax.axhline(100 * base.accuracy.mean, color="black", linewidth=0.8, linestyle=":")
+    ax.set_title(f"{scene.title} ({len(timed) - 1} methods tried)")
+    ax.set_xlim(0.8, max(1.9, 0.3 + max(each.cost for each in chosen)))
+    ax.margins(y=0.2)
 
 
 def _advice(scene: Scene, budget: float) -> tuple[str, str, str]:

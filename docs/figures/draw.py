@@ -28,7 +28,7 @@ STYLE = HERE.parents[1] / "benchmarks" / "harness" / "style.mplstyle"
 CURVATURE = np.array([[1.6, 1.1], [1.1, 1.3]])
 METHODS = {
     "base": ("sgd", "#000000", (-8, 10), "left"),
-    "Momentum-\nSAM": ("momentum-sam-ahead", BLUE, (6, 10), "left"),
+    "Momentum-\nSAM": ("momentum-ahead", BLUE, (6, 10), "left"),
     "SAM, every\n2nd step": ("sam-every-2", GREEN, (-5, -24), "right"),
     "SAM": ("sam", ORANGE, (-6, 8), "right"),
     "ASAM": ("asam", PINK, (6, -14), "left"),
