@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     known = studies()
     if not words or words[0] in ("-h", "--help"):
-        print(_HELP.format(studies="\n".join(f"  {name:<12} {text}" for name, text in known.items())))
+        print(_HELP.format(studies="\n".join(f"  {name:<14} {text}" for name, text in known.items())))
         return 0
     try:
         name = words[0].replace("_", "-")

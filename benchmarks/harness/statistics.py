@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats
 
 from benchmarks.harness.errors import BenchmarkError
@@ -14,6 +15,7 @@ from benchmarks.harness.rows import Row
 from benchmarks.harness.training import SHARED_SETTINGS
 
 _CONFIDENCE = 0.95
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,27 @@ class Estimate:
             return f"{format(factor * self.mean, style)} (one seed)"
         low, high = (format(factor * bound, style) for bound in (self.mean - margin, self.mean + margin))
         return f"{format(factor * self.mean, style)} [{low}, {high}]"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well one quantity orders things by another.
+
+    Attributes:
+        tau: Kendall's tau-b: 1 for the same order, -1 for the reverse; nan where there is nothing to order.
+        low: Lower bound of its 95 % bootstrap interval.
+        high: Upper bound.
+        n: Number of things.
+    """
+
+    tau: float
+    low: float
+    high: float
+    n: int
+
+    def text(self) -> str:
+        """Return "tau [low, high]", empty where there is nothing to order."""
+        return "" if math.isnan(self.tau) else f"{self.tau:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
 @dataclass(frozen=True)
@@ -102,6 +125,37 @@ def gain(
     """Return a metric against the base's with the same seed, as a difference; None where no seed is shared."""
     paired = pairs(runs, bases)
     return estimate(compare(row.metrics[metric], base.metrics[metric]) for row, base in paired) if paired else None
+
+
+def rank_agreement(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[object] | None = None
+) -> Agreement:
+    """Return Kendall's tau-b of two quantities with a 95 % percentile bootstrap interval.
+
+    With groups, only pairs of one group count, and things are resampled within their groups.
+
+    Args:
+        first: A quantity of each thing; finite.
+        second: Another.
+        groups: The group of each thing; None for one group.
+    """
+    signs = [np.sign(np.subtract.outer(values, values)) for values in (np.array(first), np.array(second))]
+    names = list(groups or [0] * len(first))
+    members = [np.array([name == each for each in names]) for name in dict.fromkeys(names)]
+    same = sum(np.outer(each, each) for each in members)
+    pairs_of = [same * sign for sign in (signs[0] * signs[1], signs[0] ** 2, signs[1] ** 2)]
+    random = np.random.default_rng(0)
+    counts = np.zeros((_RESAMPLES + 1, len(names)))  # how often each thing is drawn: once in the first line
+    for each in members:
+        n = int(each.sum())
+        counts[:, each] = np.vstack([np.ones(n), random.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)])
+    concordant, ordered, others = (((counts @ pair) * counts).sum(axis=1) for pair in pairs_of)
+    with np.errstate(invalid="ignore"):
+        taus = concordant / np.sqrt(ordered * others)
+    if not np.isfinite(taus[0]):
+        return Agreement(math.nan, math.nan, math.nan, len(names))
+    low, high = np.nanquantile(taus[1:], ((1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2))
+    return Agreement(float(taus[0]), float(low), float(high), len(names))
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:
