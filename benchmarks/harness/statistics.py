@@ -135,11 +135,12 @@ def rank_agreement(
     With groups, only pairs of one group count, and things are resampled within their groups.
 
     Args:
-        first: A quantity of each thing; finite.
+        first: A quantity of each thing; inf is the largest.
         second: Another.
         groups: The group of each thing; None for one group.
     """
-    signs = [np.sign(np.subtract.outer(values, values)) for values in (np.array(first), np.array(second))]
+    ranks = [stats.rankdata(values) for values in (first, second)]
+    signs = [np.sign(np.subtract.outer(values, values)) for values in ranks]
     names = list(groups or [0] * len(first))
     members = [np.array([name == each for each in names]) for name in dict.fromkeys(names)]
     same = sum(np.outer(each, each) for each in members)
