@@ -257,7 +257,8 @@ class FineTune:
 
     Args:
         model: The classifier.
-        choice: The optimizer; its learning rate rises in the first tenth of the steps and falls linearly to 0.
+        choice: The optimizer; its learning rate rises in the first tenth of the steps and falls linearly to 0. Where
+            the optimizer has a method ``penalty``, its value is added to the loss.
         train: Training examples.
         seed: Decides everything random.
         steps: How many there will be.
@@ -268,7 +269,7 @@ class FineTune:
 
     Attributes:
         curves: For each step "train_loss" and, where the optimizer has them, "distance" and "radius".
-        step_seconds: How long each step took.
+        step_seconds: Processor time of each step.
         warnings: Texts of the warnings given.
     """
 
@@ -300,15 +301,19 @@ class FineTune:
         batch = self._train.take(self._batches[number])
         self.model.train()
 
+        penalty = getattr(self.optimizer, "penalty", None)
+
         def compute_loss() -> Tensor:
-            return functional.cross_entropy(self.model(batch.hidden, batch.attention_mask), batch.labels)
+            logits = self.model(batch.hidden, batch.attention_mask)
+            loss = functional.cross_entropy(logits, batch.labels)
+            return loss if penalty is None else loss + penalty(batch.hidden, batch.attention_mask, logits)
 
         with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]):
             warnings.simplefilter("default")
             torch.manual_seed(stream_seed(self._seed, f"wordnet step {number}"))
-            start = time.perf_counter()
+            start = time.process_time()
             self.curves["train_loss"].append(float(take_step(self.optimizer, compute_loss)))
-            self.step_seconds.append(time.perf_counter() - start)
+            self.step_seconds.append(time.process_time() - start)
             self._schedule.step()
         self.warnings += [text for warning in caught if (text := str(warning.message)) not in self.warnings]
         if isinstance(self.optimizer, samopt.SharpnessAwareOptimizer):

@@ -132,19 +132,21 @@ class Comparison:
         compare(self._log, [PLACE], methods, seeds, self._train, settings=self._settings, tune=tune)
 
     def _settings(self, place: Place, choice: Choice) -> dict[str, Any]:
-        own = {name: value for name, value in choice.settings.items() if name in ("lr", "rho", "scale")}
+        names = ("lr", "rho", "scale", "weight", "compute")
+        own = {name: value for name, value in choice.settings.items() if name in names}
         return own | {"steps": self._steps, "batch_size": self._batch_size}
 
     def _train(self, place: Place, choice: Choice, seed: int, evaluate_on: str) -> Row:
         train = self._encoder.encode(self._split(seed).train)
-        run = FineTune(self._encoder.classifier(seed), choice, train, seed, self._steps, self._batch_size)
-        while len(run.step_seconds) < self._steps:
+        steps = round(self._steps * choice.compute)
+        run = FineTune(self._encoder.classifier(seed), choice, train, seed, steps, self._batch_size)
+        while len(run.step_seconds) < steps:
             run.step()
         tests = {"accuracy": "validation"}
         if evaluate_on == "test":
             tests = {"accuracy": "definitions", "shifted_accuracy": "usages"}
         metrics = {name: run.accuracy(self._tests[examples]) for name, examples in tests.items()}
-        last = run.curves["train_loss"][-max(1, self._steps // 10) :]
+        last = run.curves["train_loss"][-max(1, steps // 10) :]
         times = {"train_loss": statistics.fmean(last), "seconds_per_step": statistics.median(run.step_seconds)}
         examples = {"train": len(train.labels), "test": len(self._tests["definitions"].labels)}
         return Row(
