@@ -48,7 +48,7 @@ def study(
     layers: PositiveInt = 1,
     train_size: PositiveInt = 200,
     test_size: PositiveInt = 800,
-    steps: PositiveInt = 150,
+    steps: PositiveInt = 120,
     batch_size: PositiveInt = 16,
     threads: PositiveInt = 1,
     output: Path = Path("results/shift"),
