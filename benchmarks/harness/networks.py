@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -75,6 +75,55 @@ class Residual(nn.Module):
 def _convolution(inputs: int, outputs: int, size: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
     convolution = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2, bias=False)
     return convolution, nn.BatchNorm2d(outputs)
+
+
+def small_resnet(width: int, blocks: Sequence[tuple[int, int, int]], stride: int = 1) -> nn.Sequential:
+    """Return a convolution of one-channel images, residual blocks, the mean over places, and a linear layer.
+
+    Args:
+        width: Channels of the first convolution.
+        blocks: Channels in, channels out and stride of each block.
+        stride: Of the first convolution.
+    """
+    stem = (*_convolution(1, width, 3, stride), nn.ReLU())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(blocks[-1][1], 10))
+    return nn.Sequential(*stem, *(Residual(*block) for block in blocks), *head)
+
+
+class Mixer(nn.Module):
+    """A small MLP-Mixer: patches, layers that mix tokens and then features, the mean of the tokens.
+
+    Args:
+        width: Features of a token.
+        depth: Number of layers.
+        patch: Height and width of a patch of the one-channel images of 28 x 28.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 4, patch: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, patch, stride=patch)
+        self.layers = nn.Sequential(*(_Mixing((28 // patch) ** 2, width) for _ in range(depth)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, shape ``(n, 10)``, of images, shape ``(n, 1, 28, 28)``."""
+        logits: Tensor = self.head(self.layers(self.embed(images).flatten(2).transpose(1, 2)).mean(1))
+        return logits
+
+
+class _Mixing(nn.Module):
+    """A layer of the Mixer: one perceptron across the tokens, one within each token."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.across = nn.Sequential(nn.Linear(tokens, 2 * tokens), nn.GELU(), nn.Linear(2 * tokens, tokens))
+        self.within = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.across(self.norms[0](tokens).transpose(1, 2)).transpose(1, 2)
+        result: Tensor = tokens + self.within(self.norms[1](tokens))
+        return result
 
 
 class Transformer(nn.Module):

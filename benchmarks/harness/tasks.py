@@ -87,10 +87,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(1, width, patch, stride=patch)
         self.position = nn.Parameter(0.02 * torch.randn(1, (image_size // patch) ** 2, width))
-        layer = functools.partial(
-            nn.TransformerEncoderLayer, activation="gelu", batch_first=True, norm_first=True, dropout=0.0
-        )
-        self.layers = nn.Sequential(*(layer(width, heads, 2 * width) for _ in range(depth)))
+        layer = functools.partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True, dropout=0.0)
+        # GELU as a module, one for each layer: a measure of its outputs can find it.
+        self.layers = nn.Sequential(*(layer(width, heads, 2 * width, activation=nn.GELU()) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.harness.environment import select_device
 from benchmarks.harness.gpu.pack import made_up, unpack
 from benchmarks.harness.gpu.step import Options
-from benchmarks.harness.networks import Residual
+from benchmarks.harness.networks import Mixer, small_resnet
 from benchmarks.harness.optimizers import parse_choices
 from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.tasks import Task, VisionTransformer
@@ -30,43 +30,8 @@ _WARM_UP, _TIMED = 3, 12  # steps
 _MARGIN = 0.75  # of the time that is left: measuring takes time, too, and the machine is shared by all seeds
 
 
-class Mixer(nn.Module):
-    """A small MLP-Mixer: patches, layers that mix tokens and then features, the mean of the tokens.
-
-    Args:
-        width: Features of a token.
-        depth: Number of layers.
-    """
-
-    def __init__(self, width: int = 64, depth: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(1, width, 4, stride=4)
-        self.layers = nn.Sequential(*(_Mixing(49, width) for _ in range(depth)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits, shape ``(n, 10)``, of images, shape ``(n, 1, 28, 28)``."""
-        logits: Tensor = self.head(self.layers(self.embed(images).flatten(2).transpose(1, 2)).mean(1))
-        return logits
-
-
-class _Mixing(nn.Module):
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.across = nn.Sequential(nn.Linear(tokens, 2 * tokens), nn.GELU(), nn.Linear(2 * tokens, tokens))
-        self.within = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.across(self.norms[0](tokens).transpose(1, 2)).transpose(1, 2)
-        result: Tensor = tokens + self.within(self.norms[1](tokens))
-        return result
-
-
 def _resnet() -> nn.Module:
-    blocks = [Residual(*width) for width in ((16, 16, 1), (16, 32, 2), (32, 64, 2))]
-    stem = (nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return small_resnet(16, ((16, 16, 1), (16, 32, 2), (32, 64, 2)))
 
 
 def _vit() -> nn.Module:
