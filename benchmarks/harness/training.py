@@ -178,14 +178,14 @@ class Run:
         return [(self._split.inputs[part], self._split.labels[part]) for part in torch.split(chosen, self._batch_size)]
 
 
-def run_experiment(experiment: Experiment) -> Iterator[tuple[Row, Run]]:
-    """Train every choice, and yield each with its row.
+def run_experiment(experiment: Experiment, clock: Callable[[], float] = time.perf_counter) -> Iterator[tuple[Row, Run]]:
+    """Train every choice, and yield each with its row; the clock times the steps.
 
     They take turns epoch by epoch, so that their times are measured under the same conditions even where the machine's
     speed changes.
     """
     split = experiment.split()
-    runs = [Run(experiment, choice, split) for choice in experiment.choices]
+    runs = [Run(experiment, choice, split, clock) for choice in experiment.choices]
     for epoch in range(experiment.epochs):
         first = epoch % len(runs)
         for run in (*runs[first:], *runs[:first]):
