@@ -9,7 +9,9 @@ from pathlib import Path
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -159,6 +161,13 @@ def band(ax: Axes, places: Sequence[float], curves: Sequence[Sequence[float]], l
     if len(values) > 1:
         sd = values.std(axis=0, ddof=1)
         ax.fill_between(places, mean - sd, mean + sd, color=colour(index), alpha=0.15, linewidth=0)
+
+
+def few_ticks(axis: Axis) -> None:
+    """Put ticks at 1, 2 and 5 times the powers of ten on a logarithmic axis, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_locator(NullLocator())
 
 
 def legend(drawn: Figure) -> None:

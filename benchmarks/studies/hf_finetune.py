@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.harness.environment import describe
 from benchmarks.harness.errors import BenchmarkError
@@ -42,14 +43,15 @@ except ImportError as missing:
 
 
 _LENGTH = 32  # tokens; longer texts are cut
-_CURVES = (
-    "loss",
-    "eval_definitions_accuracy",
-    "eval_usages_accuracy",
-    "sharpness/sam",
-    "sharpness/worst_case_adaptive",
-    "sharpness/average_case_adaptive",
-)
+_CURVES = {
+    "loss": "training loss\n(nats)",
+    "eval_definitions_accuracy": "accuracy (%),\ndefinitions",
+    "eval_usages_accuracy": "accuracy (%),\nusage examples",
+    "sharpness/sam": "rise, own ascent\n(nats)",
+    "sharpness/worst_case_adaptive": "rise, worst case\n(nats)",
+    "sharpness/average_case_adaptive": "rise, average case\n(nats)",
+}
+"""What is drawn: the name in the log, and the axis."""
 _MEASURES = {
     "worst_case_adaptive": partial(sharpness.worst_case, rho=0.1, adaptive=True, steps=4),
     "average_case_adaptive": partial(sharpness.average_case, rho=0.1, adaptive=True, samples=4),
@@ -154,8 +156,6 @@ def _accuracy(predictions: EvalPrediction) -> dict[str, float]:
 
 def _report(trainer: SAMTrainer, run: RunArguments, processor_seconds: float) -> None:
     folder, history = Path(run.output_dir), trainer.state.log_history
-    curves = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in _CURVES}
-    curves = {name: points for name, points in curves.items() if points}
     record = {
         "arguments": {name: value for name, value in run.to_dict().items() if name.startswith("sam")}
         | {name: getattr(run, name) for name in ("seed", "learning_rate", "max_steps", "per_device_train_batch_size")},
@@ -164,13 +164,8 @@ def _report(trainer: SAMTrainer, run: RunArguments, processor_seconds: float) ->
         "history": history,
     }
     (folder / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    drawn, axes = figure(len(curves), 1, width=6.0, height=1.7, sharex=True)
-    for ax, (name, points) in zip(axes[:, 0], curves.items(), strict=True):
-        ax.plot(*zip(*points, strict=True), marker=".")
-        ax.set_ylabel(name.removeprefix("eval_").replace("_", "\n").replace("/", "\n"), fontsize=8)
-    axes[0, 0].set_title(f"{run.sam}, seed {run.seed}")
-    axes[-1, 0].set_xlabel("optimizer step")
-    drawn.savefig(folder / "sharpness.png")
+    draw(record).savefig(folder / "sharpness.png")
+    curves = _curves(history)
     seconds = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     rows = [(name, f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}") for name, points in curves.items()]
     rows.append(("seconds of training, with evaluation", "", f"{seconds:.1f}"))
@@ -178,3 +173,22 @@ def _report(trainer: SAMTrainer, run: RunArguments, processor_seconds: float) ->
     title = f"--sam {run.sam}, seed {run.seed}, {trainer.state.global_step} steps"
     CONSOLE.print(Table(title, ("", "first", "last"), rows).rich())
     say(f"wrote {folder}/run.json and sharpness.png; tensorboard --logdir {folder}")
+
+
+def draw(record: dict[str, Any]) -> Figure:
+    """Return the figure of a run, from what its ``run.json`` holds: a panel for each quantity that it logged."""
+    curves = _curves(record["history"])
+    drawn, axes = figure(len(curves), 1, width=6.0, height=1.5, sharex=True)
+    for ax, (name, points) in zip(axes[:, 0], curves.items(), strict=True):
+        factor = 100 if name.endswith("accuracy") else 1
+        ax.plot([step for step, _ in points], [factor * value for _, value in points], marker=".")
+        ax.set_ylabel(_CURVES[name], fontsize=8)
+    axes[0, 0].set_title(f"--sam {record['arguments']['sam']}, seed {record['arguments']['seed']}")
+    axes[-1, 0].set_xlabel("optimizer steps")
+    return drawn
+
+
+def _curves(history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return the drawn quantities that a run logged, as pairs of step and value."""
+    found = {name: [(entry["step"], entry[name]) for entry in history if name in entry] for name in _CURVES}
+    return {name: points for name, points in found.items() if points}

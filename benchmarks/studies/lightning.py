@@ -21,9 +21,9 @@ from benchmarks.harness.trainer import MEASURES, METHODS, SHARPNESS_BATCHES, TAS
 
 _PICTURED = "sgd+sam"
 _QUANTITIES = {
-    "accuracy": "test accuracy",
-    "worst_case": "adaptive sharpness, worst case",
-    "average_case": "adaptive sharpness, average case",
+    "accuracy": ("test accuracy", "test accuracy (%)"),
+    "worst_case": ("adaptive sharpness, worst case", "rise of the loss (nats)"),
+    "average_case": ("adaptive sharpness, average case", "rise of the loss (nats)"),
 }
 
 
@@ -126,11 +126,12 @@ def _plot(rows: list[Row]) -> Figure:
     noises = sorted({row.label_noise for row in rows})
     drawn, grid = figure(len(noises), len(_QUANTITIES), width=4.2, height=3.2)
     for noise, line in zip(noises, grid, strict=True):
-        for (quantity, title), ax in zip(_QUANTITIES.items(), line, strict=True):
+        for (quantity, (title, unit)), ax in zip(_QUANTITIES.items(), line, strict=True):
             for index, (method, runs) in enumerate(_runs(rows, noise).items()):
-                curves = [row.curves[quantity] for row in runs]
+                factor = 100 if quantity == "accuracy" else 1
+                curves = [[factor * value for value in row.curves[quantity]] for row in runs]
                 band(ax, range(1, len(curves[0]) + 1), curves, method, index)
-            ax.set(title=f"{title}\n({labels_text(noise)})", xlabel="epoch")
+            ax.set(title=f"{title}\n({labels_text(noise)})", xlabel="epochs", ylabel=unit)
     legend(drawn)
     return drawn
 

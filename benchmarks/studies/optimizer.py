@@ -18,7 +18,7 @@ from benchmarks.harness.environment import select_device
 from benchmarks.harness.errors import choose
 from benchmarks.harness.measure import Measurement, measure_steps, measure_updates, name_at
 from benchmarks.harness.networks import CASES, growth
-from benchmarks.harness.report import Table, colour, figure, publish, say
+from benchmarks.harness.report import Table, colour, few_ticks, figure, legend, publish, say
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.timing import Clock
 from benchmarks.harness.updates import BAREST, BASE_MOVES, MOVED, STEPS, UPDATES, WITHOUT_MODEL
@@ -186,6 +186,7 @@ def _plot(rows: Sequence[Measurement]) -> Figure:
     """Return what SAM adds to the base's step, by case and by numbers of parameters and tensors; and whole steps."""
     drawn, axes = figure(1, 4, width=5.0, height=4.6)
     groups = {key: group for key, group in _groups(rows).items() if key[2] == "sam"}
+    every = list(dict.fromkeys(row.contender for group in groups.values() for row in group if row.contender != "base"))
     for ax, kind in zip(axes[0], ("update", "parameters", "tensors", "step"), strict=True):
         members = [group for (found, _, _), group in groups.items() if found == kind]
         names = list(dict.fromkeys(row.contender for group in members for row in group if row.contender != "base"))
@@ -199,7 +200,7 @@ def _plot(rows: Sequence[Measurement]) -> Figure:
                     x = {"parameters": row.elements, "tensors": row.tensors}.get(kind, beside)
                     difference = np.subtract(row.milliseconds, base.milliseconds)
                     points.append((x, _ratio(row, base) if kind == "step" else Spread.of(difference)))
-            _draw(ax, points, name, index, joined=kind in ("parameters", "tensors"))
+            _draw(ax, points, name, every.index(name), joined=kind in ("parameters", "tensors"))
         ax.set(
             title=f"by {kind}"
             if kind in ("parameters", "tensors")
@@ -209,11 +210,12 @@ def _plot(rows: Sequence[Measurement]) -> Figure:
             ax.set_xticks(range(len(members)), [group[0].case for group in members], rotation=30)
         else:
             ax.set(xscale="log", xlabel=f"number of {kind}")
-        ax.set_ylabel("x base" if kind == "step" else "ms beyond the base")
+        ax.set_ylabel("time (multiples of the base's)" if kind == "step" else "time beyond the base's (ms)")
         ax.set_yscale("linear" if kind == "step" else "log")
-        if names:
-            ax.legend(fontsize=7)
+        if kind != "step":
+            few_ticks(ax.yaxis)
     drawn.suptitle("what SAM adds to a step: median, 20% to 80% quantiles")
+    legend(drawn)
     return drawn
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 
@@ -21,7 +21,18 @@ from benchmarks.harness.cli import Fraction
 from benchmarks.harness.data import Split
 from benchmarks.harness.errors import choose
 from benchmarks.harness.optimizers import parse_choices
-from benchmarks.harness.report import Table, band, colour, figure, labels_text, legend, machines, publish, say
+from benchmarks.harness.report import (
+    Table,
+    band,
+    colour,
+    few_ticks,
+    figure,
+    labels_text,
+    legend,
+    machines,
+    publish,
+    say,
+)
 from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.statistics import Panel, estimate, panels
 from benchmarks.harness.tasks import TASKS
@@ -215,16 +226,17 @@ def _figures(found: Sequence[Panel]) -> dict[str, Figure]:
             ax.set_xlabel(measure.label.replace(", ", ",\n", 1), fontsize=8)
             if any(row.metrics[measure.name] > 0 for row in panel.rows):
                 ax.set_xscale("log")
-                _few_ticks(ax.xaxis)
+                few_ticks(ax.xaxis)
                 if ax.get_xlim()[1] < 4 * ax.get_xlim()[0]:  # too narrow for ticks at 1, 2 and 5
                     ax.xaxis.set_major_locator(MaxNLocator(3))
+    scatter.suptitle("test accuracy against sharpness, a point for each model; worst and average cases in nats")
     steps = list(range(1, len(found[0].rows[0].curves["ascent"]) + 1))
     drawn = {
         "accuracy.png": scatter,
-        "ascent.png": _lines(found, names, "ascent", steps, "ascent steps", "largest rise of the loss, l2, rho 0.05"),
+        "ascent.png": _lines(found, names, "ascent", steps, "ascent steps", "largest rise of the loss (nats)"),
         "landscape.png": _lines(
             found, names, "landscape", LANDSCAPE_PLACES, "along a random direction,\nin units of each filter's norm",
-            "training loss",
+            "training loss (nats)",
         ),
     }  # fmt: skip
     for each in drawn.values():
@@ -240,12 +252,6 @@ def _lines(
         for name, runs in panel.runs.items():
             band(ax, places, [row.curves[curve] for row in runs], name, names.index(name))
         ax.set(title=f"{panel.task}, {labels_text(panel.label_noise)}", xlabel=xlabel, yscale="log")
-        _few_ticks(ax.yaxis)
+        few_ticks(ax.yaxis)
     axes[0][0].set_ylabel(f"{ylabel}\n(mean ± standard deviation)")
     return drawn
-
-
-def _few_ticks(axis: Any) -> None:
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.set_minor_locator(NullLocator())

@@ -27,6 +27,7 @@ from benchmarks.harness.report import (
     CONSOLE,
     Table,
     band,
+    few_ticks,
     figure,
     labels_text,
     legend,
@@ -188,18 +189,19 @@ def draw_curves(found: Sequence[Panel], quantity: str) -> Figure:
         for name, runs in panel.runs.items():
             curves = [row.curves[quantity] for row in runs]
             band(ax, range(1, len(curves[0]) + 1), curves, name, names.index(name))
-        ax.set(title=labels_text(panel.label_noise), xlabel="epoch")
+        ax.set(title=labels_text(panel.label_noise), xlabel="epochs")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if quantity == "accuracy":
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
             low, high = ax.get_ylim()
             ax.set_ylim(min(low, high - _LEAST_SPAN), high)
         else:
             ax.set_yscale("log")
+            few_ticks(ax.yaxis)
     first = found[0].rows[0]
     radius = first.settings["sharpness_rho"]
-    rise = f"sharpness: rise of training loss\nafter one ascent step, radius {radius:g}"
-    axes[0][0].set_ylabel(f"{first.evaluated_on} accuracy" if quantity == "accuracy" else rise)
+    rise = f"rise of the training loss (nats)\nafter one ascent step of radius {radius:g}"
+    axes[0][0].set_ylabel(f"{first.evaluated_on} accuracy (%)" if quantity == "accuracy" else rise)
     seeds = max(len(runs) for panel in found for runs in panel.runs.values())
     drawn.suptitle(f"{first.task}: " + (f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"))
     legend(drawn)

@@ -202,12 +202,13 @@ def render(folder: Path, output: Path | None = None) -> None:
 def _plot(tests: dict[str, list[Row]]) -> Figure:
     """Return the divergence and the radius at each step of the trust-region optimizers' tests."""
     drawn, axes = figure(1, 2, width=4.5, height=3.4)
-    titles = {"distance": "divergence d (nats)", "radius": "radius r = min(scale d, bound)"}
+    titles = {"distance": "divergence d", "radius": "radius r = min(scale d, bound)"}
+    units = {"distance": "divergence (nats)", "radius": "radius"}
     for ax, (quantity, title) in zip(axes[0], titles.items(), strict=True):
         for index, (name, runs) in enumerate(tests.items()):
             if runs[0].curves.get("distance"):
                 curves = [row.curves[quantity] for row in runs]
                 band(ax, range(1, len(curves[0]) + 1), curves, name, index)
-        ax.set(title=title, xlabel="step", yscale="log")
+        ax.set(title=title, xlabel="steps", ylabel=units[quantity], yscale="log")
     legend(drawn)
     return drawn

@@ -60,7 +60,7 @@ def draw_step() -> None:
     step = -lr * gradient(there)
     grid = np.linspace(-2.9, 1.5, 160)
     points = np.stack(np.meshgrid(grid, grid), axis=-1)
-    figure, panels = plt.subplots(1, 3, figsize=(9.2, 2.75), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(9.2, 3.1), layout="constrained")
     titles = ("1  Go to the worst\nnearby point", "2  Take the\ngradient there", "3  Go back to w, and\nstep with it")
     for axes, title in zip(panels, titles, strict=True):
         axes.contour(grid, grid, loss(points), levels=np.geomspace(0.02, 6, 12), colors="#b9bfc7", linewidths=0.8)
