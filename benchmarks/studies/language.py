@@ -106,7 +106,7 @@ def study(
         if part == "bytes":
             runs = ByteRuns(texts, steps, fine_tune_steps)
         else:
-            runs = LoraRuns(texts, lora_steps, Pretrained(model))
+            runs = LoraRuns(texts, lora_steps, Pretrained(model), held_out=2 if quick else 16)
         compare(
             log,
             [Place(part, "adamw", _RATES[part], base_settings={"weight_decay": 0.1})],
