@@ -100,6 +100,12 @@ def study(
         seeds, steps, fine_tune_steps, lora_steps = [0], 8, 2, 2
     texts = read_texts(novels, wordnet)
     log = open_log(output, restart=quick)
+    wanted = {"bytes": (steps, fine_tune_steps), "lora": (lora_steps, None)}
+    log.check(
+        "(steps, fine-tune steps)",
+        lambda row: (row.settings["steps"], row.settings.get("fine_tune_steps")),
+        lambda row: wanted[row.task],
+    )
     for part in parts:
         methods = choose("part", part, METHODS)
         runs: ByteRuns | LoraRuns

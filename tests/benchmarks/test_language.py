@@ -200,7 +200,7 @@ def test_a_missing_model_is_explained(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quick_form_of_the_command(novels_file, tmp_path, tiny_model, texts):
+def test_the_quick_form_of_the_command(novels_file, tmp_path, tiny_model, texts, capsys):
     arguments = ["--novels", str(novels_file), "--wordnet", str(tmp_path / "wordnet"), "--model", str(tiny_model)]
     assert main(["language", *arguments, "--output", str(tmp_path / "out"), "--quick"]) == 0
     rows = Log(tmp_path / "out" / "runs.jsonl").rows
@@ -220,6 +220,8 @@ def test_the_quick_form_of_the_command(novels_file, tmp_path, tiny_model, texts)
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
     assert "| before | 0.00 |" in table and "| adamw | 1.00 | lr=0.002 | 1 |" in table
     assert (tmp_path / "out" / "language.png").stat().st_size > 0
+    assert main(["language", *arguments, "--output", str(tmp_path / "out"), "--steps", "16"]) == 2
+    assert "(steps, fine-tune steps) = (8, 2), and (16, 60) is asked for" in capsys.readouterr().err
 
 
 def test_the_table_begins_with_the_cost_and_has_differences_paired_by_seed(tmp_path, make_row):
