@@ -29,7 +29,7 @@ class Network:
         base: Its base optimizer.
         rates: Learning rates.
         decays: Weight decays.
-        epochs: Passes over the training data.
+        steps: Of training.
         models: How many to train.
     """
 
@@ -37,7 +37,7 @@ class Network:
     base: str
     rates: tuple[float, ...]
     decays: tuple[float, ...]
-    epochs: int
+    steps: int
     models: int
 
 
@@ -47,13 +47,13 @@ def _mlp() -> nn.Module:
 
 
 NETWORKS = {
-    "convnet": Network(partial(conv_net, 8, 10), "sgd", (0.003, 0.01, 0.03, 0.1, 0.3), (0.0, 5e-4, 5e-3), 30, 100),
-    "mlp": Network(_mlp, "sgd", (0.01, 0.02, 0.05, 0.1, 0.2), (0.0, 5e-4, 5e-3), 100, 100),
+    "convnet": Network(partial(conv_net, 8, 10), "sgd", (0.01, 0.02, 0.05, 0.1, 0.2), (0.0, 5e-4, 2e-3), 600, 100),
+    "mlp": Network(_mlp, "sgd", (0.02, 0.05, 0.1, 0.15, 0.2), (0.0, 5e-4, 2e-3), 1000, 100),
     "transformer": Network(
-        partial(VisionTransformer, 8, 10), "adamw", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (0.0, 0.1, 1.0), 60, 60
+        partial(VisionTransformer, 8, 10), "adamw", (1e-3, 2e-3, 3e-3, 5e-3, 8e-3), (0.0, 0.1, 1.0), 800, 60
     ),
 }
-_RADII, _BATCH_SIZES = (0.0, 0.05, 0.2), (32, 128)
+_RADII, _BATCH_SIZES = (0.0, 0.05, 0.2), (16, 64)
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Recipe:
     Args:
         name: Of the network.
         number: Of the model; also the seed of its weights, its batches and the draws.
-        epochs: Passes over the training data.
+        steps: Of training.
     """
 
     name: str
     number: int
-    epochs: int
+    steps: int
 
     @property
     def label_noise(self) -> float:
@@ -89,7 +89,7 @@ class Recipe:
             "rho": draw(_RADII),
             "batch_size": draw(_BATCH_SIZES),
             "augment": draw((0, 1)),
-            "epochs": self.epochs,
+            "steps": self.steps,
         }
 
     def choice(self) -> Choice:
@@ -114,17 +114,16 @@ def train(recipe: Recipe, choice: Choice, split: Split) -> nn.Module:
     """Return a trained model in evaluation mode."""
     model = build_model(NETWORKS[recipe.name].build, recipe.number)
     optimizer, size = choice.build(model), int(recipe.settings["batch_size"])
-    per_epoch = len(split.labels) // size
-    schedulers = choice.schedulers(optimizer, recipe.epochs * per_epoch)
+    schedulers, count = choice.schedulers(optimizer, recipe.steps), len(split.labels)
+    orders = [epoch_order(count, recipe.number, epoch) for epoch in range(-(-recipe.steps * size // count))]
     torch.manual_seed(stream_seed(recipe.number, "generalisation"))
-    for epoch in range(recipe.epochs):
-        for batch in torch.split(epoch_order(len(split.labels), recipe.number, epoch), size)[:per_epoch]:
-            inputs, labels = split.inputs[batch], split.labels[batch]
-            if recipe.settings["augment"]:
-                inputs = shift(inputs, torch.randint(3, (2, len(inputs))))
-            take_step(optimizer, lambda x=inputs, y=labels: functional.cross_entropy(model(x), y))
-            for scheduler in schedulers:
-                scheduler.step()
+    for batch in torch.cat(orders)[: recipe.steps * size].split(size):
+        inputs, labels = split.inputs[batch], split.labels[batch]
+        if recipe.settings["augment"]:
+            inputs = shift(inputs, torch.randint(3, (2, len(inputs))))
+        take_step(optimizer, lambda x=inputs, y=labels: functional.cross_entropy(model(x), y))
+        for scheduler in schedulers:
+            scheduler.step()
     return model.eval()
 
 

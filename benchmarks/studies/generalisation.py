@@ -67,12 +67,12 @@ def study(
         models: Of each network; by default 100, 100 and 60.
         threads: CPU threads.
         output: Folder, continued.
-        quick: Two epochs of six models of each network.
+        quick: Forty steps of six models of each network.
     """
     torch.set_num_threads(threads)
     chosen = {name: choose("network", name, NETWORKS) for name in networks}
     recipes = [
-        Recipe(name, number, 2 if quick else network.epochs)
+        Recipe(name, number, 40 if quick else network.steps)
         for number in range(max(network.models for network in NETWORKS.values()))
         for name, network in chosen.items()
         if number < (6 if quick else models or network.models)

@@ -70,7 +70,7 @@ def test_a_shift_moves_each_image_by_its_own_offset():
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_each_learning_rate_has_as_many_models_with_each_amount_of_label_noise(name):
     network = NETWORKS[name]
-    recipes = [Recipe(name, number, network.epochs) for number in range(network.models)]
+    recipes = [Recipe(name, number, network.steps) for number in range(network.models)]
     kinds = [(recipe.settings["lr"], recipe.label_noise) for recipe in recipes]
     assert {kinds.count(kind) for kind in kinds} == {network.models // 10}
     for setting, values in {"rho": 3, "weight_decay": 3, "batch_size": 2, "augment": 2}.items():
@@ -83,16 +83,16 @@ def test_a_model_without_options_trains_as_a_plain_loop_does(mnist_file):
     split = split_of(load_mnist(mnist_file), 0.2)
     assert (split.labels != split.clean_labels).sum() > 100 and len(split.test_labels) == 100
     recipe = next(
-        recipe for recipe in (Recipe("mlp", number, 1) for number in range(100))
+        recipe for recipe in (Recipe("mlp", number, 80) for number in range(100))
         if recipe.settings["rho"] == 0 and not recipe.settings["augment"]
     )  # fmt: skip
     settings, size = recipe.settings, int(recipe.settings["batch_size"])
     model = train(recipe, recipe.choice(), split)
     plain = build_model(NETWORKS["mlp"].build, recipe.number)
     optimizer = torch.optim.SGD(plain.parameters(), settings["lr"], 0.9, weight_decay=settings["weight_decay"])
-    steps = 1000 // size
-    for step, batch in enumerate(epoch_order(1000, recipe.number, 0)[: steps * size].split(size)):
-        optimizer.param_groups[0]["lr"] = settings["lr"] * (1 + math.cos(math.pi * step / steps)) / 2
+    order = torch.cat([epoch_order(1000, recipe.number, epoch) for epoch in range(6)])
+    for step, batch in enumerate(order.split(size)[:80]):
+        optimizer.param_groups[0]["lr"] = settings["lr"] * (1 + math.cos(math.pi * step / 80)) / 2
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(plain(split.inputs[batch]), split.labels[batch]).backward()
         optimizer.step()
@@ -101,7 +101,7 @@ def test_a_model_without_options_trains_as_a_plain_loop_does(mnist_file):
 
 
 def test_a_row_has_the_measures_of_its_model_on_the_labels_it_was_trained_on(mnist_file):
-    split, recipe = split_of(load_mnist(mnist_file), 0.2), Recipe("mlp", 7, 1)
+    split, recipe = split_of(load_mnist(mnist_file), 0.2), Recipe("mlp", 7, 40)
     row = run(recipe, split)
     model = train(recipe, recipe.choice(), split)
     batches = [(split.inputs[:256], split.labels[:256])]
