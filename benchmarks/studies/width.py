@@ -28,7 +28,7 @@ _BUILD = {"mlp": Perceptron, "vit": Transformer}
 WIDTHS = {"mlp": (32, 64, 128, 256, 512), "vit": (8, 16, 32, 64, 128)}
 """By model; the narrowest is the base width."""
 _STEPS = {"mlp": 100, "vit": 80}
-_IMAGES = {"mlp": 512, "vit": 256}
+_IMAGES = {"mlp": 256, "vit": 128}
 PARAMETRISATIONS = ("ntk", "mup")
 RATES = (4.0, 5.7, 8.0, 11.3, 16.0, 22.6)
 """Learning rates at the base width, half an octave apart."""
