@@ -38,10 +38,10 @@ METHODS = {
 
 PLACES = {
     "resnet": Place("fashion_resnet", "sgd", (0.03, 0.1, 0.3)),
-    "vit": Place("fashion_vit", "adamw", (1e-3, 3e-3, 1e-2)),
-    "mixer": Place("fashion_mixer", "adamw", (1e-3, 3e-3, 1e-2)),
+    "vit": Place("fashion_vit", "adamw", (1e-3, 3e-3, 1e-2), scale=0.3),
+    "mixer": Place("fashion_mixer", "adamw", (1e-3, 3e-3, 1e-2), scale=0.3),
 }
-"""By the model's name."""
+"""By the model's name; with AdamW radii are smaller, as in the frontier."""
 
 _MODELS = {
     "resnet": functools.partial(small_resnet, 8, ((8, 16, 2), (16, 32, 2)), stride=2),

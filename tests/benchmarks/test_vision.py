@@ -89,7 +89,7 @@ def test_the_quick_form_of_the_command_and_its_continuation(fashion_folder, tmp_
     assert [(row.task, row.optimizer) for row in rows] == [
         (place.task, f"{name}={value:g}")
         for place in study.PLACES.values()
-        for name, value in ((f"{place.base}:lr", place.learning_rates[1]), ("sam:rho", 0.1))
+        for name, value in ((f"{place.base}:lr", place.learning_rates[1]), ("sam:rho", 0.1 * place.scale))
     ]
     assert rows[0].examples == {"train": 96, "randomised": 0, "test": 50}
     for row in rows:
