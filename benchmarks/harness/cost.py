@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.harness.data import Split, make_split
 from benchmarks.harness.environment import describe
 from benchmarks.harness.optimizers import Choice
-from benchmarks.harness.tasks import TASKS, Task
+from benchmarks.harness.tasks import TASKS, Task, folder_for
 from benchmarks.harness.training import Experiment, Run
 from benchmarks.harness.tuning import TUNING_SEED, name_of
 
@@ -43,14 +44,18 @@ class Cost:
     environment: dict[str, str | int]
 
 
-def measure(task_name: str, choices: Sequence[Choice], *, steps: int, repetitions: int) -> list[Cost]:
+def measure(
+    task_name: str, choices: Sequence[Choice], data: Path | None = None, *, steps: int, repetitions: int
+) -> list[Cost]:
     """Return what each choice costs, in their order.
 
     Every repetition starts a short run of each and has them take one step in turns, so that all meet the same state of
     the machine; the first repetition, which warms up, is dropped.
     """
     task = TASKS[task_name]
-    split = make_split(task.load(None), TUNING_SEED, classes=task.classes, train_size=steps * task.batch_size)
+    split = make_split(
+        task.load(folder_for(task, data)), TUNING_SEED, classes=task.classes, train_size=steps * task.batch_size
+    )
     seconds = np.array([_take_turns(task, choices, split, start) for start in range(repetitions + 1)])[1:]
     ratios = seconds / seconds[:, :1] * [choice.compute for choice in choices]
     costs = []

@@ -15,7 +15,7 @@ from benchmarks.harness.optimizers import Choice
 from benchmarks.harness.report import Table, colour, figure, labels_text, machines, publish, say
 from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.statistics import Estimate, estimate
-from benchmarks.harness.tasks import TASKS
+from benchmarks.harness.tasks import TASKS, folder_for
 from benchmarks.harness.training import Experiment, run_experiment
 from benchmarks.harness.tuning import Method, Place, compare, name_of
 
@@ -102,6 +102,7 @@ def run(
     *,
     seeds: Sequence[int],
     label_noise: Sequence[float],
+    data: Path | None,
     folder: Path,
     quick: bool,
     timed: tuple[int, int],
@@ -124,7 +125,12 @@ def run(
     def experiment(place: Place, choice: Choice, seed: int = 0, evaluate_on: str = "test") -> Experiment:
         arena, task = by_task[place.task], TASKS[place.task]
         epochs, noise = round(arena.epochs * choice.compute), place.label_noise
-        how = {"train_size": arena.train_size, "evaluate_on": evaluate_on, "curves": False}
+        how = {
+            "train_size": arena.train_size,
+            "data": folder_for(task, data),
+            "evaluate_on": evaluate_on,
+            "curves": False,
+        }
         return Experiment(task, [choice], seed, noise, epochs, task.batch_size, **how)
 
     chosen = compare(
@@ -142,7 +148,7 @@ def run(
         names = {"base", *(name_of(choice.label) for choice in choices[1:])}
         if not names <= {cost.method for cost in costs.rows if cost.task == arena.place.task}:
             say(f"timing {len(choices)} methods on {arena.place.task}")
-            for cost in measure(arena.place.task, choices, steps=timed[0], repetitions=timed[1]):
+            for cost in measure(arena.place.task, choices, data, steps=timed[0], repetitions=timed[1]):
                 costs.add(cost)
 
 

@@ -99,6 +99,11 @@ class VisionTransformer(nn.Module):
         return logits
 
 
+def folder_for(task: Task, data: Path | None) -> Path | None:
+    """Return the folder to load a task from, where a study of several tasks was given one: digits need none."""
+    return None if task.load is load_digits_pool else data
+
+
 @functools.cache
 def load_digits_pool(data: Path | None = None) -> Pool:
     """Return scikit-learn's 1,797 digits, pixels in [0, 1]."""

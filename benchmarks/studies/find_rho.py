@@ -18,7 +18,7 @@ from benchmarks.harness.data import stream
 from benchmarks.harness.errors import choose
 from benchmarks.harness.frontier import ARENAS, BASE, Arena
 from benchmarks.harness.optimizers import Choice
-from benchmarks.harness.tasks import TASKS
+from benchmarks.harness.tasks import TASKS, folder_for
 from benchmarks.harness.training import Experiment, Run, build_model
 from benchmarks.harness.tuning import Method, thirds
 
@@ -40,6 +40,7 @@ def study(
     label_noise: list[Fraction] = [0.0, 0.4],
     steps: PositiveInt = 300,
     folds: PositiveInt = 4,
+    data: Path | None = None,
     threads: PositiveInt = 1,
     output: Path = Path("results/find-rho"),
     quick: bool = False,
@@ -52,6 +53,7 @@ def study(
         label_noise: Comma-separated fractions of the training labels to randomise.
         steps: Of ``find_rho``, at most; never more than the whole run has.
         folds: Of ``find_rho``.
+        data: Folder of Fashion-MNIST's four files; by default where Debian puts them.
         threads: CPU threads.
         output: Folder; its rows.jsonl is continued.
         quick: One task, an epoch on a few images.
@@ -68,12 +70,15 @@ def study(
             for name in tasks:
                 for noise in label_noise:
                     if (name, noise, seed) not in done:
-                        row = check(choose("task", name, ARENAS), noise, seed, steps=steps, folds=folds, quick=quick)
+                        arena = choose("task", name, ARENAS)
+                        row = check(arena, noise, seed, steps=steps, folds=folds, data=data, quick=quick)
                         print(json.dumps(row), file=log, flush=True)
                         print(json.dumps(row), flush=True)
 
 
-def check(arena: Arena, noise: float, seed: int, *, steps: int, folds: int, quick: bool = False) -> dict[str, Any]:
+def check(
+    arena: Arena, noise: float, seed: int, *, steps: int, folds: int, data: Path | None = None, quick: bool = False
+) -> dict[str, Any]:
     """Return the accuracies at the end of all runs, in percent, and what ``find_rho`` chose."""
     place = arena.place
     task, lr = TASKS[place.task], _RATES[place.task, noise]
@@ -85,6 +90,7 @@ def check(arena: Arena, noise: float, seed: int, *, steps: int, folds: int, quic
         epochs=1 if quick else arena.epochs,
         batch_size=task.batch_size,
         train_size=512 if quick else arena.train_size,
+        data=folder_for(task, data),
         curves=False,
     )
     split = experiment.split()

@@ -64,6 +64,7 @@ def study(
     label_noise: list[Fraction] = [0.0, 0.4],
     epochs: PositiveInt | None = None,
     train_size: PositiveInt | None = None,
+    data: Path | None = None,
     threads: PositiveInt = 1,
     output: Path = Path("results/frontier"),
     quick: bool = False,
@@ -77,6 +78,7 @@ def study(
         label_noise: Comma-separated fractions of the training labels to randomise.
         epochs: Passes over the training data; by default each task's number.
         train_size: Training examples, drawn by seed; by default each task's number.
+        data: Folder of Fashion-MNIST's four files; by default where Debian puts them.
         threads: CPU threads.
         output: Folder, continued.
         quick: A few steps of a few methods, nothing chosen.
@@ -89,7 +91,9 @@ def study(
         methods, seeds, label_noise = list(_QUICK), [0], [0.4]
     chosen = [choose("method", name, METHODS) for name in dict.fromkeys(["base", *methods])]
     timed = (4, 2) if quick else (20, 7)
-    frontier.run(arenas, chosen, seeds=seeds, label_noise=label_noise, folder=output, quick=quick, timed=timed)
+    frontier.run(
+        arenas, chosen, seeds=seeds, label_noise=label_noise, data=data, folder=output, quick=quick, timed=timed
+    )
     render(output)
 
 

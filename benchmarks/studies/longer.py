@@ -42,6 +42,7 @@ def study(
     seeds: list[NonNegativeInt] = [0, 1, 2, 3, 4],
     label_noise: list[Fraction] = [0.0, 0.4],
     times: PositiveInt = 10,
+    data: Path | None = None,
     threads: PositiveInt = 1,
     output: Path = Path("results/longer"),
     quick: bool = False,
@@ -54,6 +55,7 @@ def study(
         seeds: Of the tests, comma-separated.
         label_noise: Comma-separated fractions of the training labels to randomise.
         times: How many times the frontier's epochs.
+        data: Folder of Fashion-MNIST's four files; by default where Debian puts them.
         threads: CPU threads.
         output: Folder, continued.
         quick: An epoch of a few methods on a few images, nothing chosen.
@@ -66,7 +68,9 @@ def study(
         methods, seeds, label_noise = ["base-twice", "looksam", "looksam-layers"], [0], [0.0]
     chosen = [choose("method", name, METHODS) for name in dict.fromkeys(["base", *methods])]
     timed = (10, 2) if quick else (20, 7)
-    frontier.run(arenas, chosen, seeds=seeds, label_noise=label_noise, folder=output, quick=quick, timed=timed)
+    frontier.run(
+        arenas, chosen, seeds=seeds, label_noise=label_noise, data=data, folder=output, quick=quick, timed=timed
+    )
     render(output)
 
 

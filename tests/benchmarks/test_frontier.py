@@ -217,7 +217,7 @@ def test_the_quick_form_of_the_command(tmp_path, capsys):
 def test_real_rows_are_found_again(tmp_path, monkeypatch):
     arguments = ["frontier", "--tasks", "digits", "--methods", "wsam-coupled,base-twice,sam-every-2", "--seeds", "0"]
     arguments += ["--label-noise", "0", "--epochs", "1", "--train-size", "128", "--output", str(tmp_path)]
-    monkeypatch.setattr(frontier, "measure", lambda task, choices, **how: [
+    monkeypatch.setattr(frontier, "measure", lambda task, choices, data, **how: [
         Cost(task, "base" if index == 0 else name, 1.0, 1.0, 1.0, 1.0, 1, 1, {})
         for index, name in enumerate(choice.label.partition(":")[0] for choice in choices)
     ])  # fmt: skip
@@ -227,6 +227,20 @@ def test_real_rows_are_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(frontier, "run_experiment", pytest.fail)
     assert main(arguments) == 0
     assert Log(tmp_path / "runs.jsonl").rows == rows
+
+
+def test_a_folder_of_images_serves_the_tasks_that_need_one(fashion_folder, monkeypatch):
+    monkeypatch.setattr(frontier, "measure", lambda task, choices, data, **how: [
+        Cost(task, name, 1.0, 1.0, 1.0, 1.0, 1, 1, {}) for name in ("base", "sam")
+    ])  # fmt: skip
+    output = fashion_folder / "out"
+    arguments = ["frontier", "--tasks", "digits,fashion_small", "--methods", "sam", "--seeds", "0", "--label-noise", "0"]
+    arguments += ["--epochs", "1", "--train-size", "64", "--data", str(fashion_folder), "--output", str(output)]
+    assert main(arguments) == 0
+    tested = [row for row in Log(output / "runs.jsonl").rows if row.evaluated_on == "test"]
+    assert [(row.task, row.examples["train"]) for row in tested] == [
+        ("digits", 64), ("digits", 64), ("fashion_small", 64), ("fashion_small", 64)
+    ]  # fmt: skip
 
 
 def test_other_methods_are_refused_by_name():
