@@ -234,7 +234,17 @@ def test_a_folder_of_images_serves_the_tasks_that_need_one(fashion_folder, monke
         Cost(task, name, 1.0, 1.0, 1.0, 1.0, 1, 1, {}) for name in ("base", "sam")
     ])  # fmt: skip
     output = fashion_folder / "out"
-    arguments = ["frontier", "--tasks", "digits,fashion_small", "--methods", "sam", "--seeds", "0", "--label-noise", "0"]
+    arguments = [
+        "frontier",
+        "--tasks",
+        "digits,fashion_small",
+        "--methods",
+        "sam",
+        "--seeds",
+        "0",
+        "--label-noise",
+        "0",
+    ]
     arguments += ["--epochs", "1", "--train-size", "64", "--data", str(fashion_folder), "--output", str(output)]
     assert main(arguments) == 0
     tested = [row for row in Log(output / "runs.jsonl").rows if row.evaluated_on == "test"]
