@@ -204,9 +204,8 @@ class ByteRuns:
         metrics = {"loss": rounding.loss, "seconds": seconds + late}
         for bits, rise in zip(BITS, rounding.rises, strict=True):
             metrics[f"loss_{bits}_bits"] = rounding.loss + rise
-        if evaluate_on == "test":
-            metrics |= self._fine_tune(model, held_out, seed)
-            metrics["forgotten"] = metrics["austen"] - metrics["loss"]
+        metrics |= self._fine_tune(model, held_out, seed)
+        metrics["forgotten"] = metrics["austen"] - metrics["loss"]
         examples = {"train": len(self._tokens["train"]), "test": len(held_out)}
         return _row(place, choice, seed, evaluate_on, self.settings(place, choice), examples, metrics, losses, caught)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ METHODS = {
         _BASE,
         Method("adamw-more", "the base, its last phase twice as long", compute=2.0),
         Method("sam", "SAM", "sam", thirds(0.1)),
+        Method("sam-wide", "SAM, larger radii", "sam", thirds(1.0)),
         Method("functional-sam", "Functional SAM", "functional-sam", thirds(0.3)),
         Method("preconditioned-sam", "SAM in Adam's geometry", "preconditioned-sam", thirds(0.01)),
         Method("momentum-ahead", "ahead along the momentum", "momentum-sam", thirds(0.3)),
@@ -50,12 +52,13 @@ _TABLES = {
         ("loss_8_bits", "8 bits"),
         ("loss_4_bits", "4 bits"),
         ("loss_3_bits", "3 bits"),
+        ("rise_3_bits", "3 bits, rise"),
     ),
     "The same, fine-tuned on WordNet's definitions": (
         "bytes",
         ("glosses", "Definitions"),
         ("austen", "Austen"),
-        ("forgotten", "Austen, rise by it"),
+        ("forgotten", "Austen, rise"),
     ),
     "SmolLM2-135M with LoRA, fine-tuned on Austen": (
         "lora",
@@ -129,7 +132,7 @@ def study(
 
 def render(folder: Path, output: Path | None = None) -> None:
     """Write tables and the figure from a folder's rows."""
-    rows = Log(folder / "runs.jsonl", must_exist=True).rows
+    rows = [_with_rise(row) for row in Log(folder / "runs.jsonl", must_exist=True).rows]
     parts: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row.evaluated_on == "test":
@@ -151,6 +154,12 @@ def render(folder: Path, output: Path | None = None) -> None:
     publish(output or folder, [*made, *_trials(rows)], notes, {"language.png": _plot(parts)} if parts else None)
 
 
+def _with_rise(row: Row) -> Row:
+    if "loss_3_bits" not in row.metrics:
+        return row
+    return replace(row, metrics=row.metrics | {"rise_3_bits": row.metrics["loss_3_bits"] - row.metrics["loss"]})
+
+
 def _lines(methods: dict[str, list[Row]], measured: Sequence[str]) -> list[tuple[str, ...]]:
     base, lines = methods["adamw"], []
     if f"{measured[0]}_before" in base[0].metrics:
@@ -168,8 +177,8 @@ def _lines(methods: dict[str, list[Row]], measured: Sequence[str]) -> list[tuple
 
 
 def _trials(rows: Sequence[Row]) -> list[Table]:
-    """Return a table of what each setting gave on validation data, rounded too, whatever was chosen."""
-    columns = {"loss": "Loss", "loss_4_bits": "4 bits", "loss_3_bits": "3 bits"}
+    """Return a table of what each setting gave on validation data, whatever was chosen."""
+    columns = {"loss": "Loss", "loss_3_bits": "3 bits", "rise_3_bits": "3 bits, rise", "forgotten": "Fine-tuned, rise"}
     cells = [
         (row.optimizer, row.task, *(f"{row.metrics[name]:.4f}" if name in row.metrics else "" for name in columns))
         for row in rows

@@ -230,10 +230,14 @@ def test_the_table_begins_with_the_cost_and_has_differences_paired_by_seed(tmp_p
     for label, values in losses.items():
         for seed, loss in enumerate(values):
             names = ("loss", "loss_8_bits", "loss_4_bits", "loss_3_bits", "glosses", "austen", "forgotten")
-            metrics = dict.fromkeys(names, loss) | {"seconds": 2.5 if "sam" in label else 2.0}
+            metrics = dict.fromkeys(names, loss) | {
+                "loss_3_bits": loss + 0.5,
+                "seconds": 2.5 if "sam" in label else 2.0,
+            }
             log.add(make_row(label, seed, base="adamw", task="bytes", metrics=metrics))
     study.render(tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "| Method | Cost, x AdamW |" in text
     assert "| adamw | 1.00 | lr=0.001 | 2 | 2.2000 ± 0.2828 |" in text
     assert "| sam | 1.25 | rho=0.1 | 2 | -0.1500 [" in text
+    assert "| 2.7000 ± 0.2828 | 0.5000 ± 0.0000 |" in text  # after rounding to 3 bits, and the rise by it
