@@ -47,10 +47,10 @@ def _mlp() -> nn.Module:
 
 
 NETWORKS = {
-    "convnet": Network(partial(conv_net, 8, 10), "sgd", (0.01, 0.02, 0.05, 0.1, 0.2), (0.0, 5e-4, 2e-3), 600, 100),
-    "mlp": Network(_mlp, "sgd", (0.02, 0.05, 0.1, 0.15, 0.2), (0.0, 5e-4, 2e-3), 1000, 100),
+    "convnet": Network(partial(conv_net, 8, 10), "sgd", (0.01, 0.02, 0.05, 0.1, 0.2), (0.0, 5e-4, 2e-3), 400, 80),
+    "mlp": Network(_mlp, "sgd", (0.02, 0.05, 0.1, 0.15, 0.2), (0.0, 5e-4, 2e-3), 800, 80),
     "transformer": Network(
-        partial(VisionTransformer, 8, 10), "adamw", (1e-3, 2e-3, 3e-3, 5e-3, 8e-3), (0.0, 0.1, 1.0), 800, 60
+        partial(VisionTransformer, 8, 10), "adamw", (1e-3, 2e-3, 3e-3, 5e-3, 8e-3), (0.0, 0.1, 1.0), 600, 60
     ),
 }
 _RADII, _BATCH_SIZES = (0.0, 0.05, 0.2), (16, 64)

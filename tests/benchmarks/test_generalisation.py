@@ -110,7 +110,7 @@ def test_a_row_has_the_measures_of_its_model_on_the_labels_it_was_trained_on(mni
     )
     assert row.metrics["worst_linf_normalised"] == worst.value
     curvature = sharpness.hessian_eigenvalues(model, sharpness.cross_entropy, batches)
-    assert row.metrics["lambda_max"] == pytest.approx(curvature.value, rel=0.02)
+    assert row.metrics["lambda_max"] == pytest.approx(curvature.value, rel=0.06)
     assert row.metrics["train_accuracy"] == (model(split.inputs).argmax(1) == split.labels).double().mean().item()
     digits = load_digits_pool()
     wrong = (model(digits.inputs).argmax(1) != digits.labels).double().mean()
