@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt._replay.call_watch import RAISED, PassFollower
-from samopt._replay.outputs import tensors_in
+from samopt._replay.outputs import follow_gradients, tensors_in
 from samopt._replay.random_state import RngState
 from samopt._replay.unobserved import is_observed
 
@@ -42,14 +42,11 @@ class _Record:
 
     def follow(self, output: Any) -> None:
         """Note when the output is differentiated: only then does a call with a graph belong to a pass for sure."""
-        found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        if not found:
-            self.was_differentiated = True  # nothing can tell, so it counts
-            return
         mark = _Mark(self)
-        self._graph = weakref.ref(mark)
-        for tensor in found:
-            tensor.register_hook(mark)  # type: ignore[no-untyped-call]  # torch has no types here
+        if follow_gradients(tensors_in(output), mark):
+            self._graph = weakref.ref(mark)
+        else:
+            self.was_differentiated = True  # nothing can tell, so it counts
 
     @property
     def is_abandoned(self) -> bool:

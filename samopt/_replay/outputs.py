@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from samopt._replay.slots import slot_names
 
-__all__ = ["describe", "floating_tensors", "named_logits", "tensors_in"]
+__all__ = ["describe", "floating_tensors", "follow_gradients", "named_logits", "tensors_in"]
 
 
 def named_logits(output: Any) -> dict[str, Tensor]:
@@ -65,6 +65,27 @@ def describe(output: Any) -> str:
     if isinstance(output, Mapping):
         return f"{type(output).__name__} with the keys {list(output)}"
     return f"a {type(output).__name__}"
+
+
+def follow_gradients(tensors: Iterable[Tensor], hook: Callable[[Tensor], None]) -> bool:
+    """Have a hook run when a gradient comes to what some tensors were computed by; it goes with their graph.
+
+    A write into a view (``logits /= 2`` after a linear layer with a bias) gives the view another place in the graph,
+    where its hooks are not known. What it is a view of keeps its place, so the hook is there, too.
+
+    Args:
+        tensors: Tensors with or without a gradient.
+        hook: Given the gradient; may run more than once.
+
+    Returns:
+        Whether one of the tensors has a graph. A leaf has none, and would keep the hook.
+    """
+    found = [tensor for tensor in tensors if tensor.grad_fn is not None]
+    for tensor in found:
+        for each in (tensor, tensor._base):
+            if each is not None and each.grad_fn is not None:
+                each.register_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types here
+    return bool(found)
 
 
 def _has_values(value: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samopt._replay.call_watch import CallWatcher
-from samopt._replay.outputs import tensors_in
+from samopt._replay.outputs import follow_gradients, tensors_in
 from samopt._replay.unobserved import is_observed
 
 __all__ = ["MovedShards"]
@@ -97,10 +97,8 @@ class MovedShards(CallWatcher):
             self._leave()  # the forward raised, or nothing can be differentiated
 
     def _follow_backward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for tensor in tensors_in(output):
-            if tensor.requires_grad:
-                self._has_graph = True
-                tensor.register_hook(self._before_backward)  # type: ignore[no-untyped-call]  # torch has no types here
+        if follow_gradients(tensors_in(output), self._before_backward):
+            self._has_graph = True
 
     def _before_backward(self, gradient: Tensor) -> None:
         self._enter_again()

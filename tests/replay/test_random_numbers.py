@@ -121,6 +121,52 @@ def test_a_forward_whose_output_is_dropped_is_repeated_where_the_start_of_the_pa
     assert drawn[:2] == drawn[2:] and len(drawn) == 4
 
 
+class Biased(nn.Module):
+    """Its output is a view, as that of a linear layer with a bias is for input of three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.5)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def test_micro_batches_whose_loss_writes_into_the_logits_are_repeated_as_those_whose_loss_does_not():
+    runs = []
+    for writes in (True, False):
+        model = Biased()
+        optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+
+        def passes(model=model, writes=writes):
+            for seed in range(3):
+                logits = model(data(seed).unsqueeze(0))
+                assert logits._base is not None
+                loss_of(logits.mul_(0.5) if writes else logits * 0.5).backward()
+
+        torch.manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            passes()
+            with optimizer.perturbed():
+                passes()
+            optimizer.step()
+        runs.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
+
+
+@each_form
+def test_a_parameter_or_an_input_that_the_model_returns_keeps_no_hook(form):
+    model = Biased()
+    x = data().requires_grad_()
+    model.register_forward_hook(lambda module, args, output: (output, module.head.bias, args[0]))
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+    for _ in range(3):
+        FORMS[form](optimizer, lambda: sum(loss_of(each) for each in model(x)))
+    assert not model.head.bias._backward_hooks and not x._backward_hooks
+
+
 @each_form
 @pytest.mark.parametrize("where", ["before zero_grad", "behind zero_grad", "behind step", "many"])
 @pytest.mark.parametrize("how", ["train mode", "no_grad", "eval mode"])
