@@ -41,6 +41,7 @@ class _Call:
 
     Attributes:
         gradients: What reached the outputs that one node made, by their paths, in the order in which it came.
+        repeated: The paths of outputs that the second pass differentiated.
         sums: Sums of the outputs, which tell whether they are others in the second pass; None where that is known.
     """
 
@@ -54,6 +55,7 @@ class _Call:
         self.number, self.inputs, self.in_backward, self.outputs = number, inputs, in_backward, outputs
         self.sums: Tensor | None = None
         self.gradients: dict[tuple[str, ...], deque[_Gradients]] = {}
+        self.repeated: set[tuple[str, ...]] = set()
 
     def is_given(self, inputs: tuple[weakref.ref[Tensor], ...]) -> bool:
         """Return whether it was given the very same tensors."""
@@ -113,6 +115,9 @@ class OutputGradients(PassFollower):
         if not tensors:
             return
         edges = {path: _edge_of(tensor, path, name) for path, tensor in tensors.items()}
+        for path, tensor in tensors.items():
+            if tensor._base is not None and tensor._base.grad_fn is not None:
+                tensor._base.grad_fn.register_prehook(_RefuseWrites(self, tensor, f"{path} of {name}"))
         outputs = tuple((path, tuple(tensor.shape), tensor.dtype) for path, tensor in tensors.items())
         inputs = tuple(weakref.ref(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         in_backward = torch._C._current_graph_task_id() != -1
@@ -173,8 +178,15 @@ class OutputGradients(PassFollower):
                 "after a backward whose gradients are thrown away"
             )
         for call in self._noted.values():
-            if any(call.gradients.values()):
-                raise RuntimeError(_no_longer_used(", ".join(path for path, _, _ in call.outputs), call))
+            left = [key for key, queue in call.gradients.items() if queue]
+            if any(key in call.repeated for key in left):
+                raise RuntimeError(
+                    f"{', '.join(left[0])} of forward call {call.number + 1} had more backward passes in the first "
+                    "pass than in the second (torch.autograd.grad is one, too: to log a gradient, say); call them as "
+                    "often, and in the same order, in both"
+                )
+            if left:
+                raise RuntimeError(_no_longer_used(", ".join(path for key in left for path in key), call))
         if self._unchanged and self._has_moved:
             self._has_compared = True
             if all(self._unchanged):
@@ -337,6 +349,7 @@ class _Replace(_Hook):
 
     def run(self, gradients: _Gradients) -> _Gradients:
         queue = self._call.gradients.get(self._key)
+        self._call.repeated.add(self._key)
         replaced = list(gradients)
         if queue is None:  # the loss did not take it at w
             known: _Gradients = (None,) * len(self._paths)
@@ -355,6 +368,27 @@ class _Replace(_Hook):
                 self._owner.compare(gradient, present)
             replaced[number] = torch.zeros_like(present) if present is not None and gradient is None else gradient
         return tuple(replaced)
+
+
+class _RefuseWrites:
+    """What runs before the node that made what an output is a view of: raises if the output was written into.
+
+    Such a write gives the output another place in the graph, so that its gradient does not come to the hooks on it.
+    """
+
+    def __init__(self, owner: OutputGradients, output: Tensor, name: str) -> None:
+        self._owner, self._round, self._name = owner, owner.round, name
+        self._counter = output.detach()
+        if type(output) is Tensor:  # it keeps the output's version counter, and needs none of its memory
+            self._counter.data = torch.empty(0, dtype=output.dtype, device=output.device)
+        self._version = self._counter._version
+
+    def __call__(self, gradients: _Gradients) -> None:
+        if self._owner.round == self._round and self._counter._version != self._version:
+            raise RuntimeError(
+                f"{self._name} was written into after the forward (as logits /= 2 does), and it is a view, whose "
+                "gradient cannot be followed then; write logits = logits / 2"
+            )
 
 
 class _Refuse:

@@ -796,6 +796,63 @@ def test_more_backward_passes_in_the_second_pass() -> None:
         loss.backward()
 
 
+def test_a_gradient_that_the_first_pass_alone_logs() -> None:
+    model, call = mlp(DOUBLE), cross_entropy()
+    optimizer = wrap(model)
+    loss = call(model)[0]
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    loss.backward()
+    with (
+        pytest.raises(RuntimeError, match=r"in the first pass than in the second \(torch.autograd.grad is one, too"),
+        optimizer.perturbed(),
+    ):
+        call(model)[0].backward()
+
+
+def _first(out: Any) -> Tensor:
+    return out[0].square().sum()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda out: _first(out) + out[1].mul_(2).exp().sum(),
+        lambda out: _first(out) + out[1].sum() + out[1].mul_(2).exp().sum(),
+        lambda out: _first(out) + (out[2].add_(1) * out[1]).exp().sum(),  # another view of the same memory
+    ],
+)
+def test_a_view_among_the_outputs_that_the_loss_writes_into(write: Any) -> None:
+    """The write gives the view, and others of its memory, another place in the graph, past the hooks."""
+
+    def shape(a: Tensor, b: Tensor) -> Any:
+        return a, b[:, :1], b[:, 1:]
+
+    model, x = Shaped(shape), batch(DOUBLE)[0]
+    failing(model, lambda: write(model(x)), r"\[[12]\] of Shaped was written into after the forward.*logits / 2")
+
+
+def test_outputs_that_the_loss_may_write_into() -> None:
+    """One that is no view, and a view after the backward pass."""
+    model, x = Shaped(lambda a, b: (a * 1, b[:, 1:])), batch(DOUBLE)[0]
+    made: list[Tensor] = []
+
+    def call(of: nn.Module) -> tuple[Tensor, Sequence[Tensor]]:
+        if made:
+            made.pop().detach().zero_()
+        out = of(x)
+        made.append(out[1])
+        return (out[0].sub_(1) * 2).exp().sum() + out[1].exp().sum(), list(out)
+
+    def expected(of: nn.Module) -> tuple[Tensor, Sequence[Tensor]]:
+        out = of(x)
+        return ((out[0] - 1) * 2).exp().sum() + out[1].exp().sum(), list(out)
+
+    optimizer, gradients = wrap(model), recipe(copy.deepcopy(model), [expected], RHO)
+    explicit(optimizer, lambda: call(model)[0])
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
 def test_a_graph_of_the_first_pass_in_the_second() -> None:
     model, call = mlp(DOUBLE), cross_entropy()
     optimizer = wrap(model)
