@@ -19,7 +19,7 @@ from samopt._replay.module_state import every_module
 from samopt._replay.outputs import tensors_in
 from samopt._replay.random_state import RngState
 from samopt._step.ascent import Ascent
-from samopt._step.named_parameters import named_parameters
+from samopt._step.named_parameters import is_norm, named_parameters
 from samopt.distributed import data_parallel_modules, is_fully_sharded, runs_on_several_ranks
 
 __all__ = ["TrunkReuse", "leaves_of"]
@@ -35,6 +35,7 @@ class _Calls(CallWatcher):
         self.kwargs: dict[str, Any] = {}
         self.output: Any = None
         self.modes: Any = None
+        self.training: list[bool] = []
         self.versions: list[int] = []
         self.random_before: RngState | None = None
         self.random_after: RngState | None = None
@@ -50,6 +51,7 @@ class _Calls(CallWatcher):
         self.modules.append(module)
         self.args, self.kwargs = args, kwargs
         self.modes = _modes(self._devices)
+        self.training = [inside.training for inside in every_module([module])]
         self.versions = _versions((args, kwargs))
         self.random_before = RngState.capture(self._devices)
 
@@ -81,6 +83,7 @@ class TrunkReuse:
         self._head: nn.Module | None = None
         self._moving: list[Tensor] = []  # what the head was found for
         self._model_calls = self._head_calls = _Calls(())
+        self._buffers: list[tuple[nn.Module, str, Tensor, int]] = []  # of the trunk, with their version counters
 
     def first(self, compute_loss: Callable[[], Any]) -> Any:
         """Run the forward of the first pass and note what the second needs.
@@ -97,6 +100,7 @@ class TrunkReuse:
         head = self._find_head()
         devices = self._ascent.accelerators()
         self._model_calls, self._head_calls = _Calls(devices), _Calls(devices)
+        self._note_buffers(head)
         stop_model = watch(self._models, self._model_calls)
         stop_head = watch([head], self._head_calls, only_these=True)
         try:
@@ -105,6 +109,14 @@ class TrunkReuse:
             stop_head()
             stop_model()
         self._check_calls()
+        changed = [(module, name) for module, name in self._changed_buffers() if not is_norm(module)]
+        if changed:
+            module, name = changed[0]
+            _refuse(
+                f"the first pass wrote into {name} of {type(module).__name__}, a buffer of the trunk. If its forward "
+                "reads it too, as spectral_norm does, another run of the trunk gives another output"
+            )
+        self._note_buffers(head)
         return result
 
     def check(self, loss: Tensor, rebound: Sequence[str]) -> None:
@@ -159,9 +171,37 @@ class TrunkReuse:
             _refuse(f"the second pass called {_kinds(second.modules)}, the first {_kinds([called])}")
         return result
 
+    def check_second(self) -> None:
+        """Raise if the backward of the second pass was not the full one.
+
+        Raises:
+            RuntimeError: If it ran a part of the trunk that keeps state.
+        """
+        for module, name in self._changed_buffers():
+            _refuse(
+                f"the backward pass ran a part of the trunk again (gradient checkpointing does), which changed {name} "
+                f"of {type(module).__name__}; two full passes keep that change of the first one"
+            )
+
     def forget(self) -> None:
         """Let go of the tensors of the pass."""
         self._model_calls = self._head_calls = _Calls(())
+        self._buffers = []
+
+    def _note_buffers(self, head: nn.Module) -> None:
+        """Note the buffers outside the head."""
+        inside = set(every_module([head]))
+        outside = [module for module in every_module(self._models) if module not in inside]
+        self._buffers = [
+            (module, name, buffer, buffer._version)
+            for module in outside
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not buffer.is_inference()
+        ]
+
+    def _changed_buffers(self) -> list[tuple[nn.Module, str]]:
+        """Return the buffers that were written into since they were noted: their modules and names."""
+        return [(module, name) for module, name, buffer, version in self._buffers if buffer._version != version]
 
     def _answer(self, second: _Calls) -> Any:
         """Return the head's output for the input that it had in the first pass."""
@@ -174,11 +214,14 @@ class TrunkReuse:
             )
         if second.modes != first.modes:
             _refuse("autocast or gradients were switched on or off between the passes")
+        called = head.modules[0]
+        if [module.training for module in every_module([called])] != head.training:
+            _refuse("the model has its head in another mode while it calls it, as head.eval() in forward does")
         if _versions((head.args, head.kwargs)) != head.versions:
             _refuse("the input of the head was written into after the head had begun (inplace=True does this)")
         assert head.random_before is not None and first.random_after is not None
         head.random_before.restore()
-        output = head.modules[0](*head.args, **head.kwargs)
+        output = called(*head.args, **head.kwargs)
         first.random_after.restore()
         return output
 

@@ -233,6 +233,7 @@ class TwoPass:
                 if handle.is_needed:
                     with torch.enable_grad():
                         handle.loss = differentiate(reuse.again(compute_loss)).detach()
+                        reuse.check_second()
             if not handle.is_needed:  # the trunk has no gradients yet; those of one plain pass are the step's
                 before.put_back()
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import samopt
 from samopt.integrations.lightning import SharpnessAwareTraining
@@ -266,6 +267,82 @@ def test_an_input_of_the_head_that_is_written_into_is_refused():
     model, optimizer = make(head=WritesIntoItsInput(), only=r"^fc\.", reuse_trunk=True)
     before = copy.deepcopy(dict(model.named_parameters()))
     with pytest.raises(RuntimeError, match="input of the head was written into"):
+        step(model, optimizer, 0)
+    assert_same(dict(model.named_parameters()), before)
+
+
+class Counts(nn.Module):
+    """Reads a buffer that it writes into."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count += 1
+        return x * self.count
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), "wrote into _u of _SpectralNorm, a buffer"),
+        (Counts, "wrote into count of Counts, a buffer of the trunk"),
+        (
+            lambda: Checkpointed(nn.BatchNorm1d(8)),
+            "ran a part of the trunk again .* num_batches_tracked of",
+        ),
+    ],
+)
+def test_a_trunk_that_another_run_would_change_is_refused(layer, message):
+    torch.manual_seed(0)
+    layer = layer()
+    model, optimizer = make(reuse_trunk=True)
+    model.trunk.append(layer)
+    optimizer = samopt.SAM(BASES["sgd"](model.parameters()), rho=0.3, model=model, only=r"^fc\.", reuse_trunk=True)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(RuntimeError, match=message):
+        step(model, optimizer, 0)
+    assert_same(dict(model.named_parameters()), before)
+    assert not optimizer.is_perturbed
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_a_checkpointed_trunk_without_state_is_reused():
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5))
+    runs = []
+    for reuse in (True, False):
+        model, _ = make()
+        model.trunk.append(Checkpointed(copy.deepcopy(inner)))
+        base = BASES["sgd-momentum"](model.parameters())
+        optimizer = samopt.SAM(base, rho=0.3, model=model, only=r"^fc\.", reuse_trunk=reuse)
+        runs.append([step(model, optimizer, number) for number in range(3)] + [model.state_dict()])
+    assert_same(runs[0], runs[1])
+
+
+class RunsItsHeadInEvalMode(Network):
+    def forward(self, x):
+        hidden = self.trunk(x)
+        self.fc.eval()
+        logits = self.fc(hidden)
+        self.fc.train()
+        return logits
+
+
+def test_a_head_whose_mode_the_model_changes_is_refused():
+    torch.manual_seed(0)
+    model = RunsItsHeadInEvalMode(HEADS["deep"])
+    optimizer = samopt.SAM(BASES["sgd"](model.parameters()), rho=0.3, model=model, only=r"^fc\.", reuse_trunk=True)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(RuntimeError, match="has its head in another mode while it calls it"):
         step(model, optimizer, 0)
     assert_same(dict(model.named_parameters()), before)
 
