@@ -143,9 +143,14 @@ class LayerAscent(Ascent):
             rounding=ascent.rounding,
             backend=ascent.backend,
         )
+        self._all = ascent
         self._layers = layers
         self._gradients = gradients
         self._moving: list[AdapterLayer] = []
+
+    def is_on(self) -> bool:
+        """Return what the optimizer's own says, which a trainer pauses."""
+        return self._all.is_on()
 
     def share_gradients(self) -> None:
         """Have ranks average the gradients of whole weights."""

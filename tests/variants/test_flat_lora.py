@@ -191,6 +191,34 @@ def test_groups_that_differ_for_one_layer_are_refused():
 
 
 @PERTURBATIONS
+@pytest.mark.parametrize("make", [own, lambda: mlp(DOUBLE)], ids=["adapters", "plain weights"])
+def test_a_paused_optimizer_is_its_base_and_goes_on(make, perturbation):
+    """As a trainer pauses it for ``late=``."""
+    ours, theirs = make(), make()
+    layers = own_layers(theirs) if make is own else adapters.plain_layers(theirs)
+    optimizer, base = flat(ours, perturbation=perturbation), adamw(theirs)
+    forwards = []
+    ours.register_forward_hook(lambda *_: forwards.append(1))
+    for step in range(5):
+        optimizer.is_paused = step in (0, 1, 3)
+        forwards.clear()
+        take_step(optimizer, ours, step)
+        assert len(forwards) == (1 if optimizer.is_paused or perturbation == "noise" else 2)
+
+        def backward(step=step):
+            loss_of(theirs, batch(DOUBLE, seed=step)).backward()
+
+        if optimizer.is_paused:
+            base.zero_grad()
+            backward()
+            base.step()
+        else:
+            hand_step(base, layers, backward, perturbation=perturbation, step=step)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, **TOLERANCE[torch.float32])
+
+
+@PERTURBATIONS
 def test_a_schedule_that_starts_at_zero_begins_with_plain_steps(perturbation):
     ours, theirs = own(), own()
     optimizer, base, layers = flat(ours, perturbation=perturbation), adamw(theirs), own_layers(theirs)
