@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 __all__ = ["AdapterLayer", "Factors", "find_layers"]
 
 _PEFT_KINDS = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
+_BESIDE = ("trainable_tokens",)  # rows of an embedding: an option of peft's LoraConfig
 _PLAIN_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PACKED = ("Params4bit", "Int8Params")  # of bitsandbytes: floating-point by their modules, integers in memory
 _QUANTISED_BY = ("qweight", "quant_state", "W_q", "codebooks")  # attributes of GPTQ, AWQ, bitsandbytes, HQQ and AQLM
@@ -129,6 +130,7 @@ def find_layers(models: Sequence[nn.Module], base: Optimizer, name: str) -> list
     modules = [(path or type(module).__name__, module) for model in models for path, module in model.named_modules()]
     modules = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
     adapters = [(path, module) for path, module in modules if _is_adapter(module)]
+    _refuse_other_kinds(modules, owned, _BESIDE if adapters else ())
     if not adapters:
         plain = [found for path, module in modules if (found := _plain_layer(path, module, owned)) is not None]
         if not plain:
@@ -155,6 +157,33 @@ def find_layers(models: Sequence[nn.Module], base: Optimizer, name: str) -> list
                 f"at once; give each a layer of its own (which may share the parameter), {_WITHOUT}"
             )
     return layers
+
+
+def _refuse_other_kinds(modules: Iterable[tuple[str, Any]], owned: set[int], beside: Sequence[str]) -> None:
+    """Raise if peft trains something by another method than LoRA, or by both at once.
+
+    Args:
+        modules: The modules, with their names.
+        owned: The ids of the base optimizer's parameters.
+        beside: Methods that may be trained beside LoRA.
+
+    Raises:
+        ValueError: If it does.
+    """
+    for path, module in modules:
+        kinds = {
+            each.__name__: each.__module__.split(".") for each in type(module).__mro__ if _is_defined_in_peft(each)
+        }
+        method = next((names[2] for names in kinds.values() if names[1] == "tuners" and len(names) > 3), None)
+        if method in (None, "lora", *beside) or not kinds.keys().isdisjoint(("BaseTuner", "LoraLayer")):
+            continue
+        own = [tensor for name, tensor in module.named_parameters() if not name.startswith("base_layer.")]
+        if _any_owned(own, owned):
+            raise ValueError(
+                f"{path} is a {type(module).__module__}.{type(module).__name__}, which changes the model in another "
+                "way than by adding scaling B A to a weight; use LoRA alone, or train with samopt.SAM, which perturbs "
+                "the trained parameters"
+            )
 
 
 def _adapter_layer(path: str, module: Any) -> AdapterLayer:

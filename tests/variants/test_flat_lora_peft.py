@@ -301,6 +301,41 @@ def test_what_is_not_plain_lora_is_refused_by_name():
     refused(adalora, r"q_proj is a peft.tuners.adalora.layer.SVDLinear, whose weight is not")
 
 
+OTHER_METHODS = {
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=["q_proj"]),
+    "lokr": lambda: peft.LoKrConfig(r=2, target_modules=["q_proj"]),
+    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    "trainable_tokens": lambda: peft.TrainableTokensConfig(token_indices=[1], target_modules=["embed_tokens"]),
+    "prefix_tuning": lambda: peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=2, prefix_projection=True, encoder_hidden_size=8
+    ),
+}
+
+
+@pytest.mark.parametrize("method", OTHER_METHODS)
+def test_another_method_than_lora_is_refused_and_no_trained_head_takes_its_place(method):
+    """Without LoRA the plain weights that are trained would move: of a new head, or inside the prompt's encoder."""
+    model = peft.get_peft_model(llama().unload(), OTHER_METHODS[method]()).to(DOUBLE)
+    model.get_output_embeddings().requires_grad_(True)
+    refused(model, rf"is a peft.tuners.{method}.*which changes the model in another way than by adding scaling B A")
+
+
+def test_another_method_beside_lora_is_refused():
+    for target in ("q_proj", "down_proj"):  # on a layer with LoRA, and on another one
+        model = peft.get_peft_model(llama().unload(), peft.LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+        model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=[target]))
+        model.set_adapter(["default", "other"])
+        refused(model, rf"{target} is a peft.tuners.loha.layer.Linear, which changes the model in another way")
+
+
+@PERTURBATIONS
+def test_tokens_that_are_trained_beside_the_adapters_are_not_perturbed(perturbation):
+    make = lambda: llama(trainable_token_indices={"embed_tokens": [1, 2]})  # noqa: E731
+    assert_trains_as_by_hand(make(), make(), perturbation)
+
+
 def test_adapters_that_were_merged_later_are_refused_in_the_forward():
     model = llama()
     optimizer = flat(model)
