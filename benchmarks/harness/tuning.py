@@ -24,7 +24,8 @@ class Method:
         name: Its name at the command line and in rows.
         summary: What it does, in a few words.
         variant: See ``Choice``; None for the base alone.
-        values: What its setting is chosen from, smallest first; for the base the learning rates come from the place.
+        values: What its setting is chosen from, smallest first; for the base the learning rates come from the place,
+            and a method without a variant takes these multiples of the base's.
         setting: The setting that is chosen.
         options: Further options; see ``Choice``.
         schedule: Of rho; see ``optimizers.SCHEDULE``.
@@ -71,8 +72,8 @@ class Place:
         defaults = BASES[self.base] if self.base_settings is None else self.base_settings
         extra = {} if method.compute == 1 else {"compute": method.compute}
         if method.variant is None:
-            name = method.name if extra else self.base
-            rates = self.learning_rates
+            name = method.name if extra or method.values else self.base
+            rates = [float(f"{value * base_lr:.3g}") for value in method.values] or self.learning_rates
             return [Choice(f"{name}:lr={lr:g}", self.base, {**defaults, "lr": lr}, schedule=extra) for lr in rates]
         values = [float(f"{value * self.scale:.3g}") for value in method.values]
         rates = thin(self.learning_rates, len(values)) if self.joint else [base_lr]

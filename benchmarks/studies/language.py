@@ -35,6 +35,7 @@ METHODS = {
     "lora": (
         _BASE,
         Method("adamw-more", "the base with twice the steps", compute=2.0),
+        Method("adamw-slow", "the base with a third of its learning rate", values=(1 / 3,)),
         Method("sam", "SAM", "sam", thirds(0.1)),
         Method("functional-sam", "Functional SAM", "functional-sam", thirds(0.1)),
         Method("momentum-ahead", "ahead along the momentum", "momentum-sam", thirds(0.1)),
@@ -148,7 +149,8 @@ def render(folder: Path, output: Path | None = None) -> None:
         "interval; below 0 is better",
         "cost: processor time of all training steps over the base's, without the fine-tune on definitions",
         "every method chose one of three settings by the validation loss of one run with a seed of its own: the base "
-        "its learning rate, which the others take, and they their radius; adamw-more chose its learning rate too",
+        "its learning rate, which the others take, and they their radius; adamw-more chose its learning rate too, "
+        "adamw-slow nothing",
         *machines([row for row in rows if row.evaluated_on == "test"]),
     ]
     publish(output or folder, [*made, *_trials(rows)], notes, {"language.png": _plot(parts)} if parts else None)
@@ -207,6 +209,6 @@ def _plot(parts: dict[str, dict[str, list[Row]]]) -> Figure:
             )
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_xticks(range(len(measured)), [heading for _, heading in measured])
-        ax.set(title=title, ylabel="loss less AdamW's")
+        ax.set(title=title, ylabel="nats less AdamW's")
     legend(drawn)
     return drawn

@@ -133,6 +133,14 @@ def test_the_rate_rises_over_a_twentieth_and_falls_to_0():
     assert rates[-1] == pytest.approx(2.0 * (1 - torch.tensor(torch.pi / 40).cos().item()) / 2, rel=1e-4)
 
 
+def test_a_third_of_the_bases_learning_rate_is_a_method_of_its_own():
+    place = Place("lora", "adamw", (3e-4, 1e-3, 3e-3))
+    slow = next(method for method in METHODS["lora"] if method.name == "adamw-slow")
+    (choice,) = place.candidates(slow, 3e-3)
+    assert choice.label == "adamw-slow:lr=0.001" and choice.variant is None and choice.settings["lr"] == 1e-3
+    assert [each.label for each in place.candidates(METHODS["lora"][0], 0.0)][-1] == "adamw:lr=0.003"
+
+
 @pytest.mark.parametrize("variant, options", [("sam", {"rho": 0.1}), ("momentum-sam", {"rho": 0.3})])
 def test_a_last_phase_from_the_shared_steps_is_the_whole_run_with_a_late_schedule(texts, variant, options):
     total, seed = 8, 3
