@@ -144,22 +144,22 @@ class Sweep:
         base = self.widths[0]
         return estimate(math.log2(self.best(seed, width) / self.best(seed, base)) for seed in self.seeds)
 
-    def price(self, width: int) -> Estimate:
-        """Return the loss with the base width's best learning rate over that with the width's own."""
-        base = self.widths[0]
-        losses = [
-            (self.loss(s, width, self.best(s, base)), self.loss(s, width, self.best(s, width))) for s in self.seeds
-        ]
-        return estimate(taken / own for taken, own in losses)
+    def price(self, width: int) -> str:
+        """Return the loss with the base width's best learning rate over that with the width's own, and who diverged."""
+        chosen = [(seed, self.best(seed, self.widths[0]), self.best(seed, width)) for seed in self.seeds]
+        ratios = [self.loss(seed, width, base) / self.loss(seed, width, own) for seed, base, own in chosen]
+        ended = [ratio for ratio in ratios if math.isfinite(ratio)]
+        lost = f"{len(ratios) - len(ended)} of {len(ratios)} diverged" if len(ended) < len(ratios) else ""
+        return ", ".join(filter(None, [estimate(ended).spread(".2f") if ended else "", lost]))
 
     def edge(self, seed: int, width: int) -> list[float]:
         """Return learning rate times curvature along training."""
         return self._runs[seed, width, _WATCHED].curves["edge"]
 
-    def late_edge(self, width: int) -> Estimate:
+    def late_edge(self, seed: int, width: int) -> float:
         """Return the mean of that over the second half of training."""
-        halves = [self.edge(seed, width) for seed in self.seeds]
-        return estimate(statistics.fmean(curve[len(curve) // 2 :]) for curve in halves)
+        curve = self.edge(seed, width)
+        return statistics.fmean(curve[len(curve) // 2 :])
 
     def losses(self, width: int, lr: float) -> Estimate:
         """Return the loss over the seeds."""
@@ -180,14 +180,19 @@ def render(folder: Path, output: Path | None = None) -> None:
         for width in sweep.widths:
             best = [sweep.best(seed, width) for seed in sweep.seeds]
             own = estimate(sweep.loss(seed, width, lr) for seed, lr in zip(sweep.seeds, best, strict=True))
-            moved = sweep.octaves(width).interval("+.2f", 1) if width > sweep.widths[0] else ""
+            edges = [sweep.late_edge(seed, width) for seed in sweep.seeds]
+            rise = [
+                edge - sweep.late_edge(seed, sweep.widths[0]) for seed, edge in zip(sweep.seeds, edges, strict=True)
+            ]
+            differences = [sweep.octaves(width), estimate(rise)]
+            moved, risen = [each.interval("+.2f", 1) if width > sweep.widths[0] else "" for each in differences]
             cells.append((
                 str(width), ", ".join(f"{lr:g}" for lr in best), moved, own.spread(".4f"),
-                sweep.price(width).spread(".2f"), sweep.late_edge(width).spread(".2f"),
+                sweep.price(width), estimate(edges).spread(".2f"), risen,
             ))  # fmt: skip
         headings = (
             "Width", "Best learning rate, by seed", "Octaves from the base width's", "Loss with it",
-            "Loss with the base width's, times that", "lr x lambda_max",
+            "Loss with the base width's, times that", "lr x lambda_max", "Less the base width's",
         )  # fmt: skip
         tables.append(Table(f"{task}, {name}", headings, cells))
     notes = [
@@ -216,7 +221,7 @@ def _plot(sweeps: dict[tuple[str, str], Sweep]) -> Figure:
             curves = [sweep.edge(seed, width) for seed in sweep.seeds]
             steps = _STEPS[task.removeprefix("digits_")] // _MEASUREMENTS
             band(row[2 + column], [steps * place for place in range(len(curves[0]))], curves, label, index)
-        row[column].set(title=f"{task}, {name}", xscale="log", yscale="log", xlabel="learning rate", ylabel="loss")
+        row[column].set(title=f"{task}, {name}", xscale="log", ylim=(0, None), xlabel="learning rate", ylabel="loss")
         row[column].set_xticks(sweep.rates, [f"{lr:g}" for lr in sweep.rates], minor=False)
         row[column].minorticks_off()
         row[2 + column].axhline(2, color="black", linewidth=0.8, linestyle=":")

@@ -89,17 +89,32 @@ def test_features_move_alike_at_every_width_in_mup_and_less_in_wider_networks_ot
 
 def test_the_table_names_the_best_rate_of_each_seed_and_what_the_base_widths_costs(tmp_path, make_row):
     log = open_log(tmp_path)
-    losses = {(32, 4.0): 0.3, (32, 8.0): 0.2, (32, 16.0): 0.4, (512, 4.0): 0.1, (512, 8.0): 0.2, (512, 16.0): math.nan}
+    losses = {
+        (32, 4.0): 0.3,
+        (32, 8.0): 0.2,
+        (32, 16.0): 0.4,
+        (512, 4.0): 0.1,
+        (512, 8.0): 0.2,
+        (512, 16.0): math.nan,
+        (64, 4.0): 0.2,
+        (64, 8.0): 0.5,
+        (64, 16.0): 0.1,
+    }
     for seed in (0, 1):
         for (width, lr), loss in losses.items():
             settings = {"lr": lr, "width": width, "parametrisation": "ntk"}
+            loss = math.nan if (width, lr, seed) == (64, 8.0, 1) else loss
             curves = {"loss": [loss], "edge": [1.0, 1.0, 2.0, 2.0 + seed] if lr == 4 else []}
             log.add(make_row(f"ntk:width={width}:lr={lr:g}", seed, task="digits_mlp", settings=settings,
                              metrics={"loss": loss}, curves=curves))  # fmt: skip
     study.render(tmp_path)
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| 512 | 4, 4 | -1.00 [-1.00, -1.00] | 0.1000 ± 0.0000 | 2.00 ± 0.00 | 2.25 ± 0.35 |" in text
-    assert "| 32 | 8, 8 |  | 0.2000 ± 0.0000 | 1.00 ± 0.00 | 2.25 ± 0.35 |" in text
+    assert (
+        "| 512 | 4, 4 | -1.00 [-1.00, -1.00] | 0.1000 ± 0.0000 | 2.00 ± 0.00 | 2.25 ± 0.35 | +0.00 [+0.00, +0.00] |"
+        in text
+    )
+    assert "| 32 | 8, 8 |  | 0.2000 ± 0.0000 | 1.00 ± 0.00 | 2.25 ± 0.35 |  |" in text
+    assert "| 64 | 16, 16 | +1.00 [+1.00, +1.00] | 0.1000 ± 0.0000 | 5.00, 1 of 2 diverged |" in text
     assert (tmp_path / "width.png").stat().st_size > 0
 
 
