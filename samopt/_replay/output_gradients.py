@@ -124,14 +124,17 @@ class OutputGradients(PassFollower):
         if self.replaying:
             self._repeat(name, inputs, in_backward, outputs, edges, tensors)
             return
-        _refuse_dependent(edges, name)
+        self._refuse_dependent(edges, name)
         self._seen[name] = tuple(path for path, _, _ in outputs)
         call = _Call(self._number, inputs, in_backward, outputs)
         if not self._has_compared:
             call.sums = _sums(tensors)
         self._number += 1
         for node, paths in _by_node(edges):
-            node.register_prehook(_Note(self, call, node, paths))
+            note = _Note(self, call, node, paths)
+            node.register_prehook(note)
+            node.metadata[self] = note
+            self._notes.append(weakref.ref(note))
 
     def gradients_cleared(self) -> None:
         """Note that gradients were cleared: what was noted belongs to them; a graph that waits may still bring some."""
@@ -224,9 +227,51 @@ class OutputGradients(PassFollower):
         self._number = 0
         self._seen: dict[str, tuple[str, ...]] = {}
         self._noted = {}
+        self._notes: list[weakref.ref[_Note]] = []  # each lives as long as the graph of its call
         self._waiting: list[_Call] | None = None
         self._unchanged: list[bool] = []
         self._has_moved = False
+
+    def _refuse_dependent(self, edges: Mapping[str, _Edge], name: str) -> None:
+        """Raise if an output is computed from another, of this call or of an earlier one of the first pass.
+
+        The gradient of that one would hold a part of the Jacobian at ``w``.
+
+        Args:
+            edges: Where the gradients of the outputs of this call enter the graph.
+            name: The class of what was called.
+
+        Raises:
+            ValueError: If it is.
+        """
+        ends = {edge: path for path, edge in edges.items()}
+        self._notes = [note for note in self._notes if note() is not None]
+        if len(ends) < 2 and not self._notes:
+            return
+        pending, seen = [node for node, _ in ends], set[_Node]()
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            for after in node.next_functions:
+                if after in ends:
+                    raise ValueError(
+                        f"{name} returned {', '.join(edges)}, and computes another of them from {ends[after]}, so that "
+                        "its gradient is not that of the loss alone. Give outputs=, a callable that takes from what "
+                        "the model returns the tensors that the loss is computed from"
+                    )
+                if after[0] is None:
+                    continue
+                note = after[0].metadata.get(self) if self._notes else None
+                if note is not None and note.is_of(after[1]):
+                    raise ValueError(
+                        f"forward call {self._number + 1} of {name} is computed from an output of an earlier one, as "
+                        "in a recurrent loop or a rollout, so that the gradient of that one is not that of the loss "
+                        "alone. Put the loop into the forward of a module, call that, and give it as model=; or "
+                        "detach the output before it is used again"
+                    )
+                pending.append(after[0])
 
     def _repeat(
         self,
@@ -303,6 +348,10 @@ class _Hook:
         self._key = tuple(paths.values())
         self._round = owner.round
         self._is_compiled = node.name().startswith("CompiledFunction")
+
+    def is_of(self, number: int) -> bool:
+        """Return whether it belongs to the present step, and to one of the outputs that the node made."""
+        return self._owner.round == self._round and number in self._paths
 
     def __call__(self, gradients: _Gradients) -> _Gradients | None:
         if self._owner.round != self._round:
@@ -434,28 +483,6 @@ def _by_node(edges: Mapping[str, _Edge]) -> list[tuple[_Node, dict[int, str]]]:
     for path, (node, number) in edges.items():
         found.setdefault(node, {}).setdefault(number, path)
     return list(found.items())
-
-
-def _refuse_dependent(edges: Mapping[str, _Edge], name: str) -> None:
-    """Raise if an output is computed from another: the gradient of that one would hold a part of the Jacobian at w."""
-    ends = {edge: path for path, edge in edges.items()}
-    if len(ends) < 2:
-        return
-    pending, seen = [node for node, _ in ends], set[_Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for after in node.next_functions:
-            if after in ends:
-                raise ValueError(
-                    f"{name} returned {', '.join(edges)}, and computes another of them from {ends[after]}, so that its "
-                    "gradient is not that of the loss alone. Give outputs=, a callable that takes from what the model "
-                    "returns the tensors that the loss is computed from"
-                )
-            if after[0] is not None:
-                pending.append(after[0])
 
 
 def _no_longer_used(path: str, call: _Call) -> str:

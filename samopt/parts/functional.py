@@ -31,8 +31,8 @@ class FunctionalGradient(Combination):
     the same, else by their order. Evaluation between steps, and calls that are never differentiated, do not count.
 
     Cost: a copy of the gradient of the outputs, kept from the first pass to the second; of all micro-batches, where
-    gradients are accumulated. With several outputs also a walk over the graph, which looks for one that is computed
-    from another.
+    gradients are accumulated. With several outputs or calls also a walk over the graph, which looks for one that is
+    computed from another.
 
     Args:
         outputs: Takes from what the model returns the tensors that the loss is computed from: a tensor, or a sequence

@@ -685,6 +685,85 @@ def test_outputs_made_from_one_another(shape: Any, match: str) -> None:
     failing(model, lambda: model(x)[0].square().sum(), match, ValueError)
 
 
+class Carries(nn.Module):
+    """Starts each call from its last output, which it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.last = nn.Linear(6, 6).double(), 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.layer(x + self.last).tanh()
+        return self.last
+
+
+def rollout(model: nn.Module, x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = model(x)
+    return x.exp().sum()
+
+
+def carried(model: Any, x: Tensor) -> Tensor:
+    model.last = 0.0
+    return model(x).exp().sum() + model(2 * x).exp().sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (lambda: nn.Linear(6, 6).double(), rollout),
+        (lambda: torch.compile(nn.Linear(6, 6).double(), backend="aot_eager"), rollout),
+        (Carries, carried),
+    ],
+)
+def test_an_output_that_is_fed_back_into_the_model(make: Any, loss: Any) -> None:
+    """Its gradient has the Jacobian of the next call in it, at ``w``; the recipe is that of the whole loop."""
+    model, x = make(), batch(DOUBLE)[0]
+    failing(model, lambda: loss(model, x), "forward call 2 of .* is computed from an output of an earlier", ValueError)
+
+
+class Loop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head = nn.GRUCell(6, 6).double(), nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros_like(x)
+        for _ in range(3):
+            h = self.cell(x, h)
+        return self.head(h)
+
+
+class Cell(Loop):
+    def forward(self, x: Tensor, h: Tensor) -> Any:  # type: ignore[override]
+        h = self.cell(x, h)
+        return self.head(h), h
+
+
+def test_a_loop_inside_the_model_and_what_is_fed_back_besides_the_outputs_or_detached() -> None:
+    assert_recipe(loop := Loop(), wrap(loop), cross_entropy(0), cross_entropy(1))
+    x, y = batch(DOUBLE)
+
+    def hidden(of: nn.Module) -> tuple[Tensor, Sequence[Tensor]]:
+        h, outputs = torch.zeros_like(x), []
+        for _ in range(3):
+            logits, h = of(x, h)
+            outputs.append(logits)
+        return sum(F.cross_entropy(each, y) for each in outputs), outputs
+
+    assert_recipe(cell := Cell(), wrap(cell, outputs=lambda returned: returned[0]), hidden)
+
+    def detached(of: nn.Module) -> tuple[Tensor, Sequence[Tensor]]:
+        first = of(x)
+        second = of(first.detach())
+        return first.exp().mean() + second.exp().mean(), [first, second]
+
+    torch.manual_seed(0)
+    assert_recipe(layer := nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double(), wrap(layer), detached)
+
+
 def test_a_parameter_among_the_outputs() -> None:
     model, x = Shaped(lambda a, b: (a, model.left.bias)), batch(DOUBLE)[0]
     failing(model, lambda: model(x)[0].square().sum(), r"\[1\] of Shaped is a parameter or an input itself", ValueError)
