@@ -78,6 +78,7 @@ class ForwardCalls(PassFollower):
     Attributes:
         devices: Accelerators whose random streams the model may use.
         replaying: Whether the second pass is running.
+        drew_others: Whether a call of the second pass drew numbers, and repeats no call that is known of the first.
     """
 
     def __init__(self, on_first_call: Callable[[], None]) -> None:
@@ -85,6 +86,7 @@ class ForwardCalls(PassFollower):
         self.replaying = False
         self._on_first_call = on_first_call
         self._open: _Record | None = None
+        self._unmatched: RngState | None = None
         self._records: list[_Record] = []
         self.clear()
 
@@ -109,6 +111,8 @@ class ForwardCalls(PassFollower):
             record = self._match(module, inputs)
             if record is not None:
                 record.state.restore()
+            elif self._records and not self.drew_others:
+                self._unmatched = RngState.capture(self.devices)
             return
         if self._superseded:
             self.clear()
@@ -130,6 +134,9 @@ class ForwardCalls(PassFollower):
             kwargs: Its keyword arguments.
             output: What it returned; ``RAISED`` where it raised.
         """
+        before, self._unmatched = self._unmatched, None
+        if before is not None and before.has_moved():
+            self.drew_others = True
         record, self._open = self._open, None
         if record is not None and record.kind[1] and output is not RAISED and output is not None:
             record.follow(output)
@@ -144,6 +151,8 @@ class ForwardCalls(PassFollower):
     def clear(self) -> None:
         """Drop all records, ready for the next first pass."""
         self.replaying = False
+        self.drew_others = False
+        self._unmatched = None
         self._superseded = False
         self._records = []
         self._position = 0

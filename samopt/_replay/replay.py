@@ -96,6 +96,7 @@ class Replay:
         """
         self.state.restore()
         unseen = self._end is not None and self._is_blind and self._end.has_moved()
+        drew_others = self._calls.drew_others
         if self._end is not None:
             self._end.restore()
         self.forget()
@@ -105,6 +106,14 @@ class Replay:
                 "cannot be followed, so its dropout masks differed between the passes; nothing was updated. Compile "
                 "the model or the function that computes the loss instead of the whole training step, or write "
                 "'loss = optimizer.backward(compute_loss)' in it, which repeats every random number"
+            )
+        if drew_others and not self._has_warned:
+            self._has_warned = True
+            warn_user(
+                f"a forward call of {self._names()} in the second pass drew random numbers and repeats none that is "
+                "known of the first, so dropout masks differed between the passes. Run the same calls in both; a call "
+                "is known if its output is differentiated (not hidden layers alone, taken by a hook). "
+                "optimizer.backward(compute_loss) repeats every random number"
             )
         if unseen and not self._has_warned:
             self._has_warned = True

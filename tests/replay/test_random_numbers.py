@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -154,6 +155,41 @@ def test_micro_batches_whose_loss_writes_into_the_logits_are_repeated_as_those_w
             optimizer.step()
         runs.append(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(runs[0].values(), runs[1].values(), strict=True))
+
+
+def test_masks_that_are_not_repeated_are_said_once():
+    """Losses of hidden layers alone leave the output, by which a call is known, without a gradient."""
+    model, hidden, masks = Biased(), [], []
+    model.body[2].register_forward_hook(lambda module, args, output: hidden.append(output))
+    model.body[2].register_forward_hook(lambda module, args, output: masks.append((output != 0).tolist()))
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+
+    def loss(seed):
+        model(data(seed))
+        return loss_of(hidden.pop())
+
+    def passes():
+        for seed in range(3):
+            loss(seed).backward()
+
+    passes()
+    with pytest.warns(UserWarning, match="repeats none that is known of the first.*optimizer.backward"):
+        with optimizer.perturbed():
+            passes()
+        assert masks[:3] != masks[3:]
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.zero_grad()
+        passes()
+        with optimizer.perturbed():
+            passes()
+        optimizer.step()
+        optimizer.zero_grad()
+        masks.clear()
+        for seed in range(3):
+            optimizer.backward(lambda seed=seed: loss(seed), last=seed == 2)
+        assert masks[:3] == masks[3:]
 
 
 @each_form
