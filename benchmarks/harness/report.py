@@ -149,7 +149,7 @@ def figure(
 
 def colour(index: int) -> str:
     """Return a colour of the style's cycle."""
-    return f"C{index % 8}"
+    return f"C{index % 9}"
 
 
 def band(ax: Axes, places: Sequence[float], curves: Sequence[Sequence[float]], label: str, index: int) -> None:

@@ -228,7 +228,7 @@ def _draw(ax: Axes, points: Sequence[tuple[float, Spread]], name: str, index: in
         middle,
         [middle - low, high - middle],
         color=colour(index),
-        marker="os"[index // 8 % 2],  # the colours come again after eight
+        marker="os"[index // 9 % 2],  # the colours come again after nine
         linestyle="-" if joined else "none",
         label=name,
     )
