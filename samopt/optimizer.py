@@ -17,7 +17,15 @@ from samopt._callers.compiled import never_compiled
 from samopt._callers.grad_scaler import calling_scaler_stage, is_unscaling
 from samopt._callers.lightning import is_trainer_closure, refuse_without_callback
 from samopt._numerics.stochastic_rounding import RoundingNoise
-from samopt._step.arguments import build_base, check_combination, check_models, check_option, check_options, check_reuse
+from samopt._step.arguments import (
+    as_group,
+    build_base,
+    check_combination,
+    check_models,
+    check_option,
+    check_options,
+    check_reuse,
+)
 from samopt._step.ascent import Ascent
 from samopt._step.base_wrapper import GroupOptions, OptimizerWrapper, with_step_hooks
 from samopt._step.decoupled_update import follow_steps
@@ -503,7 +511,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
                 is added then.
         """
         if "_ascent" in self.__dict__ and self._ascent.selection is not None:
-            self._ascent.selection.check(_as_group(param_group))
+            self._ascent.selection.check(as_group(param_group))
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -644,18 +652,6 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def _watch_for_stall(self) -> None:
         if self._stall is not None:
             self._stall.observe(self._passes.metrics)
-
-
-def _as_group(param_group: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters of a group, and their names if it has them, as torch will put them into the group."""
-    params = param_group["params"]
-    if isinstance(params, Tensor):
-        params = [params]
-    elif not isinstance(params, list | tuple | set):
-        params = param_group["params"] = list(params)  # a generator can be read only once
-    if params and all(isinstance(each, tuple) for each in params):
-        return {"params": [p for _, p in params], "param_names": [name for name, _ in params]}
-    return {**param_group, "params": params}
 
 
 def accepts_closure(base: Optimizer) -> bool:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 __all__ = ["AdapterLayer", "Factors", "find_layers"]
 
@@ -110,7 +109,7 @@ class AdapterLayer:
         return present is self.weight
 
 
-def find_layers(models: Sequence[nn.Module], base: Optimizer, name: str) -> list[AdapterLayer]:
+def find_layers(models: Sequence[nn.Module], groups: Iterable[dict[str, Any]], name: str) -> list[AdapterLayer]:
     """Return the layers whose whole weight an optimizer trains: those with adapters, or the plain ones without any.
 
     peft's LoRA layers (Linear, Embedding, Conv) are known by their class. Any other module is an adapter layer if it
@@ -120,13 +119,13 @@ def find_layers(models: Sequence[nn.Module], base: Optimizer, name: str) -> list
 
     Args:
         models: The modules that the passes run.
-        base: The base optimizer.
+        groups: The base optimizer's parameter groups.
         name: The wrapper's name, for messages.
 
     Raises:
         ValueError: If there is no such layer, or one of them cannot be perturbed as a whole.
     """
-    owned = {id(parameter) for group in base.param_groups for parameter in group["params"]}
+    owned = {id(parameter) for group in groups for parameter in group["params"]}
     modules = [(path or type(module).__name__, module) for model in models for path, module in model.named_modules()]
     modules = list({id(module): (path, module) for path, module in reversed(modules)}.values())[::-1]
     adapters = [(path, module) for path, module in modules if _is_adapter(module)]

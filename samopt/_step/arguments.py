@@ -16,6 +16,7 @@ from samopt.parts.combination import Combination
 from samopt.parts.direction import Direction, KnownDirection
 
 __all__ = [
+    "as_group",
     "build_base",
     "check_combination",
     "check_models",
@@ -233,6 +234,22 @@ def _build(factory: Callable[..., Optimizer], params: Any, kwargs: dict[str, Any
         raise TypeError(f"{name} needs an optimizer, but {base_name} returned {type(base).__name__}; {usage}")
     _refuse_wrapper(base, name, usage)
     return base
+
+
+def as_group(param_group: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a group, and their names if it has them, as torch will put them into the group.
+
+    Args:
+        param_group: What a user gives to ``add_param_group``; a generator of parameters in it becomes a list.
+    """
+    params = param_group["params"]
+    if isinstance(params, Tensor):
+        params = [params]
+    elif not isinstance(params, list | tuple | set):
+        params = param_group["params"] = list(params)  # a generator can be read only once
+    if params and all(isinstance(each, tuple) for each in params):
+        return {"params": [p for _, p in params], "param_names": [name for name, _ in params]}
+    return {**param_group, "params": params}
 
 
 def _refuse_wrapper(base: Optimizer, name: str, usage: str) -> None:

@@ -92,7 +92,7 @@ class LayerGradients(PassFollower):
         """Return whether the layers in a call run on other tensors than their weights."""
         if self.replaying:
             return self.elsewhere is not None
-        if torch.is_inference_mode_enabled() or not self._ascent.may_move():
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled() or not self._ascent.may_move():
             return False
         # model.zero_grad() knows nothing of the leaves. Where the factors' gradients are gone, theirs are stale.
         has_gradients = any(leaf.grad is not None for leaf in self._leaves.values())

@@ -29,9 +29,10 @@ def groups_of_layers(ascent: Ascent, layers: Iterable[AdapterLayer]) -> dict[Ada
     group_of = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
     found = {}
     for layer in layers:
-        indices = dict.fromkeys(group_of[id(tensor)] for tensor in layer.trained() if id(tensor) in group_of)
-        if not indices:
-            continue
+        trained = [tensor for tensor in layer.trained() if id(tensor) in group_of]
+        if not any(tensor.requires_grad for tensor in trained):
+            continue  # frozen since
+        indices = dict.fromkeys(group_of[id(tensor)] for tensor in trained)
         first, *others = indices
         for name in ("perturb", "rho"):
             values = [get(groups[index], name) for index in indices]

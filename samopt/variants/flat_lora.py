@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from samopt._replay.call_watch import PassFollower
 from samopt._replay.module_state import every_module
 from samopt._step.adapter_layers import AdapterLayer, find_layers
-from samopt._step.arguments import refuse_fixed
+from samopt._step.arguments import as_group, check_models, refuse_fixed
 from samopt._step.layer_ascent import LayerAscent, LayerGradients
 from samopt._step.noise_pass import LayerNoise, NoisePass
 from samopt._step.retirement import replace_older
@@ -151,6 +151,28 @@ class FlatLoRA(SharpnessAwareOptimizer):
         """What the whole weights are moved along: "noise" or "gradient"."""
         return "noise" if isinstance(self.direction, LayerNoise) else "gradient"
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, of parameters beside the layers or of further adapters on them.
+
+        Args:
+            param_group: As for ``torch.optim.Optimizer.add_param_group``.
+
+        Raises:
+            ValueError: If an option is out of range, or the group has factors or weights of a layer that was not there
+                when this optimizer was made; nothing is added then.
+        """
+        if "_layers" in vars(self):
+            added = as_group(param_group)
+            known = {(layer.owner, layer.adapter) for layer in self._layers}
+            models = check_models(self.model, self.base_optimizer, type(self).__name__)
+            for layer in find_layers(models, [*self.param_groups, added], type(self).__name__):
+                if (layer.owner, layer.adapter) not in known:
+                    raise ValueError(
+                        f"the param group has parameters of {layer.name}, but {type(self).__name__} found its layers "
+                        "when it was made, and would leave this one exact; make a new optimizer over all of them"
+                    )
+        super().add_param_group(param_group)
+
     def _check_models(self, models: list[nn.Module], base: Optimizer) -> None:
         if not models:
             raise ValueError(
@@ -162,10 +184,10 @@ class FlatLoRA(SharpnessAwareOptimizer):
                 "FlatLoRA perturbs whole weights layer by layer, but fully_shard keeps a part of each on every rank; "
                 "use DistributedDataParallel, or train the adapters with samopt.SAM"
             )
-        find_layers(models, base, type(self).__name__)
+        find_layers(models, base.param_groups, type(self).__name__)
 
     def _set_up_passes(self, models: list[nn.Module]) -> None:
-        layers = find_layers(models, self.base_optimizer, type(self).__name__)
+        self._layers = layers = find_layers(models, self.base_optimizer.param_groups, type(self).__name__)
         if isinstance(self.direction, LayerNoise):
             self._passes = NoisePass(self._ascent, models, layers, measure_grad_norms=self.measure_grad_norms)
         else:

@@ -756,7 +756,52 @@ def test_what_changes_after_the_optimizer_was_made_is_refused_in_the_forward():
         loss_at(model, 0)
 
 
+@PERTURBATIONS
+@pytest.mark.parametrize("make", [own, lambda: mlp(DOUBLE)], ids=["adapters", "plain weights"])
+def test_a_group_of_layers_that_were_not_there_is_refused_and_not_added(make, perturbation):
+    model = make()
+    last = list(model)[-1]
+    rest = [p for p in trained(model) if not any(p is each for each in last.parameters())]
+    optimizer = samopt.FlatLoRA(torch.optim.AdamW(rest, lr=0.01), model=model, perturbation=perturbation)
+    with pytest.raises(ValueError, match=r"parameters of (2|3), but FlatLoRA found its layers when"):
+        optimizer.add_param_group({"params": [p for p in last.parameters() if p.requires_grad]})
+    assert len(optimizer.param_groups) == 1
+    beside = nn.LayerNorm(6).double()
+    optimizer.add_param_group({"params": beside.parameters()})  # a generator can be read only once
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(rest), 2]
+    take_step(optimizer, model)
+
+
+@PERTURBATIONS
+@pytest.mark.parametrize("make", [own, lambda: mlp(DOUBLE)], ids=["adapters", "plain weights"])
+def test_layers_that_were_frozen_since_do_not_move(make, perturbation):
+    ours, theirs = make(), make()
+    layers = own_layers(theirs) if make is own else adapters.plain_layers(theirs)
+    optimizer, base = flat(ours, perturbation=perturbation), adamw(theirs)
+    for model in (ours, theirs):
+        model[0].requires_grad_(False)
+    if perturbation == "noise":  # its place among the layers decides the numbers of a layer
+        layers[0] = adapters.Whole(torch.zeros(0, 1), lambda: torch.zeros(0, 1), (1,))
+    else:
+        del layers[0]
+    assert_trains_alike(ours, optimizer, theirs, base, layers, loss_at)
+
+
+def test_merged_adapters_may_be_evaluated():
+    model = own()
+    model[0].merged = model[3].merged = False
+    optimizer = flat(model, perturbation="gradient")
+    take_step(optimizer, model)
+    model[0].merged = True
+    with torch.no_grad():
+        model.eval()(batch(DOUBLE)[0])
+    with pytest.raises(RuntimeError, match="the adapters of 0 are merged into its weight"):
+        model.train()(batch(DOUBLE)[0])
+    model[0].merged = False
+    take_step(optimizer, model, 1)
+
+
 def test_layers_are_found_in_the_order_of_the_modules():
     model = nn.ModuleDict({"b": own(), "a": own(ReadsWeight)})
-    names = [layer.name for layer in find_layers([model], adamw(model), "FlatLoRA")]
+    names = [layer.name for layer in find_layers([model], adamw(model).param_groups, "FlatLoRA")]
     assert names == ["b.0", "b.3", "a.0", "a.3"]
