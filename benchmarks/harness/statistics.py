@@ -16,6 +16,7 @@ from benchmarks.harness.training import SHARED_SETTINGS
 
 _CONFIDENCE = 0.95
 _RESAMPLES = 1000
+_FEW_PAIRS = 20
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,21 @@ class Agreement:
         tau: Kendall's tau-b: 1 for the same order, -1 for the reverse; nan where there is nothing to order.
         low: Lower bound of its 95 % bootstrap interval.
         high: Upper bound.
-        n: Number of things.
+        pairs: Number of pairs that are compared.
     """
 
     tau: float
     low: float
     high: float
-    n: int
+    pairs: int
 
     def text(self) -> str:
-        """Return "tau [low, high]", empty where there is nothing to order."""
-        return "" if math.isnan(self.tau) else f"{self.tau:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        """Return "tau [low, high]"; with fewer than 20 pairs only tau; nothing where there is nothing to order."""
+        if math.isnan(self.tau):
+            return ""
+        if self.pairs < _FEW_PAIRS:  # the bootstrap could give an interval of no width
+            return f"{self.tau:+.2f} ({self.pairs} pairs)"
+        return f"{self.tau:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ def rank_agreement(
     names = list(groups or [0] * len(first))
     members = [np.array([name == each for each in names]) for name in dict.fromkeys(names)]
     same = sum(np.outer(each, each) for each in members)
+    count = sum(int(each.sum()) * (int(each.sum()) - 1) // 2 for each in members)
     pairs_of = [same * sign for sign in (signs[0] * signs[1], signs[0] ** 2, signs[1] ** 2)]
     random = np.random.default_rng(0)
     counts = np.zeros((_RESAMPLES + 1, len(names)))  # how often each thing is drawn: once in the first line
@@ -154,9 +160,9 @@ def rank_agreement(
     with np.errstate(invalid="ignore"):
         taus = concordant / np.sqrt(ordered * others)
     if not np.isfinite(taus[0]):
-        return Agreement(math.nan, math.nan, math.nan, len(names))
+        return Agreement(math.nan, math.nan, math.nan, count)
     low, high = np.nanquantile(taus[1:], ((1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2))
-    return Agreement(float(taus[0]), float(low), float(high), len(names))
+    return Agreement(float(taus[0]), float(low), float(high), count)
 
 
 def panels(rows: Sequence[Row]) -> list[Panel]:

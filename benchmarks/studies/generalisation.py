@@ -21,7 +21,7 @@ from benchmarks.harness.datasets import load_mnist
 from benchmarks.harness.environment import describe, now
 from benchmarks.harness.errors import choose
 from benchmarks.harness.generalisation import LABEL_NOISE, NETWORKS, Recipe, split_of, train
-from benchmarks.harness.report import Table, colour, figure, labels_text, legend, machines, publish, say
+from benchmarks.harness.report import Table, colour, few_ticks, figure, labels_text, legend, machines, publish, say
 from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.statistics import rank_agreement
 from benchmarks.harness.tasks import load_digits_pool
@@ -139,11 +139,11 @@ def _accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 def render(folder: Path, output: Path | None = None) -> None:
     """Write tables and figures from a folder's rows."""
     rows = Log(folder / "runs.jsonl", must_exist=True).rows
-    finite = [row for row in rows if all(math.isfinite(value) for value in row.metrics.values())]
-    fitted = [row for row in finite if row.metrics["train_accuracy"] >= FITTED]
+    finite = _finite(rows)
     notes = [
         "Kendall's tau-b between a quantity and an error, with its 95% bootstrap interval over models: +1 where the "
-        "sharper model always makes more errors; same rate: among pairs of models with one learning rate",
+        "sharper model always makes more errors; only models of one network and one amount of label noise are "
+        "compared, under same rate only those of one learning rate, too",
         f"{len(rows) - len(finite)} of {len(rows)} models diverged and are left out; the models that fit get at least "
         f"{100 * FITTED:g}% of their training labels right, random ones included",
         f"measured in evaluation mode on one batch of {MEASURED} training examples with the labels trained on; "
@@ -152,12 +152,21 @@ def render(folder: Path, output: Path | None = None) -> None:
         "test error: of the other 4,000 MNIST images; shifted error: of scikit-learn's 1,797 digits",
         *machines(rows),
     ]
-    made = [_errors(finite)]
-    for name, some in (("all models", finite), ("models that fit", fitted)):
-        made += [agreements(f"{title}: {name}", group) for title, group in _panels(some).items() if len(group) > 2]
-    publish(
-        output or folder, made, notes, {f"{name}.png": _plot(_panels(finite), name) for name in ("test", "shifted")}
-    )
+    figures = {f"{name}.png": _plot(_panels(finite), name) for name in ("test", "shifted")}
+    publish(output or folder, tables(rows), notes, figures)
+
+
+def _finite(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if all(math.isfinite(value) for value in row.metrics.values())]
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return every table: the models; taus of all, of those that fit, and of each network and amount of label noise."""
+    finite = _finite(rows)
+    made = [_errors(finite), agreements("All models", finite)]
+    fitted = [row for row in finite if row.metrics["train_accuracy"] >= FITTED]
+    made += [agreements("All models that fit", fitted)] if fitted else []
+    return made + [agreements(title, group) for title, group in _panels(finite).items()]
 
 
 def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -187,14 +196,16 @@ def _errors(rows: Sequence[Row]) -> Table:
 
 
 def agreements(title: str, rows: Sequence[Row]) -> Table:
-    """Return the table of taus of some models."""
+    """Return the table of taus of some models; only pairs of one network and one amount of label noise are compared."""
+    kinds = [(row.task, row.label_noise) for row in rows]
     rates = [row.settings["lr"] for row in rows]
-    errors = {name: [1 - row.metrics[name] for row in rows] for name in ("accuracy", "shifted_accuracy")}
+    same_rate = list(zip(kinds, rates, strict=True))
+    errors = [[1 - row.metrics[name] for row in rows] for name in ("accuracy", "shifted_accuracy")]
     cells = []
     for label, metric in ({label: name for label, (name, _) in MEASURES.items()} | _BESIDE).items():
         values = [row.metrics[metric] for row in rows]
-        taus = [rank_agreement(values, error, groups) for error in errors.values() for groups in (None, rates)]
-        cells.append((label, *(tau.text() for tau in [*taus, rank_agreement(values, rates)])))
+        taus = [rank_agreement(values, error, groups) for error in errors for groups in (kinds, same_rate)]
+        cells.append((label, *(tau.text() for tau in [*taus, rank_agreement(values, rates, kinds)])))
     headings = ("", "test error", "same rate", "shifted error", "same rate", "learning rate")
     return Table(f"{title}, n = {len(rows)}", headings, cells)
 
@@ -219,7 +230,10 @@ def _plot(found: dict[str, list[Row]], name: str) -> Figure:
                 errors = [100 - 100 * row.metrics[metric] for row in group]
                 rank = ("smallest", "second", "third", "fourth", "largest")[index]
                 ax.plot(places, errors, "o", markersize=3, color=colour(index), label=f"{rank} learning rate")
-            ax.set_xscale("log")
+            ax.set(xscale="log", yscale="log")
+            ax.tick_params(labelsize=6)
+            few_ticks(ax.xaxis)
+            few_ticks(ax.yaxis)
             ax.set_xlabel(label, fontsize=8)
     legend(drawn)
     return drawn

@@ -16,7 +16,7 @@ from benchmarks.harness.rows import Log
 from benchmarks.harness.statistics import rank_agreement
 from benchmarks.harness.tasks import load_digits_pool
 from benchmarks.harness.training import build_model, epoch_order
-from benchmarks.studies.generalisation import FITTED, MEASURES, measure, run
+from benchmarks.studies.generalisation import FITTED, MEASURES, agreements, measure, run
 from samopt import sharpness
 
 
@@ -139,7 +139,9 @@ def test_rank_agreement_is_kendalls_tau_of_scipy_with_ties_and_within_groups():
 
 
 def test_one_order_is_agreement_and_nothing_to_order_is_none():
-    assert rank_agreement([1, 2, 3, 4], [10, 20, 30, 40]).text() == "+1.00 [+1.00, +1.00]"
+    assert rank_agreement(range(7), range(0, 70, 10)).text() == "+1.00 [+1.00, +1.00]"
+    assert rank_agreement([1, 2, 3, 4], [10, 20, 30, 40]).text() == "+1.00 (6 pairs)"
+    assert rank_agreement([1, 2, 3, 4], [10, 20, 30, 40], [0, 0, 1, 1]).text() == "+1.00 (2 pairs)"
     assert rank_agreement([1, 2, 3, 4], [4, 3, 2, 1]).tau == -1
     assert rank_agreement([1, 1, 1], [1, 2, 3]).text() == ""
 
@@ -154,12 +156,27 @@ def test_the_quick_form_of_the_command_and_its_continuation(mnist_file, tmp_path
     clean = [row for row in rows if row.task == "transformer" and row.label_noise == 0]
     tau = kendalltau([row.metrics["lambda_max"] for row in clean], [1 - row.metrics["accuracy"] for row in clean])
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
-    (table,) = [part for part in text.split("**") if part.startswith("\n\n|") and "n = 5" in text.split(part)[0][-80:]
-                and "transformer, clean labels: all models" in text.split(part)[0][-80:]]  # fmt: skip
+    (table,) = [part for part in text.split("\n\n**") if part.startswith("transformer, clean labels, n = 5**")]
     (line,) = [line for line in table.splitlines() if line.startswith("| largest Hessian eigenvalue")]
-    assert line.split(" | ")[1].startswith(f"{tau.statistic:+.2f} [")
+    assert line.split(" | ")[1].startswith(f"{tau.statistic:+.2f} (10 pairs)")
     fits = sum(row.metrics["train_accuracy"] >= FITTED for row in clean)
     assert f"| transformer, clean labels | 5 | {fits} |" in text
+    assert "**All models, n = 18**" in text
     assert (tmp_path / "test.png").stat().st_size > 0
     assert main([*arguments, "--models", "1"]) == 2
     assert "give another --output" in capsys.readouterr().err
+
+
+def test_only_pairs_of_one_network_and_one_amount_of_label_noise_are_compared(make_row):
+    names = [name for name, _ in MEASURES.values()]
+    models = [("mlp", 0.0, 0.1, 0.9), ("mlp", 0.0, 0.2, 0.8), ("mlp", 0.2, 3.0, 0.5), ("mlp", 0.2, 4.0, 0.4)]
+    models += [("convnet", 0.0, 9.0, 0.99), ("convnet", 0.0, 8.0, 0.98)]
+    rows = []
+    for task, noise, sharp, right in models:
+        metrics = dict.fromkeys([*names, "train_loss", "weight_norm"], sharp)
+        metrics |= {"accuracy": right, "shifted_accuracy": right}
+        rows.append(make_row(task=task, label_noise=noise, metrics=metrics))
+    table = agreements("All models", rows)
+    assert table.title == "All models, n = 6"
+    for line in table.rows:
+        assert line[1] == line[3] == "+0.33 (3 pairs)"  # two in order, one reversed
