@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from samopt.sharpness._measuring.style import colors, finish, new_panels
+from samopt.sharpness.presets import PRESETS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["draw_history"]
 
 _TITLES = {"sam": "rise in the optimizer's own ascent"}
+_NOT_RISES = {"lambda_max": "eigenvalue", "trace": "trace of the Hessian"}
+"""Axes of presets that are no rise of the loss."""
 
 
 def draw_history(history: Mapping[int, Mapping[str, float]], names: Sequence[str]) -> Figure:
@@ -31,7 +34,8 @@ def draw_history(history: Mapping[int, Mapping[str, float]], names: Sequence[str
         for (label, points), shade in zip(lines.items(), colors(len(lines)), strict=True):
             axes.plot(list(points), list(points.values()), marker=".", color=shade, label=label or None)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("value")
+        is_preset = name in _TITLES or name in PRESETS
+        axes.set_ylabel(_NOT_RISES.get(name, "rise of the loss" if is_preset else "value"))
         finish(axes, _TITLES.get(name) or name.replace("_", " "))
     return figure
 

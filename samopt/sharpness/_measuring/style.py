@@ -19,6 +19,7 @@ GREY = "#999999"
 DPI = 130
 _PANEL = 5.4, 3.6  # inches
 _COLUMNS = 2
+_INSIDE = 4  # entries of a legend; a longer one stands beside its panel, where it covers no line
 
 
 def colors(count: int) -> list[str]:
@@ -82,7 +83,7 @@ def finish(axes: Axes, title: str) -> None:
         axes.spines[side].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
     if handles:
-        beside = len(handles) > len(_PALETTE)
+        beside = len(handles) > _INSIDE
         axes.legend(
             handles,
             names,

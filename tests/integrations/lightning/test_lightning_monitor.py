@@ -124,6 +124,13 @@ def test_the_picture_has_a_panel_for_each_measure_and_a_line_for_each_layer():
     assert list(drawn[0].values()) == [[3, pytest.approx(0.3), 6, pytest.approx(0.6), 9, 1.0]]
     assert list(drawn[1].values()) == [[3, pytest.approx(0.6), 6, pytest.approx(1.2)]]
     assert drawn[2] == {f"net.{layer}": [3, layer, 6, layer] for layer in range(3)}
+    assert [axes.get_ylabel() for axes in panels] == ["rise of the loss"] * 3
+
+
+def test_the_picture_names_what_its_axes_show():
+    history = {step: {f"sharpness/{name}": 1.0 for name in ("lambda_max", "weight_noise", "mine")} for step in (3, 6)}
+    panels = draw_history(history, ["lambda_max", "weight_noise", "mine"]).axes
+    assert [axes.get_ylabel() for axes in panels] == ["eigenvalue", "rise of the loss", "value"]
 
 
 def test_the_picture_where_it_was_asked_for(tmp_path):
