@@ -3,7 +3,7 @@
 import sys
 
 # What "samopt[bench]" brings, by import name.
-EXTRA = ("jsonargparse", "matplotlib", "numpy", "rich", "scipy", "sklearn")
+EXTRA = ("docstring_parser", "jsonargparse", "matplotlib", "numpy", "rich", "scipy", "sklearn")
 
 if __name__ == "__main__":
     try:

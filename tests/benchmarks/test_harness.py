@@ -473,10 +473,11 @@ def test_the_commit_is_that_of_this_code_only(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{12}\+changes", environment.commit(tmp_path))
 
 
-def test_a_missing_package_names_the_extra():
-    code = "import sys, runpy; sys.modules['rich'] = None; sys.argv = ['benchmarks', 'train']; "
+@pytest.mark.parametrize("package", ["docstring_parser", "jsonargparse", "matplotlib", "rich"])  # what cli.py imports
+def test_a_missing_package_names_the_extra(package):
+    code = f"import sys, runpy; sys.modules[{package!r}] = None; sys.argv = ['benchmarks', 'train']; "
     code += "runpy.run_module('benchmarks', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 1
-    assert 'rich is not installed; install them with: python -m pip install "samopt[bench]"' in done.stderr
+    assert f'{package} is not installed; install them with: python -m pip install "samopt[bench]"' in done.stderr
     assert "Traceback" not in done.stderr
