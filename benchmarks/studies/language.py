@@ -204,7 +204,7 @@ def _plot(parts: dict[str, dict[str, list[Row]]]) -> Figure:
                 [won.mean for _, won in points],
                 [0.0 if won.n < 2 else won.half_width() for _, won in points],
                 fmt="o",
-                color=colour(index) if index < 8 else "0.6",  # the style has eight
+                color=colour(index),
                 label=name if points else None,
             )
         ax.axhline(0, color="black", linewidth=0.8)
