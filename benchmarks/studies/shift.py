@@ -1,4 +1,4 @@
-"""TRAM's claim: fine-tuned on definitions, tested on usage examples, against SAM, ASAM, noise and longer training."""
+"""TRAM's claim: fine-tuned on definitions, tested on usage examples, beside SAM, ASAM, R3F, more steps."""
 
 from __future__ import annotations
 

@@ -124,6 +124,8 @@ def render(folder: Path, output: Path | None = None) -> None:
     for row in rows:
         name = BASE.name if name_of(row.optimizer) == row.base else name_of(row.optimizer)
         tasks.setdefault(row.task, {}).setdefault(name, []).append(row)
+    for task, methods in tasks.items():
+        tasks[task] = {name: methods[name] for name in METHODS if name in methods}
     tables = [_table(task, methods) for task, methods in tasks.items()]
     for task, methods in tasks.items():
         layers = range(len(next(iter(methods.values()))[0].curves["active"]))
