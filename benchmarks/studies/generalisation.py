@@ -198,15 +198,16 @@ def _errors(rows: Sequence[Row]) -> Table:
 def agreements(title: str, rows: Sequence[Row]) -> Table:
     """Return the table of taus of some models; only pairs of one network and one amount of label noise are compared."""
     kinds = [(row.task, row.label_noise) for row in rows]
-    rates = [row.settings["lr"] for row in rows]
+    rates, radii = ([row.settings[name] for row in rows] for name in ("lr", "rho"))
     same_rate = list(zip(kinds, rates, strict=True))
     errors = [[1 - row.metrics[name] for row in rows] for name in ("accuracy", "shifted_accuracy")]
     cells = []
     for label, metric in ({label: name for label, (name, _) in MEASURES.items()} | _BESIDE).items():
         values = [row.metrics[metric] for row in rows]
         taus = [rank_agreement(values, error, groups) for error in errors for groups in (kinds, same_rate)]
-        cells.append((label, *(tau.text() for tau in [*taus, rank_agreement(values, rates, kinds)])))
-    headings = ("", "test error", "same rate", "shifted error", "same rate", "learning rate")
+        taus += [rank_agreement(values, setting, kinds) for setting in (rates, radii)]
+        cells.append((label, *(tau.text() for tau in taus)))
+    headings = ("", "test error", "same rate", "shifted error", "same rate", "learning rate", "SAM's rho")
     return Table(f"{title}, n = {len(rows)}", headings, cells)
 
 

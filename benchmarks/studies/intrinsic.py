@@ -134,14 +134,6 @@ def average(rows: Sequence[Row]) -> dict[str, list[Pair]]:
 def render(folder: Path, output: Path | None = None) -> None:
     """Write tables and the figure from a folder's rows."""
     rows = Log(folder / "runs.jsonl", must_exist=True).rows
-    sets = average(rows)
-    pairs = [pair for group in sets.values() for pair in group]
-    names = [name for name, group in sets.items() for _ in group]
-    made = [_sets(sets)]
-    if len(sets) > 1:
-        made.append(agreements("Pairs of one set, all sets", pairs, names))
-        made.append(agreements("All pairs", pairs))
-    made += [agreements(name, group) for name, group in sets.items()]
     notes = [
         f"means over {len({row.seed for row in rows})} seeds, each with training examples, weights and batches of its "
         "own; properties are of the very examples trained on, errors of 500 others",
@@ -152,7 +144,19 @@ def render(folder: Path, output: Path | None = None) -> None:
         "K_F in units of one over the root mean squared distance between examples",
         *machines(rows),
     ]
-    publish(output or folder, made, notes, {"intrinsic.png": _plot(sets)})
+    publish(output or folder, tables(rows), notes, {"intrinsic.png": _plot(average(rows))})
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return every table: the sets, taus within and across all sets, and those of each set."""
+    sets = average(rows)
+    pairs = [pair for group in sets.values() for pair in group]
+    names = [name for name, group in sets.items() for _ in group]
+    made = [_sets(sets)]
+    if len(sets) > 1:
+        made.append(agreements("Pairs of one set, all sets", pairs, names))
+        made.append(agreements("All pairs", pairs))
+    return made + [agreements(name, group) for name, group in sets.items()]
 
 
 def _sets(sets: dict[str, list[Pair]]) -> Table:

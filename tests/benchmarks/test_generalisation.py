@@ -16,8 +16,9 @@ from benchmarks.harness.rows import Log
 from benchmarks.harness.statistics import rank_agreement
 from benchmarks.harness.tasks import load_digits_pool
 from benchmarks.harness.training import build_model, epoch_order
-from benchmarks.studies.generalisation import FITTED, MEASURES, agreements, measure, run
+from benchmarks.studies.generalisation import FITTED, MEASURES, agreements, measure, run, tables
 from samopt import sharpness
+from tests.helpers.pages import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +176,20 @@ def test_only_pairs_of_one_network_and_one_amount_of_label_noise_are_compared(ma
     for task, noise, sharp, right in models:
         metrics = dict.fromkeys([*names, "train_loss", "weight_norm"], sharp)
         metrics |= {"accuracy": right, "shifted_accuracy": right}
-        rows.append(make_row(task=task, label_noise=noise, metrics=metrics))
+        settings = {"lr": sharp, "rho": -sharp}
+        rows.append(make_row(task=task, label_noise=noise, metrics=metrics, settings=settings))
     table = agreements("All models", rows)
     assert table.title == "All models, n = 6"
     for line in table.rows:
         assert line[1] == line[3] == "+0.33 (3 pairs)"  # two in order, one reversed
+        assert line[2] == line[4] == "" and line[5:] == ("+1.00 (3 pairs)", "-1.00 (3 pairs)")
+
+
+def test_the_published_tables_are_those_of_the_published_rows():
+    folder = REPOSITORY / "docs" / "results" / "generalisation"
+    published = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    rows = Log(folder / "runs.jsonl", must_exist=True).rows
+    assert len({(row.task, row.seed) for row in rows}) == len(rows) == 220
+    for table in tables(rows):
+        assert f"**{table.title}**" in published
+        assert all(f"| {' | '.join(row)} |" in published for row in table.rows)

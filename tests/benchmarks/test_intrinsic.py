@@ -17,6 +17,7 @@ from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.intrinsic import SIZES, errors_of, examples_of, pairs_of, properties_of, train
 from benchmarks.harness.rows import Log
 from benchmarks.studies import intrinsic as study
+from tests.helpers.pages import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,13 @@ def test_the_quick_form_of_the_command_and_its_continuation(pool, tmp_path, monk
     assert (tmp_path / "intrinsic.png").stat().st_size > 0
     assert main(arguments) == 2
     assert "steps = 10, and 300 is asked for" in capsys.readouterr().err
+
+
+def test_the_published_tables_are_those_of_the_published_rows():
+    folder = REPOSITORY / "docs" / "results" / "intrinsic"
+    published = (folder / "table.md").read_text(encoding="utf-8").splitlines()
+    rows = Log(folder / "runs.jsonl", must_exist=True).rows
+    assert len({(row.task, row.seed) for row in rows}) == len(rows) == 450
+    for table in study.tables(rows):
+        assert f"**{table.title}**" in published
+        assert all(f"| {' | '.join(row)} |" in published for row in table.rows)
