@@ -177,12 +177,18 @@ class ModuleState:
         """Put everything back; may be called again after an interrupt, and does nothing without ``save``."""
         if self._bound is None:
             return
+        self.rewind()
+        self._bound, self._at_start, self._at_end, self._copies = None, None, None, []
+        self._known, self._samples = {}, []
+
+    def rewind(self) -> None:
+        """Put everything back, and keep the copies to do so again; does nothing without ``save``."""
+        if self._bound is None:
+            return
         self._bound.bind(registries=True)
         with torch.no_grad():
             for copy in self._copies:
                 copy.put_back()
-        self._bound, self._at_start, self._at_end, self._copies = None, None, None, []
-        self._known, self._samples = {}, []
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""

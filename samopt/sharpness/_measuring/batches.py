@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from samopt.sharpness._measuring.optimizer_parts import RngState
 
-__all__ = ["LABEL_KEYS", "batch_size", "label_key", "map_tensors", "read_batches"]
+__all__ = ["LABEL_KEYS", "batch_size", "fresh", "label_key", "map_tensors", "read_batches"]
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Where a batch that is a mapping may have its labels."""
@@ -79,6 +79,24 @@ def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(map_tensors(value, change) for value in batch)
     return batch
+
+
+def fresh(batch: Any) -> Any:
+    """Return a copy of a batch, for one evaluation.
+
+    A loss function may normalise its inputs in place, or take entries out of a dict. In a training loop it gets every
+    batch once; here it gets the same one again and again.
+
+    Args:
+        batch: Anything; containers and the tensors in them are copied, what else there is stays as it is.
+    """
+    return map_tensors(batch, _copied)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copied = tensor.clone()
+    # Under no_grad the copy lost that; a loss may differentiate in its inputs all the same, as those of PDEs do.
+    return copied.requires_grad_() if tensor.requires_grad and not copied.requires_grad else copied
 
 
 def label_key(batch: Mapping[Any, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,9 +19,11 @@ __all__ = [
     "LossFn",
     "accuracy",
     "as_loss_fn",
+    "copied_with_loss",
     "cross_entropy",
     "has_one_class_each",
     "hf_loss",
+    "modules_of",
     "split_batch",
 ]
 
@@ -85,6 +88,31 @@ class _OutputLoss:
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         inputs, labels = split_batch(model, batch)
         return self.criterion(_logits(model, call_model(model, inputs)), labels)
+
+
+def modules_of(loss: LossFn) -> list[nn.Module]:
+    """Return the loss, or what it is made from, where that is a module, which may have a state or weights.
+
+    Args:
+        loss: What ``as_loss_fn`` returned.
+    """
+    return [part for part in (loss, getattr(loss, "criterion", None)) if isinstance(part, nn.Module)]
+
+
+def copied_with_loss(model: nn.Module, loss: LossFn, other: Any = None) -> tuple[nn.Module, LossFn, Any]:
+    """Return copies of a model, its loss and one more object, which share with each other what they shared before.
+
+    Training a copy must leave the weights and the state of a loss module alone, too.
+
+    Args:
+        model: The model.
+        loss: What ``as_loss_fn`` returned; copied where it is a module, or is made from one.
+        other: An optimizer, or None.
+    """
+    is_module = bool(modules_of(loss))
+    with torch.inference_mode(False):
+        twin, copied, further = copy.deepcopy((model, loss if is_module else None, other))
+    return twin, copied if copied is not None else loss, further
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:

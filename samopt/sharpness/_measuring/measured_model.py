@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.batches import batch_size, read_batches
+from samopt.sharpness._measuring.batches import batch_size, fresh, read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
-from samopt.sharpness._measuring.losses import Loss, LossFn, accuracy, as_loss_fn, has_one_class_each
-from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedBuffers, unobserved
+from samopt.sharpness._measuring.losses import (
+    Loss,
+    LossFn,
+    accuracy,
+    as_loss_fn,
+    has_one_class_each,
+    modules_of,
+)
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedState, unobserved
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness._measuring.weights import Selection, select, unwrap
@@ -28,8 +35,8 @@ MODES = ("eval", "train", "keep")
 class MeasuredModel:
     """A model, its loss and its batches, in the same state at the start of every evaluation.
 
-    Random numbers (dropout masks) and, in training mode, buffers are the same for every evaluation, so the loss is a
-    function of the weights and the batch.
+    Random numbers (dropout masks), buffers, attributes of the modules and the batch are the same for every evaluation,
+    so the loss is a function of the weights and the batch.
 
     Args:
         model: The module, unwrapped and in the mode to measure in.
@@ -37,7 +44,7 @@ class MeasuredModel:
         weights: The parameters that the measure is about, by name.
         batches: The batches.
         mode: The mode's name.
-        buffers: The buffers' values to start from.
+        state: The buffers and attributes to start from.
         start: The random state to start from.
         progress: Where the cost goes.
     """
@@ -49,7 +56,7 @@ class MeasuredModel:
         weights: dict[str, nn.Parameter],
         batches: list[Any],
         mode: str,
-        buffers: SavedBuffers,
+        state: SavedState,
         start: RngState,
         progress: Progress,
     ) -> None:
@@ -63,9 +70,8 @@ class MeasuredModel:
         self.settings: dict[str, Any] = {"model": type(model).__name__, "examples": sum(self.sizes), "mode": mode}
         """For a result: what was measured, and on how much."""
         self._loss_fn = loss_fn
-        self._buffers = buffers
+        self._state = state
         self._start = start
-        self._may_update_buffers = any(module.training for module in model.modules())
 
     def loss(self, batch: Any) -> Tensor:
         """Return the loss of one batch, detached: 0-dim; costs a forward pass.
@@ -116,13 +122,18 @@ class MeasuredModel:
         """
         with torch.no_grad():
             self._rewind()
-            number = float(function(self.model, batch))
+            number = float(function(self.model, fresh(batch)))
+        self._state.check_parameters()
         self.progress.advance(FORWARD)
         return number
 
+    def put_back_state(self) -> None:
+        """Put buffers and attributes back to where evaluations start from, without an evaluation."""
+        self._state.restore()
+
     def keep_buffers(self) -> None:
-        """Let evaluations start from the buffers' present values; they are put back in the end all the same."""
-        self._buffers = SavedBuffers(self.model)
+        """Let evaluations start from the present buffers and attributes; the first ones are put back in the end."""
+        self._state = SavedState([self.model, *modules_of(self._loss_fn)], self.weights)
 
     def loss_in_graph(self, batch: Any) -> Tensor:
         """Return the loss of one batch, detached, from a forward pass that could have been differentiated.
@@ -212,7 +223,7 @@ class MeasuredModel:
         """
         self._rewind()
         try:
-            loss = self._loss_fn(self.model, batch)
+            loss = self._loss_fn(self.model, fresh(batch))
         except TypeError as error:
             if "must be Tensor, not" not in str(error):
                 raise
@@ -220,6 +231,7 @@ class MeasuredModel:
                 f"{error}. A loss function is called as loss_fn(model, batch); a loss of outputs and labels must name "
                 "its arguments so, as in def loss(outputs, labels)"
             ) from error
+        self._state.check_parameters()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(
@@ -237,8 +249,7 @@ class MeasuredModel:
         """Go back to the common starting state."""
         torch.clear_autocast_cache()  # the weights may have moved
         self._start.restore()
-        if self._may_update_buffers:
-            self._buffers.restore()
+        self._state.restore()
 
 
 @contextmanager
@@ -291,9 +302,9 @@ def measuring(
         start = RngState.capture({parameter.device for parameter in model.parameters()})
         stack.callback(start.restore)
         read = read_batches(batches, m)
-        buffers = SavedBuffers(model)
-        stack.callback(buffers.restore)
         stack.enter_context(_in_mode(model, mode))
+        state = SavedState([model, *modules_of(compute_loss)], weights.values())
+        stack.callback(state.restore)
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(unobserved())
         if normalize_logits:
@@ -301,7 +312,7 @@ def measuring(
         total = None if cost_per_batch is None else cost_per_batch * len(read)
         counter = Progress(progress, name, total)
         stack.callback(counter.close)
-        yield MeasuredModel(model, compute_loss, weights, read, mode, buffers, start, counter)
+        yield MeasuredModel(model, compute_loss, weights, read, mode, state, start, counter)
 
 
 def accuracy_for(model: nn.Module, loss_fn: Loss, batch: Any) -> Callable[[nn.Module, Any], Tensor] | None:

@@ -9,7 +9,7 @@ from samopt._perturb.targets import Region, Targets
 from samopt._replay.random_state import RngState
 from samopt._replay.unobserved import unobserved
 from samopt.parts.geometry import Adaptive, Euclidean, Geometry
-from samopt.sharpness._measuring.buffers import SavedBuffers
+from samopt.sharpness._measuring.saved_state import SavedState
 
 __all__ = [
     "Adaptive",
@@ -19,7 +19,7 @@ __all__ = [
     "Perturbation",
     "Region",
     "RngState",
-    "SavedBuffers",
+    "SavedState",
     "Targets",
     "unobserved",
     "vector_norm",

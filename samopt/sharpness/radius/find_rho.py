@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import Loss, LossFn, as_loss_fn
+from samopt.sharpness._measuring.batches import fresh, read_batches
+from samopt.sharpness._measuring.losses import Loss, LossFn, as_loss_fn, copied_with_loss, modules_of
 from samopt.sharpness._measuring.measured_model import GRADIENT, accuracy_for, measuring
 from samopt.sharpness._measuring.optimizer_parts import RngState
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
@@ -227,7 +226,7 @@ def find_rho(
         kept = read_batches(batches, at_most=limit)
         splits = _splits(kept, validation, folds)
         measure_accuracy = accuracy_fn or accuracy_for(inner, compute_loss, kept[0])
-        twin, base = _copied(inner, optimizer)
+        twin, base, _ = _copied(inner, optimizer, compute_loss)
         create(variant, base, model=twin, rho=radii[0])  # so that a variant without a radius fails before the runs
         del twin, base
         counter = Progress(progress, "find_rho", float(folds * steps * (1 + 2 * len(radii))))
@@ -239,12 +238,14 @@ def find_rho(
                     before.restore()
                     torch.manual_seed(seed_of("find_rho", seed, fold))
                     radius = radii[number - 1] if number else 0.0
-                    trained = _train(inner, optimizer, compute_loss, training, radius, variant, steps, counter)
-                    runs[number].append(_score(trained, compute_loss, held_out, measure_accuracy))
+                    trained, own_loss = _train(
+                        inner, optimizer, compute_loss, training, radius, variant, steps, counter
+                    )
+                    runs[number].append(_score(trained, own_loss, held_out, measure_accuracy))
                     if fold == 0 and number == 0:
                         tested = _grid(radii)
                         chosen = training[:_RANGE_BATCHES]
-                        rises, agreements = range_test(trained, compute_loss, chosen, tested, variant in _ADAPTIVE)
+                        rises, agreements = range_test(trained, own_loss, chosen, tested, variant in _ADAPTIVE)
                 _check_base(runs[0], steps)
                 left = _still_possible(runs, left)
                 if not left:
@@ -300,11 +301,11 @@ def _train(
     variant: str,
     steps: int,
     counter: Progress,
-) -> nn.Module:
-    """Return a copy of the model, trained for some steps."""
+) -> tuple[nn.Module, LossFn]:
+    """Return a copy of the model, trained for some steps, and of the loss, whose weights and state it went through."""
     with torch.inference_mode(False), torch.enable_grad():
-        twin, base = _copied(model, optimizer)
-        trained: Any = base if radius == 0 else create(variant, base, model=twin, rho=radius)
+        twin, base, loss_fn = _copied(model, optimizer, compute_loss)
+        trained: Any = base if radius == 0 else create(variant, base, model=[twin, *modules_of(loss_fn)], rho=radius)
         rates = [group["lr"] for group in base.param_groups]
         twin.train()
         for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps)):
@@ -313,7 +314,7 @@ def _train(
 
             def closure(batch: Any = batch) -> Tensor:
                 trained.zero_grad()
-                loss = compute_loss(twin, batch)
+                loss = loss_fn(twin, fresh(batch))
                 loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
                 return loss
 
@@ -321,10 +322,10 @@ def _train(
             counter.advance(GRADIENT if radius == 0 else 2 * GRADIENT)
         if radius and hasattr(trained, "detach"):
             trained.detach()
-    return twin
+    return twin, loss_fn
 
 
-def _copied(model: nn.Module, optimizer: Any) -> tuple[nn.Module, Optimizer]:
+def _copied(model: nn.Module, optimizer: Any, loss: LossFn) -> tuple[nn.Module, Optimizer, LossFn]:
     while isinstance(inner := getattr(optimizer, "base_optimizer", None), Optimizer):
         optimizer = inner
     if isinstance(optimizer, Optimizer):
@@ -332,14 +333,14 @@ def _copied(model: nn.Module, optimizer: Any) -> tuple[nn.Module, Optimizer]:
         given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if not any(id(parameter) in own for parameter in given):
             raise ValueError("optimizer updates none of the model's parameters; give the optimizer of this model")
-        twin, base = copy.deepcopy((model, optimizer))
-        return twin, base
+        twin, own_loss, base = copied_with_loss(model, loss, optimizer)
+        return twin, base, own_loss
     if not callable(optimizer):
         raise TypeError(
             f"optimizer must be a torch optimizer, or a function that makes one, got {type(optimizer).__name__}"
         )
-    twin = copy.deepcopy(model)
-    return twin, optimizer([parameter for parameter in twin.parameters() if parameter.requires_grad])
+    twin, own_loss, _ = copied_with_loss(model, loss)
+    return twin, optimizer([parameter for parameter in twin.parameters() if parameter.requires_grad]), own_loss
 
 
 def _score(model: nn.Module, compute_loss: LossFn, batches: list[Any], measure_accuracy: Any) -> _Score:

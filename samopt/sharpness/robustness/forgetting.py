@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from samopt.sharpness._measuring.batches import read_batches
-from samopt.sharpness._measuring.losses import Loss, as_loss_fn
+from samopt.sharpness._measuring.batches import fresh, read_batches
+from samopt.sharpness._measuring.losses import Loss, as_loss_fn, copied_with_loss
 from samopt.sharpness._measuring.measured_model import GRADIENT, measuring
+from samopt.sharpness._measuring.optimizer_parts import RngState
 from samopt.sharpness._measuring.progress import ProgressOption
 from samopt.sharpness._measuring.weights import unwrap
 from samopt.sharpness.robustness.result import Robustness, rises_at
@@ -94,15 +94,19 @@ def forgetting(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a function that makes an optimizer for the copy that is trained, got an object of "
+            f"{type(optimizer).__name__}; write functools.partial(torch.optim.{type(optimizer).__name__}, lr=...)"
+        )
     compute_loss = as_loss_fn(loss_fn)
     other = read_batches(elsewhere)
-    with torch.inference_mode(False):
-        twin = copy.deepcopy(unwrap(model))
+    twin, compute_loss, _ = copied_with_loss(unwrap(model), compute_loss)
     levels = sorted({-(-steps * part // _PARTS) for part in range(1, _PARTS + 1)})
     losses, accuracies, learned = [], [], []
     with measuring(
         twin,
-        loss_fn,
+        compute_loss,
         batches,
         name="forgetting",
         mode=mode,
@@ -115,10 +119,14 @@ def forgetting(
             for module, training in modes:
                 module.training = training
             measured.keep_buffers()
+            stream = RngState.capture({weight.device for weight in twin.parameters()})
             learned.append(measured.mean_over(other))
             if accuracy_fn is not None:
                 accuracies.append(measured.mean_of(accuracy_fn))
-            return [float(measured.loss(batch)) for batch in measured.batches]
+            found = [float(measured.loss(batch)) for batch in measured.batches]
+            measured.put_back_state()  # training goes on as if nothing had been looked at
+            stream.restore()
+            return found
 
         before = [
             measured.checked(torch.tensor(loss, dtype=torch.float64), number) for number, loss in enumerate(look())
@@ -127,7 +135,7 @@ def forgetting(
             twin.train()
             base.zero_grad()
             with torch.enable_grad():
-                loss = compute_loss(twin, batch)
+                loss = compute_loss(twin, fresh(batch))
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not type it
             base.step()
             measured.progress.advance(GRADIENT)
