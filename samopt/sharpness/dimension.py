@@ -102,6 +102,8 @@ def intrinsic_dimension(
         raise ValueError(f"neighbours must be at least 2, got {neighbours}")
     count = neighbours if method == "mle" else 2
     flat = points.detach().cpu() if points.device.type == "mps" else points.detach()  # which has no fp64
+    if not flat.isfinite().all():
+        raise ValueError("intrinsic_dimension needs finite points, got some that are NaN or infinite; leave them out")
     cloud = torch.unique(flat.reshape(len(flat), -1).double(), dim=0)
     if len(cloud) <= count:
         raise ValueError(

@@ -89,14 +89,18 @@ def label_sharpness(
     inputs = inputs.detach().cpu() if inputs.device.type == "mps" else inputs.detach()  # which has no fp64
     points = inputs.reshape(count, -1).double()
     targets = labels.detach().to(points.device).reshape(count, -1)
-    squares = points.square().sum(dim=1)
+    for name, values in (("inputs", points), ("labels", targets)):
+        if not values.isfinite().all():
+            raise ValueError(f"label_sharpness needs finite {name}, got some that are NaN or infinite; leave them out")
+    centred = points - points.mean(dim=0)  # far from 0 the distances would lose digits
+    squares = centred.square().sum(dim=1)
     best: list[tuple[float, int]] = []
     counter = Progress(progress, "label sharpness", float(count))
     try:
         for start in range(0, count, _CHUNK):
             rows = slice(start, min(start + _CHUNK, count))
             gap = _gap(targets[rows], targets, classes)
-            distance = (squares[rows, None] + squares - 2 * points[rows] @ points.T).clamp_min_(0).sqrt_()
+            distance = (squares[rows, None] + squares - 2 * centred[rows] @ centred.T).clamp_min_(0).sqrt_()
             ratio = torch.where(gap > 0, gap / distance, 0.0)
             for row, other in enumerate(ratio.argmax(dim=1).tolist(), start=start):
                 # The formula above loses digits for near twins; this one does not.
@@ -123,4 +127,5 @@ def label_sharpness(
 def _gap(some: Tensor, all_targets: Tensor, classes: bool) -> Tensor:
     if classes:
         return (some[:, None, :] != all_targets[None, :, :]).any(dim=2).double()
-    return torch.cdist(some.double(), all_targets.double())
+    exact = "donot_use_mm_for_euclid_dist"  # the other way loses digits for labels far from 0
+    return torch.cdist(some.double(), all_targets.double(), compute_mode=exact)

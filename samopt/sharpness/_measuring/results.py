@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Result", "mean_and_error", "plain", "to_json"]
+__all__ = ["Result", "largest", "mean_and_error", "plain", "to_json"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,16 @@ def mean_and_error(values: Sequence[float], sizes: Sequence[float] | None = None
         return mean, None
     parts = ((value - mean) * size / total for value, size in zip(values, sizes, strict=True))
     return mean, math.hypot(*parts) * math.sqrt(count / (count - 1))  # the squares themselves may overflow
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest number, or NaN where one is NaN: ``max`` would depend on their order.
+
+    Args:
+        values: At least one number.
+    """
+    found = list(values)
+    return math.nan if any(math.isnan(value) for value in found) else max(found)
 
 
 def plain(value: Any) -> Any:

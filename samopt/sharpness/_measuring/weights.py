@@ -51,6 +51,9 @@ def select(model: nn.Module, selection: Selection = None, *, frozen: bool = Fals
         ValueError: If a name or pattern selects nothing; says what there is.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if frozen or parameter.requires_grad}
+    all_names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        all_names.setdefault(id(parameter), []).append(name)  # a tied one is selected by any of its names
     if not trainable:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter; set requires_grad=True on what the measure should move"
@@ -58,9 +61,15 @@ def select(model: nn.Module, selection: Selection = None, *, frozen: bool = Fals
     if selection is None:
         return trainable
     patterns = [selection] if isinstance(selection, str) else list(selection)
+    if not patterns:
+        raise ValueError(
+            "parameters is empty, so nothing would move; name some, or leave it out for all that are trained"
+        )
     chosen: set[str] = set()
     for pattern in patterns:
-        hits = {name for name in trainable if _matches(name, pattern)}
+        hits = {
+            name for name, parameter in trainable.items() if any(_matches(n, pattern) for n in all_names[id(parameter)])
+        }
         if not hits:
             shown = ", ".join(list(trainable)[:12])
             raise ValueError(

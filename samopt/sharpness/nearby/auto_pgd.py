@@ -170,9 +170,11 @@ class AutoPGD:
         offsets = []
         for index, centre in enumerate(self._movable.origin):
             generator = stream(centre.device, purpose, *self._key, number, index)
-            offset = torch.randn(centre.shape, generator=generator, device=centre.device, dtype=widen(centre).dtype)
-            if self._ball.linf:
+            if self._ball.linf and not centre.is_complex():
+                offset = torch.randn(centre.shape, generator=generator, device=centre.device, dtype=widen(centre).dtype)
                 offset = torch.erf(offset / math.sqrt(2))  # uniform in [-1, 1]
+            else:
+                offset = self._ball.draw(centre, generator)
             if (lengths := self._ball.lengths(centre)) is not None:
                 offset.mul_(lengths)
             offsets.append(offset.mul_(self._ball.rho))

@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from samopt._numerics.low_precision import widen
 from samopt._numerics.stochastic_rounding import RoundingNoise
 from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, measuring
@@ -78,9 +76,10 @@ def average_case(
 ) -> AverageCase:
     """Return the mean over examples of ``E[L(w + T u)] - L(w)`` with ``u ~ N(0, rho^2)`` elementwise.
 
-    With ``norm="linf"``, ``u`` is uniform in ``[-rho, rho]``. Every ``u`` is used with both signs, which removes the
-    gradient's share of the sampling error. Unlike the worst case the value may be negative. Its scale differs, too: the
-    norm of ``u`` is about ``rho sqrt(d)`` for d weights. Source: Andriushchenko et al. 2023, section 3.
+    With ``norm="linf"``, ``u`` is uniform in ``[-rho, rho]``, for complex weights in the disc. Every ``u`` is used
+    with both signs, which removes the gradient's share of the sampling error. Unlike the worst case the value may
+    be negative. Its scale differs, too: the norm of ``u`` is about ``rho sqrt(d)`` for d weights. Source:
+    Andriushchenko et al. 2023, section 3.
 
     To second order the value is ``rho^2 / 2 * trace(T H T)``: one number for all directions, most of them flat.
 
@@ -179,14 +178,7 @@ def _shake(movable: MovableWeights, ball: Ball, sign: int, key: tuple[int, int, 
     """Move every weight by ``sign * T u``; equal keys give equal ``u``."""
     rounding = RoundingNoise(seed_of("rounding", *key, sign)).source()
     for index, centre in enumerate(movable.origin):
-        noise = _draw(centre, ball, stream(centre.device, "noise", *key, index)).mul_(sign * ball.rho)
+        noise = ball.draw(centre, stream(centre.device, "noise", *key, index)).mul_(sign * ball.rho)
         if (lengths := ball.lengths(centre)) is not None:
             noise.mul_(lengths)
         movable.move(index, noise, rounding)
-
-
-def _draw(like: Tensor, ball: Ball, generator: torch.Generator) -> Tensor:
-    dtype = widen(like).dtype
-    if ball.linf:
-        return torch.rand(like.shape, generator=generator, device=like.device, dtype=dtype).mul_(2).sub_(1)
-    return torch.randn(like.shape, generator=generator, device=like.device, dtype=dtype)

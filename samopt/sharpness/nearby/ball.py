@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,6 +90,22 @@ class Ball:
             return None
         wide = widen(weight)
         return geometry.scale(wide, wide, self.eta)
+
+    def draw(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Return random numbers: normal in l2, uniform in the unit interval around 0 (complex: the unit disc) in linf.
+
+        Args:
+            like: Of its shape and device, and in at least fp32.
+            generator: What draws.
+        """
+        dtype = widen(like).dtype
+        if not self.linf:
+            return torch.randn(like.shape, generator=generator, device=like.device, dtype=dtype)
+        if not dtype.is_complex:
+            return torch.rand(like.shape, generator=generator, device=like.device, dtype=dtype).mul_(2).sub_(1)
+        shape = (2, *like.shape)
+        square, turn = torch.rand(shape, generator=generator, device=like.device, dtype=dtype.to_real())
+        return torch.polar(square.sqrt(), 2 * math.pi * turn)
 
     def first_step(self, weights: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> Perturbation:
         """Return SAM's ascent, to the ball's first-order worst point.

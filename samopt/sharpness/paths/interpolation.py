@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights
 from samopt.sharpness._measuring.progress import ProgressOption
-from samopt.sharpness._measuring.results import Result, mean_and_error
+from samopt.sharpness._measuring.results import Result, largest, mean_and_error
 from samopt.sharpness._measuring.style import BLUE, ORANGE, colors
 from samopt.sharpness._measuring.weights import select, trainable_layers, unwrap
 from samopt.sharpness.paths.states import State, state_of
@@ -29,7 +29,8 @@ __all__ = ["Interpolation", "interpolate"]
 class Interpolation(Result):
     """What ``interpolate`` returns.
 
-    ``value`` is the barrier: the largest height of the loss above the straight line between its ends, within [0, 1].
+    ``value`` is the barrier: the largest height of the loss above the straight line between its ends, within [0, 1]. It
+    is NaN where a loss there is.
 
     Attributes:
         positions: Places on the line, 0 for its start and 1 for its end.
@@ -91,8 +92,8 @@ def interpolate(
 
     Misleads: permuting hidden units changes nothing that a network computes, and raises a barrier all the same.
 
-    Cost: ``points / 3`` gradients a batch, twice that with accuracies, and ``points / 3`` more for each layer. Memory:
-    one copy of the weights besides both ends.
+    Cost: ``points / 3`` gradients a batch, 1/3 more for each end that is not among the places, twice that with
+    accuracies, and ``points / 3`` more for each layer. Memory: one copy of the weights besides both ends.
 
     Args:
         model: The model that is evaluated; it comes back bit for bit.
@@ -146,6 +147,9 @@ def interpolate(
         cost_per_batch=evaluations * FORWARD,
         progress=progress,
     ) as measured:
+        if interpolate_buffers:
+            for state in (start, end):
+                _check_buffers(inner, state)
         line = _Line(measured, state_of(inner if start is None else start, inner), state_of(end, inner))
         with measured.movable_weights() as movable:
             rows, accuracies = [], []
@@ -155,6 +159,11 @@ def interpolate(
                 if accuracy_fn is not None:
                     values = [measured.evaluate(accuracy_fn, batch) for batch in measured.batches]
                     accuracies.append(measured.mean(values))
+            at_ends = []
+            for end_at in (0.0, 1.0):
+                if not any(_is_at(position, end_at) for position in positions):
+                    line.place(movable, end_at, interpolate_buffers)
+                    at_ends.append((end_at, measured.mean_loss()))
             line.place(movable, 0.0, interpolate_buffers)
             along = {name: line.alone(movable, positions, members) for name, members in chosen.items()}
         cost = measured.progress.cost
@@ -162,7 +171,7 @@ def interpolate(
     losses = [mean for mean, _ in statistics]
     return Interpolation(
         measure="interpolate",
-        value=_barrier(positions, losses),
+        value=_barrier([*zip(positions, losses, strict=True), *at_ends]),
         standard_error=None,
         cost=cost,
         settings={
@@ -226,11 +235,34 @@ def _is_among(tensor: Tensor, parameters: Iterable[Tensor]) -> bool:
     return any(parameter.untyped_storage().data_ptr() == pointer for parameter in parameters)
 
 
-def _barrier(positions: Sequence[float], losses: Sequence[float]) -> float:
-    """Return the largest height above the chord, over the places between the line's ends."""
-    inside = [(a, loss) for a, loss in zip(positions, losses, strict=True) if 0 <= a <= 1]
-    if not inside:
-        return 0.0
-    (first, low), (last, high) = inside[0], inside[-1]
-    span = (last - first) or 1.0
-    return max(loss - (low + (high - low) * (a - first) / span) for a, loss in inside)
+def _is_at(position: float, end: float) -> bool:
+    return abs(position - end) < 1e-9  # evenly spaced places miss an end by rounding
+
+
+def _barrier(places: Sequence[tuple[float, float]]) -> float:
+    """Return the largest height above the chord from 0 to 1, over the places between them.
+
+    Args:
+        places: Positions with their losses, those at 0 and at 1 among them.
+    """
+    low, high = (next(loss for a, loss in places if _is_at(a, end)) for end in (0.0, 1.0))
+    inside = [(a, loss) for a, loss in places if 0 <= a <= 1 or _is_at(a, 0.0) or _is_at(a, 1.0)]
+    return largest(loss - (low + (high - low) * a) for a, loss in inside)
+
+
+def _check_buffers(model: nn.Module, state: State | None) -> None:
+    """Refuse weights without the buffers that are to be interpolated."""
+    if not isinstance(state, Mapping):
+        return
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted = [
+        name
+        for name, tensor in model.state_dict().items()
+        if name not in parameters and isinstance(tensor, Tensor) and tensor.is_floating_point()
+    ]
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(
+            f"the weights lack the buffer {missing[0]!r} and {len(missing) - 1} more of the {len(wanted)} of "
+            f"{type(model).__name__}; give a whole state dict, or interpolate_buffers=False to keep the model's own"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.measured_model import FORWARD, MeasuredModel, measuring
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights, vector_norm
 from samopt.sharpness._measuring.progress import ProgressOption
-from samopt.sharpness._measuring.results import Result
+from samopt.sharpness._measuring.results import Result, largest
 from samopt.sharpness._measuring.seeds import stream
 from samopt.sharpness._measuring.style import BLUE, GREY
 from samopt.sharpness._measuring.weights import Selection
@@ -31,6 +32,8 @@ NORMALIZATIONS = ("filter", "layer", "none")
 @dataclass(frozen=True)
 class Landscape(Result):
     """What ``landscape`` returns; ``value`` is the largest rise of the loss above its value at the weights.
+
+    It is NaN where a loss on the grid is.
 
     Attributes:
         positions: Places along each direction, in units of the normalised direction.
@@ -132,6 +135,8 @@ def landscape(
         raise ValueError(f'normalization must be "filter", "layer" or "none", got {normalization!r}')
     if directions is not None:
         dimensions = len(directions)
+        if dimensions not in (1, 2):
+            raise ValueError(f"directions must be one or two, each with a tensor for every parameter; got {dimensions}")
     middle = points // 2
     positions = [radius * (point - middle) / middle for point in range(points)]
     with measuring(
@@ -148,6 +153,12 @@ def landscape(
             axes = [_random_direction(measured, normalization, (seed, index)) for index in range(dimensions)]
         else:
             axes = [_checked(measured, direction) for direction in directions]
+        if not any(part.count_nonzero() for part in axes[0]):
+            warnings.warn(
+                "no weight moves along the first direction, so the landscape is flat: it is 0, or the parameters have "
+                'less than two dimensions, which normalization="filter" leaves in place',
+                stacklevel=2,
+            )
         with measured.movable_weights() as movable:
             rows = [
                 [_loss_at(measured, movable, axes, (first, second)) for second in (positions if axes[1:] else [0.0])]
@@ -157,7 +168,7 @@ def landscape(
     centre = rows[middle][middle if axes[1:] else 0]
     return Landscape(
         measure="landscape",
-        value=max(max(row) for row in rows) - centre,
+        value=largest(loss for row in rows for loss in row) - centre,
         standard_error=None,
         cost=cost,
         settings={"radius": radius, "normalization": normalization, **measured.settings, "seed": seed},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from samopt.sharpness._measuring.weights import unwrap
@@ -41,5 +42,13 @@ def state_of(source: State, like: nn.Module) -> dict[str, Tensor]:
             raise ValueError(
                 f"{name!r} has shape {list(source[name].shape)} in the weights and {list(parameter.shape)} in the "
                 "model; give a state dict of this model"
+            )
+    first: dict[int, str] = {}
+    for name, parameter in like.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name and name in source and not torch.equal(source[name], source[other].to(source[name].device)):
+            raise ValueError(
+                f"{other!r} and {name!r} are one parameter of {type(like).__name__}, but the weights have two values "
+                "for it; untie them in the model, or give the weights of a model that ties them"
             )
     return {name: tensor.detach() for name, tensor in source.items() if isinstance(tensor, Tensor)}

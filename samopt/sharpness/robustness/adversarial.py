@@ -52,7 +52,8 @@ def fgsm(
 
     Raises:
         TypeError: If the inputs are no floating-point tensor.
-        ValueError: If an argument is out of range, or the loss at the weights is not finite.
+        ValueError: If an argument is out of range, the loss at the weights is not finite, or it does not depend on the
+            inputs.
 
     Example:
         >>> import torch
@@ -67,6 +68,8 @@ def fgsm(
     """
     if not sizes or any(not size >= 0 for size in sizes):
         raise ValueError(f"sizes must be numbers of at least 0, got {list(sizes)}")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must be the smallest and the largest value, in this order, got {bounds}")
     evaluations = (len(sizes) + 1) * FORWARD
     losses: list[list[float]] = [[] for _ in sizes]
     hits: list[list[float]] = [[] for _ in range(len(sizes) + 1)]
@@ -77,6 +80,7 @@ def fgsm(
         batches,
         name="attack on the inputs",
         mode=mode,
+        frozen=True,  # no weight moves
         cost_per_batch=GRADIENT + evaluations * (2 if accuracy_fn else 1),
         progress=progress,
     ) as measured:
@@ -112,7 +116,12 @@ def _slope(measured: MeasuredModel, inputs: Tensor, replace: Callable[[Tensor], 
         loss = measured.call(replace(leaf))
     (gradient,) = measured.differentiate([loss], [leaf])
     measured.progress.advance(GRADIENT)
-    return torch.zeros_like(inputs) if gradient is None else gradient.sign()
+    if gradient is None:
+        raise ValueError(
+            "the loss does not depend on the inputs, so no attack can be found; check that loss_fn and the model use "
+            "batch's inputs, and neither detach nor round them"
+        )
+    return gradient.sign()
 
 
 def _inputs_of(batch: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,9 +32,9 @@ def quantization(
 ) -> Robustness:
     """Return the rise of the loss after rounding the weights to the nearest of ``2^bits - 1`` even steps.
 
-    Each row of a weight (its first dimension: an output channel) has a scale of its own, so that its largest magnitude
-    is the largest step; tensors of dim <= 1 stay as they are. Activations are not rounded. This is what
-    post-training quantisation does before any correction.
+    Each row of a weight (its first dimension: an output channel) has a scale of its own, so that its largest
+    magnitude is the largest step; tensors of dim <= 1 stay as they are. Real and imaginary parts are rounded apart.
+    Activations are not rounded. This is what post-training quantisation does before any correction.
 
     The rise is ``L(round(w)) - L(w)``.
 
@@ -81,6 +82,12 @@ def quantization(
         cost_per_batch=(len(bits) + 1) * FORWARD * (2 if accuracy_fn else 1),
         progress=progress,
     ) as measured:
+        if all(weight.dim() < 2 for weight in measured.weights):
+            warnings.warn(
+                "quantization rounds tensors of two and more dimensions, but there is none among the parameters "
+                f"{', '.join(measured.names[:4])}{', ...' if len(measured.names) > 4 else ''}, so no loss rises",
+                stacklevel=2,
+            )
         before = [measured.checked(measured.loss(batch), n) for n, batch in enumerate(measured.batches)]
         if accuracy_fn is not None:
             accuracies.append(measured.mean_of(accuracy_fn))
@@ -111,8 +118,10 @@ def round_to_bits(weight: Tensor, bits: int) -> Tensor:
         bits: Number of bits, >= 2.
     """
     wide = widen(weight.detach())
-    if wide.dim() < 2 or wide.is_complex() or wide.numel() == 0:
+    if wide.dim() < 2 or wide.numel() == 0:
         return wide.clone()
+    if wide.is_complex():
+        return torch.view_as_complex(round_to_bits(torch.view_as_real(wide), bits))
     rows = wide.flatten(1)
     steps = 2 ** (bits - 1) - 1
     scale = rows.abs().amax(dim=1, keepdim=True) / steps
