@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -109,36 +110,66 @@ def label_key(batch: Mapping[Any, Any]) -> str | None:
 
 
 def batch_size(batch: Any) -> int:
-    """Return the number of examples of a batch: the length of its labels, else of its first tensor; 1 without tensors.
+    """Return the number of examples of a batch: the length of its labels, else of its first tensor or array; else 1.
 
     Args:
         batch: Any batch.
     """
     labels: Any = None
+    if isinstance(batch, list) and len(batch) > 2 and all(isinstance(each, Mapping) for each in batch):
+        return len(batch)  # one mapping for each example; two may be inputs and labels
     if isinstance(batch, Mapping):
         key = label_key(batch)
         labels = None if key is None else batch[key]
     elif isinstance(batch, tuple | list) and len(batch) > 1:
         labels = batch[1]
     for part in (labels, batch):
+        if _is_list_of_examples(part):
+            return len(part)
         sizes = _sizes(part)
         if sizes:
             return sizes[0]
+    for part in (labels, *(batch.values() if isinstance(batch, Mapping) else ())):
+        if isinstance(part, list) and part:
+            return len(part)
     graphs = getattr(batch, "num_graphs", None)  # as torch_geometric counts its examples
     return graphs if isinstance(graphs, int) and graphs > 0 else 1
+
+
+def _is_list_of_examples(part: Any) -> bool:
+    """Return whether a list has one entry for each example: mappings (the boxes of images), or unequal tensors."""
+    if not isinstance(part, list | tuple) or not part:
+        return False
+    if all(isinstance(each, Mapping) for each in part):
+        return True
+    return all(isinstance(each, Tensor) for each in part) and len({each.shape[:1] for each in part}) > 1
 
 
 def _sizes(part: Any) -> list[int]:
     """Return the length of each tensor that has one."""
     sizes: list[int] = []
 
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.dim() > 0 and tensor.shape[0] > 0:
-            sizes.append(tensor.shape[0])
-        return tensor
+    def note(array: Any) -> None:
+        if len(array.shape) > 0 and array.shape[0] > 0:
+            sizes.append(array.shape[0])
 
-    map_tensors(part, note)
+    _visit(part, note)
     return sizes
+
+
+def _visit(part: Any, note: Callable[[Any], None]) -> None:
+    """Call a function with every tensor and every NumPy array in lists, tuples, mappings and dataclasses."""
+    if isinstance(part, Tensor) or type(part).__module__ == "numpy" and hasattr(part, "shape"):
+        note(part)
+    elif isinstance(part, Mapping):
+        for each in part.values():
+            _visit(each, note)
+    elif isinstance(part, list | tuple):
+        for each in part:
+            _visit(each, note)
+    elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+        for field in dataclasses.fields(part):
+            _visit(getattr(part, field.name), note)
 
 
 def _generators(batches: Any) -> Iterator[Generator]:
@@ -155,8 +186,28 @@ def _usable_in_a_graph(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.is_inference() else tensor
 
 
+def _has_uncut_parts(batch: Any) -> bool:
+    """Return whether a batch holds more than tensors, numbers and None, which a piece would hold as a whole."""
+    if isinstance(batch, Mapping):
+        return any(_has_uncut_parts(part) for part in batch.values())
+    if (
+        isinstance(batch, list)
+        and batch
+        and not any(isinstance(part, Tensor | Mapping | tuple | list) for part in batch)
+    ):
+        return True
+    if isinstance(batch, tuple | list):
+        return any(_has_uncut_parts(part) for part in batch)
+    return not isinstance(batch, Tensor | int | float | str | None)
+
+
 def _pieces(batch: Any, m: int, keep_rest: bool) -> list[Any]:
     sizes = set(_sizes(batch))
+    if _has_uncut_parts(batch):
+        raise TypeError(
+            f"m={m} asks for pieces of each batch, but it holds more than tensors (a list of texts, an array), which "
+            "cannot be cut; give batches of m examples instead"
+        )
     if len(sizes) != 1:
         raise TypeError(
             f"m={m} asks for pieces of each batch, but the first dimensions of its tensors are {sorted(sizes)}, not "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from samopt._numerics.low_precision import is_low_precision
 from samopt.sharpness._measuring.batches import LABEL_KEYS, label_key, map_tensors
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "hf_loss",
     "modules_of",
     "split_batch",
+    "takes_labels",
 ]
 
 LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
@@ -87,7 +89,20 @@ class _OutputLoss:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         inputs, labels = split_batch(model, batch)
-        return self.criterion(_logits(model, call_model(model, inputs)), labels)
+        outputs = _logits(model, call_model(model, inputs))
+        loss: Tensor
+        try:
+            # A loss in bf16 has steps of 0.4 %: most rises are smaller.
+            loss = self.criterion(_at_least_fp32(outputs), _at_least_fp32(labels))
+        except RuntimeError:
+            if not is_low_precision(outputs):
+                raise
+            loss = self.criterion(outputs, labels)  # one whose class weights are in low precision, say
+        return loss
+
+
+def _at_least_fp32(values: Any) -> Any:
+    return values.float() if isinstance(values, Tensor) and is_low_precision(values) else values
 
 
 def modules_of(loss: LossFn) -> list[nn.Module]:
@@ -97,6 +112,15 @@ def modules_of(loss: LossFn) -> list[nn.Module]:
         loss: What ``as_loss_fn`` returned.
     """
     return [part for part in (loss, getattr(loss, "criterion", None)) if isinstance(part, nn.Module)]
+
+
+def takes_labels(loss: LossFn) -> bool:
+    """Return whether a loss compares the model's outputs with labels as torch's losses do: classes second.
+
+    Args:
+        loss: What ``as_loss_fn`` returned.
+    """
+    return isinstance(loss, _OutputLoss) or loss is cross_entropy
 
 
 def copied_with_loss(model: nn.Module, loss: LossFn, other: Any = None) -> tuple[nn.Module, LossFn, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samopt._numerics.low_precision import is_low_precision
 from samopt.sharpness._measuring.batches import batch_size, fresh, read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
 from samopt.sharpness._measuring.losses import (
@@ -19,6 +21,7 @@ from samopt.sharpness._measuring.losses import (
     as_loss_fn,
     has_one_class_each,
     modules_of,
+    takes_labels,
 )
 from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedState, unobserved
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
@@ -72,6 +75,7 @@ class MeasuredModel:
         self._loss_fn = loss_fn
         self._state = state
         self._start = start
+        self._has_warned = False
 
     def loss(self, batch: Any) -> Tensor:
         """Return the loss of one batch, detached: 0-dim; costs a forward pass.
@@ -238,6 +242,14 @@ class MeasuredModel:
                 f"loss_fn(model, batch) must return a scalar tensor, got {found}; return the mean over the batch's "
                 "examples, as in torch.nn.functional.cross_entropy(model(x), y)"
             )
+        if is_low_precision(loss) and not self._has_warned:
+            self._has_warned = True
+            step = torch.finfo(loss.dtype).eps
+            warnings.warn(
+                f"the loss is in {str(loss.dtype).removeprefix('torch.')}, whose steps are {step:.2g} of its value, so "
+                "smaller rises cannot be seen; let loss_fn compute it in fp32, as in cross_entropy(logits.float(), y)",
+                stacklevel=2,
+            )
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on the model's trainable parameters: it has no graph; check that loss_fn "
@@ -308,7 +320,7 @@ def measuring(
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(unobserved())
         if normalize_logits:
-            stack.enter_context(normalized_logits(model))
+            stack.enter_context(normalized_logits(model, has_labels=takes_labels(compute_loss)))
         total = None if cost_per_batch is None else cost_per_batch * len(read)
         counter = Progress(progress, name, total)
         stack.callback(counter.close)
