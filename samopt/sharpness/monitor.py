@@ -116,6 +116,7 @@ class SharpnessMonitor:
         self.history: list[dict[str, Any]] = []
         self._budget = Budget(max_fraction, time.perf_counter)
         self._steps = 0
+        self._has_stepped = False
         self._worked: set[str] = set()
         self._means = StepMeans() if average_metrics else None
 
@@ -131,10 +132,14 @@ class SharpnessMonitor:
             optimizer, whose own sharpness is ``"sharpness/sam"``. Otherwise an empty dict.
         """
         self._budget.start()
-        self._steps = self._steps + 1 if step is None else step
+        before, self._steps = self._steps, self._steps + 1 if step is None else step
+        if not self._has_stepped:
+            before = self._steps - 1
+        self._has_stepped = True
         if self._means is not None and self.optimizer is not None:
             self._means.add(self.optimizer.last_step)
-        if self.every is None or self._steps % self.every:
+        # A step may be named twice (at each micro-batch), or left out (by several optimizers that count together).
+        if self.every is None or self._steps // self.every <= before // self.every:
             return {}
         return self.measure(within_budget=True)
 
@@ -228,6 +233,7 @@ class SharpnessMonitor:
             state_dict: What ``state_dict`` returned.
         """
         self._steps = state_dict["steps"]
+        self._has_stepped = True
         self.history = list(state_dict["history"])
         self._budget.load_state_dict(state_dict["budget"])
         self._worked = {name for record in self.history for name in record["measures"]}

@@ -76,6 +76,7 @@ class MeasuredModel:
         self._state = state
         self._start = start
         self._has_warned = False
+        self._is_of_model = False
 
     def loss(self, batch: Any) -> Tensor:
         """Return the loss of one batch, detached: 0-dim; costs a forward pass.
@@ -255,7 +256,35 @@ class MeasuredModel:
                 "the loss does not depend on the model's trainable parameters: it has no graph; check that loss_fn "
                 "uses the model it is given, and neither detaches nor calls .item()"
             )
+        if torch.is_grad_enabled() and not self._is_of_model:
+            self._check_model(loss)
+            self._is_of_model = True
         return loss.reshape(())
+
+    def _check_model(self, loss: Tensor) -> None:
+        """Refuse a loss that another model computes: no weight of this one would change it.
+
+        Args:
+            loss: With its graph.
+
+        Raises:
+            ValueError: If it depends on none of the model's trainable parameters.
+        """
+        own = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        pending, seen = [loss.grad_fn], set()
+        while pending and own:
+            node: Any = pending.pop()
+            if node is None or node in seen:
+                continue
+            if id(getattr(node, "variable", None)) in own:
+                return
+            seen.add(node)
+            pending.extend(following for following, _ in node.next_functions)
+        if own and id(loss) not in own:
+            raise ValueError(
+                f"the loss depends on none of the trainable parameters of {type(self.model).__name__}: loss_fn uses "
+                "another model than the one it is given; write loss_fn(model, batch) with model(...) in it"
+            )
 
     def _rewind(self) -> None:
         """Go back to the common starting state."""

@@ -36,7 +36,7 @@ def verdict(
         losses: The mean loss of both.
     """
     first, second = names
-    sharpness = {label: row for label, row in rows.items() if row[0].measure not in _NOT_SHARPNESS}
+    sharpness = {label: row for label, row in rows.items() if _is_sharpness(row[0])}
     flatter: dict[str, list[str]] = {first: [], second: []}
     unclear = []
     for label, (_, _, apart) in sharpness.items():
@@ -64,6 +64,11 @@ def verdict(
     said += _survival(names, rows)
     said.append("Flatter is not yet better: which model is better on new data, only held-out examples tell.")
     return " ".join(said)
+
+
+def _is_sharpness(result: Result) -> bool:
+    """Return whether a smaller value means flatter: not so for the most negative eigenvalue, or one of either sign."""
+    return result.measure not in _NOT_SHARPNESS and result.settings.get("which", "largest") == "largest"
 
 
 def _survival(names: Sequence[str], rows: Mapping[str, tuple[Result, Result, Difference]]) -> list[str]:

@@ -17,7 +17,7 @@ from samopt.sharpness._measuring.results import Result
 from samopt.sharpness._measuring.seeds import stream
 from samopt.sharpness._measuring.style import BLUE, GREY, ORANGE
 from samopt.sharpness._measuring.weights import Selection
-from samopt.sharpness.curvature.operators import Curvature, curvature
+from samopt.sharpness.curvature.operators import Curvature, curvature, dot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,26 +219,49 @@ class Solver:
             start = self.start.mix_into(start)
             basis = basis or max(2 * self.k + 1, _WARM_BASIS)  # the search checks itself once its basis is full
         host = start.cpu().numpy()
-        operator = linalg.LinearOperator(
-            (matrix.size, matrix.size), matvec=lambda v: matrix(to_matrix(v)).cpu().numpy(), dtype=host.dtype
-        )
-        try:
-            values, vectors = linalg.eigsh(
-                operator,
-                k=self.k,
-                which=_WHICH[self.which],
-                v0=host,
-                ncv=None if basis is None else min(basis, matrix.size),
-                tol=self.tolerance,
-                maxiter=_RESTARTS,
-            )
-        except linalg.ArpackError as error:
-            found = ", ".join(f"{value:.4g}" for value in getattr(error, "eigenvalues", ()))
-            raise RuntimeError(
-                f"the {self.k} {self.which} eigenvalues did not converge to tolerance={self.tolerance:g} (found: "
-                f"{found or 'none'}); use a larger tolerance or a larger basis"
-            ) from error
-        return values.tolist(), [to_matrix(vectors[:, i]) for i in range(vectors.shape[1])]
+        values: list[float] = []
+        vectors: list[Tensor] = []
+
+        def multiply(vector: Any) -> Any:
+            given = to_matrix(vector)
+            product = matrix(given)
+            # What was found goes to the other end of the spectrum.
+            far = {"largest": 1, "smallest": -1, "magnitude": 0}[self.which] * max(map(abs, values), default=0.0)
+            for value, known in zip(values, vectors, strict=True):
+                product.sub_(known, alpha=(value + far) * dot(known, given))
+            return product.cpu().numpy()
+
+        def search(count: int, begin: Any) -> tuple[list[float], list[Tensor]]:
+            operator = linalg.LinearOperator((matrix.size, matrix.size), matvec=multiply, dtype=host.dtype)
+            try:
+                found, columns = linalg.eigsh(
+                    operator,
+                    k=count,
+                    which=_WHICH[self.which],
+                    v0=begin,
+                    ncv=None if basis is None else min(basis, matrix.size),
+                    tol=self.tolerance,
+                    maxiter=_RESTARTS,
+                )
+            except linalg.ArpackError as error:
+                shown = ", ".join(f"{value:.4g}" for value in getattr(error, "eigenvalues", ()))
+                raise RuntimeError(
+                    f"the {self.k} {self.which} eigenvalues did not converge to tolerance={self.tolerance:g} (found: "
+                    f"{shown or 'none'}); use a larger tolerance or a larger basis"
+                ) from error
+            return found.tolist(), [to_matrix(columns[:, i]) for i in range(columns.shape[1])]
+
+        values, vectors = search(self.k, host)
+        # One start vector meets one vector of each eigenspace, so the search may miss some of an eigenvalue that occurs
+        # several times: each output of a regression has the same curvature. Look on until what is left ranks lower.
+        while self.k > 1 and any(values) and len(values) < matrix.size - 1:
+            last = sorted(values, key=self._rank)[self.k - 1]
+            again = torch.randn(matrix.size, generator=generator, device=matrix.device, dtype=matrix.dtype)
+            (more,), (direction,) = search(1, again.cpu().numpy())
+            if self._rank(more) >= self._rank(last) - 2 * self.tolerance * abs(last):
+                break
+            values, vectors = [*values, more], [*vectors, direction]
+        return values, vectors
 
 
 def hessian_eigenvalues(
@@ -267,8 +290,9 @@ def hessian_eigenvalues(
     cross-entropy's Hessian shrinks towards 0 because the loss does, so models that fit better look flatter. A
     custom ``autograd.Function`` marked ``once_differentiable`` counts as linear, silently: torch does not tell.
 
-    Cost: about 3.5 gradients a batch for each matrix-vector product; the largest eigenvalue takes 20 to 60 of them, the
-    smallest often more. Memory: about four copies of the weights, and on the host ``basis + 4`` vectors of their size.
+    Cost: about 3.5 gradients a batch for each matrix-vector product; the largest eigenvalue takes 20 to 60 of them,
+    the smallest often more, and ``k > 1`` as many again to make sure that no eigenvalue which occurs twice was
+    missed. Memory: about four copies of the weights, and on the host ``basis + 4`` vectors of their size.
 
     Args:
         model: The model; it comes back bit for bit.

@@ -18,6 +18,10 @@ from samopt.sharpness._measuring.results import mean_and_error
 __all__ = ["Curvature", "GaussNewton", "Hessian", "curvature", "dot", "product_cost"]
 
 _CHUNK = 1 << 22
+_NOT_FINITE = (
+    "the curvature at the weights holds NaN or infinite numbers; measure a model that has not diverged, look at the "
+    "batches, and at operations whose second derivative is infinite (sqrt or log at 0, say)"
+)
 _COSTS = {
     "hessian": 3.5,  # measured 2.9 to 3.7 on small ConvNets, an MLP and a transformer
     "gauss_newton": 3.0,  # measured 2.6 to 3.8
@@ -81,6 +85,9 @@ class Curvature:
         Args:
             vector: Shape ``(size,)``.
             quotients: Where to append ``v . A_b v`` for the matrix of each batch; their mean is ``v . A v``.
+
+        Raises:
+            ValueError: If the product is not finite.
         """
         total: Tensor | None = None  # made after the first product, when the gradient's memory is free again
         parts = self.split(vector)
@@ -96,6 +103,8 @@ class Curvature:
                 quotients.append(_inner_product(parts, products))
             self._measured.progress.advance(self._cost)
         assert total is not None  # there is at least one batch
+        if not total.isfinite().all():
+            raise ValueError(_NOT_FINITE)
         return total.div_(sum(self._measured.sizes))
 
     def quotients(self, vector: Tensor) -> list[float]:
@@ -103,6 +112,9 @@ class Curvature:
 
         Args:
             vector: Shape ``(size,)``.
+
+        Raises:
+            ValueError: If one is not finite.
         """
         parts = self.split(vector)
         found = []
@@ -110,6 +122,8 @@ class Curvature:
             with _twice_differentiable():
                 found.append(_inner_product(parts, self._product(batch, parts)))
             self._measured.progress.advance(self._cost)
+        if not all(map(math.isfinite, found)):
+            raise ValueError(_NOT_FINITE)
         return found
 
     def standard_error(self, quotients: Sequence[float]) -> float | None:
@@ -161,14 +175,18 @@ class GaussNewton:
 
     def __init__(self, measured: MeasuredModel) -> None:
         self._measured = measured
+        self._is_checked = False
 
     def __call__(self, batch: Any, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the product; None for weights on which the outputs do not depend."""
         measured = self._measured
         outputs: list[Tensor] = []
+        others: list[Tensor] = []
 
         def collect(module: nn.Module, args: Any, output: Any) -> None:
             outputs.extend(_logits_of(output, type(module).__name__))
+            if isinstance(output, tuple | list):
+                others.extend(part for part in output[1:] if isinstance(part, Tensor) and part.requires_grad)
 
         handle = measured.model.register_forward_hook(collect)
         try:
@@ -181,12 +199,32 @@ class GaussNewton:
                 "the Gauss-Newton matrix needs the model's outputs, but loss_fn did not call the model it was given; "
                 "call model(...) in it, or use hessian_eigenvalues"
             )
-        pushed = self._push_forward(outputs, vectors)
         slope = measured.differentiate([loss], outputs, create_graph=True)
+        if not self._is_checked:
+            self._check(loss, outputs, others, slope)
+            self._is_checked = True
+        pushed = self._push_forward(outputs, vectors)
         bent = _pull_back(measured, slope, pushed, outputs, retain_graph=True)
         return measured.differentiate(
             outputs, measured.weights, grad_outputs=[_or_zeros(b, z) for b, z in zip(bent, outputs, strict=True)]
         )
+
+    def _check(
+        self, loss: Tensor, outputs: Sequence[Tensor], others: Sequence[Tensor], slope: Sequence[Tensor | None]
+    ) -> None:
+        """Refuse outputs that are not all that the loss depends on."""
+        name = type(self._measured.model).__name__
+        if all(part is None for part in slope):
+            raise ValueError(
+                f"the loss does not depend on the outputs of {name}, so its Gauss-Newton matrix is 0; compute the loss "
+                "from what model(...) returns, or use hessian_eigenvalues"
+            )
+        if any(output.dim() == 0 for output in outputs) or _reaches(loss, outputs, others):
+            raise ValueError(
+                f"{name} returns several outputs, and the loss depends on more than the first, or is the first one; "
+                "wrap the model so that it returns one tensor, from which loss_fn computes the loss, or use "
+                "hessian_eigenvalues"
+            )
 
     def _push_forward(self, outputs: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return ``J v``: the derivative in ``u`` of ``(J^T u) . v``."""
@@ -236,6 +274,22 @@ def _pull_back(
     return measured.differentiate(
         [o for o, _ in pairs], inputs, grad_outputs=[c.to(o.dtype) for o, c in pairs], **options
     )
+
+
+def _reaches(loss: Tensor, through: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether a loss depends on other outputs in another way than through the given ones."""
+    stops = [output.grad_fn for output in through]
+    wanted = [other.grad_fn for other in others]  # kept, so that the same node is the same object below
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen or node in stops:
+            continue
+        if node in wanted:
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _inner_product(vectors: Sequence[Tensor], products: Sequence[Tensor | None]) -> float:

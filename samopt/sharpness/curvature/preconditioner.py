@@ -66,7 +66,13 @@ def preconditioner_of(optimizer: Any, weights: Sequence[Tensor]) -> Precondition
         _scale(base, groups[id(weight)], base.state.get(weight, {})) * (float(groups[id(weight)]["lr"]) / lr)
         for weight in weights
     ]
-    return Preconditioner(scales, _threshold(base, first) / lr, lr)
+    thresholds = {_threshold(base, groups[id(weight)]) for weight in weights}
+    if len(thresholds) > 1:
+        raise ValueError(
+            "the groups differ in their momentum or betas, so there is no one threshold for all of them; choose the "
+            "weights of one group with parameters=, or use hessian_eigenvalues"
+        )
+    return Preconditioner(scales, thresholds.pop() / lr, lr)
 
 
 def _unwrap(optimizer: Any) -> Optimizer:
@@ -106,7 +112,10 @@ def _scale(base: Optimizer, group: dict[str, Any], state: dict[str, Any]) -> Ten
         return root.mul_(first_moment).reciprocal_()
     if isinstance(base, RMSprop) and group["centered"]:
         second = (second - widen(state["grad_avg"]).square()).clamp_min_(0)
-    return second.sqrt().add_(group["eps"]).reciprocal_()
+    scale = second.sqrt().add_(group["eps"]).reciprocal_()
+    if isinstance(base, Adagrad):
+        scale.div_(1 + (float(torch.as_tensor(state["step"])) - 1) * group["lr_decay"])
+    return scale
 
 
 def _threshold(base: Optimizer, group: dict[str, Any]) -> float:

@@ -179,7 +179,8 @@ def find_rho(
         loss_fn: ``loss_fn(model, batch) -> scalar``, or a torch loss such as ``nn.CrossEntropyLoss()``.
         batches: Training batches, read once and kept: those of an epoch, or as many as ``steps`` needs.
         optimizer: The base optimizer over the model's parameters, or a function that makes it from parameters, as in
-            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``.
+            ``lambda parameters: torch.optim.SGD(parameters, lr=0.1)``. Its learning rate is the largest among the
+            present one and those (``initial_lr``, ``max_lr``) that a schedule has noted in the group.
         radii: What to try, each > 0; for "asam" about ten times larger ones.
         variant: Name of a samopt optimizer with a radius ``rho``, see ``samopt.available()``.
         validation: Batches to compare on; None holds out every fourth of ``batches``.
@@ -228,6 +229,8 @@ def find_rho(
         measure_accuracy = accuracy_fn or accuracy_for(inner, compute_loss, kept[0])
         twin, base, _ = _copied(inner, optimizer, compute_loss)
         create(variant, base, model=twin, rho=radii[0])  # so that a variant without a radius fails before the runs
+        if not any(float(_peak_rate(group)) > 0 for group in base.param_groups):
+            raise ValueError("the optimizer's learning rate is 0, so no run would train; give it the run's own")
         del twin, base
         counter = Progress(progress, "find_rho", float(folds * steps * (1 + 2 * len(radii))))
         try:
@@ -245,7 +248,9 @@ def find_rho(
                     if fold == 0 and number == 0:
                         tested = _grid(radii)
                         chosen = training[:_RANGE_BATCHES]
-                        rises, agreements = range_test(trained, own_loss, chosen, tested, variant in _ADAPTIVE)
+                        rises, agreements = range_test(
+                            trained, own_loss, chosen, tested, "asam" if variant in _ADAPTIVE else False
+                        )
                 _check_base(runs[0], steps)
                 left = _still_possible(runs, left)
                 if not left:
@@ -306,7 +311,7 @@ def _train(
     with torch.inference_mode(False), torch.enable_grad():
         twin, base, loss_fn = _copied(model, optimizer, compute_loss)
         trained: Any = base if radius == 0 else create(variant, base, model=[twin, *modules_of(loss_fn)], rho=radius)
-        rates = [group["lr"] for group in base.param_groups]
+        rates = [_peak_rate(group) for group in base.param_groups]
         twin.train()
         for step, batch in enumerate(itertools.islice(itertools.cycle(batches), steps)):
             for group, rate in zip(base.param_groups, rates, strict=True):
@@ -323,6 +328,11 @@ def _train(
         if radius and hasattr(trained, "detach"):
             trained.detach()
     return twin, loss_fn
+
+
+def _peak_rate(group: dict[str, Any]) -> Any:
+    """Return a group's learning rate, before what a schedule has made of it: one that warms up begins at 0 or near."""
+    return max((group[name] for name in ("lr", "initial_lr", "max_lr") if name in group), key=float)
 
 
 def _copied(model: nn.Module, optimizer: Any, loss: LossFn) -> tuple[nn.Module, Optimizer, LossFn]:

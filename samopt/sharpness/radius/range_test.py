@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samopt._numerics.low_precision import widen
+from samopt._numerics.stochastic_rounding import RoundingNoise
 from samopt.sharpness._measuring.losses import LossFn
 from samopt.sharpness._measuring.measured_model import measuring
 from samopt.sharpness._measuring.results import mean_and_error
@@ -33,22 +35,26 @@ def range_test(
     rises: list[list[float]] = [[] for _ in radii]
     cosines: list[list[float]] = [[] for _ in radii]
     with measuring(model, loss_fn, batches, name="range test", mode="train", progress=False) as measured:
+        noise = RoundingNoise(0)
         with measured.movable_weights() as movable:
             for batch in measured.batches:
                 movable.undo()
-                loss, gradient = measured.gradient(batch)
+                loss, found = measured.gradient(batch)
+                gradient = _dense(found)
                 for index, radius in enumerate(radii):
                     movable.undo()
                     ball = Ball(radius, "l2", adaptive, 0.01 if adaptive else 0.0)
                     offsets = [
-                        torch.zeros_like(weight) if part is None else part.clone()
-                        for part, weight in zip(gradient, measured.weights, strict=True)
+                        torch.zeros_like(weight) if part is None else widen(part).clone()
+                        for part, weight in zip(gradient, movable.origin, strict=True)
                     ]
+                    noise.advance()
                     if not 0 < ball.uphill(offsets, movable.origin, radius) < math.inf:
                         continue
                     for number, offset in enumerate(offsets):
-                        movable.move(number, offset)
-                    there, perturbed = measured.gradient(batch)
+                        movable.move(number, offset, noise.source())
+                    there, found = measured.gradient(batch)
+                    perturbed = _dense(found)
                     rises[index].append(float(there - loss))
                     cosines[index].append(_cosine(gradient, perturbed))
         sizes = measured.sizes
@@ -58,8 +64,18 @@ def range_test(
     )
 
 
+def _dense(gradient: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [part.to_dense() if part is not None and part.is_sparse else part for part in gradient]
+
+
+def _flat(part: Tensor) -> Tensor:
+    return torch.view_as_real(part).reshape(-1) if part.is_complex() else part.reshape(-1)
+
+
 def _cosine(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:
-    pairs = [(a.reshape(-1), b.reshape(-1)) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    pairs = [
+        (_flat(widen(a)), _flat(widen(b))) for a, b in zip(one, other, strict=True) if a is not None and b is not None
+    ]
     lengths = [math.fsum(dot(part, part) for part in side) for side in zip(*pairs, strict=True)]
     product = math.fsum(dot(a, b) for a, b in pairs)
     scale = math.sqrt(lengths[0] * lengths[1])
