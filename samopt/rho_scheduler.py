@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import partial
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from samopt._step.late_phase import first_late_step, share_of
 from samopt.distributed import runs_on_several_ranks
@@ -17,12 +18,17 @@ from samopt.parts.checks import check_nonnegative
 
 __all__ = ["RhoScheduler"]
 
+# The schedule that was made last for each optimizer. Two would overwrite each other's rho in turn.
+_drivers: WeakKeyDictionary[SharpnessAwareOptimizer, ref[RhoScheduler]] = WeakKeyDictionary()
+
 
 class RhoScheduler:
     """Multiplies each group's initial ``rho`` by a factor that depends on the number of ``step()`` calls.
 
     Like torch's schedulers it takes effect on construction (with step 0) and at each ``step()``; call that after
-    ``optimizer.step()``.
+    ``optimizer.step()``. One schedule drives an optimizer: a newer one takes the older one's place, and starts from the
+    same initial ``rho``. To combine two, multiply their factors: ``RhoScheduler(optimizer, lambda step: a(step) *
+    b(step))``.
 
     Args:
         optimizer: The sharpness-aware optimizer whose ``rho`` to drive.
@@ -50,9 +56,22 @@ class RhoScheduler:
         self.optimizer = optimizer
         self._factor = factor
         self._key = optimizer.option_key(optimizer.radius.option)
-        self.base_rhos = self.get_last_rho()
+        self.base_rhos = self._initial_rhos()
         self.last_step = 0
+        self._set: list[float] = []
         self._move_to(0, self.base_rhos)
+        _drivers[optimizer] = ref(self)
+
+    def _initial_rhos(self) -> list[float]:
+        """Return each group's ``rho``, without what an older schedule has made of it."""
+        present = self.get_last_rho()
+        driver = _drivers.get(self.optimizer)
+        older = None if driver is None else driver()
+        if older is None:
+            return present
+        pairs = zip(older.base_rhos, older._set, strict=True)
+        initial = [base if rho == made else rho for (base, made), rho in zip(pairs, present, strict=False)]
+        return initial + present[len(initial) :]
 
     @classmethod
     def linear_warmup(cls, optimizer: SharpnessAwareOptimizer, steps: int, start: float = 0.0) -> RhoScheduler:
@@ -221,8 +240,17 @@ class RhoScheduler:
         """Advance by one and set every group's ``rho``.
 
         Raises:
+            RuntimeError: If a newer schedule drives the optimizer.
             ValueError: If the factor is negative or not finite; nothing has changed then.
         """
+        driver = _drivers.get(self.optimizer)
+        newer = None if driver is None else driver()
+        if newer is not None and newer is not self:
+            raise RuntimeError(
+                "another RhoScheduler, made later, drives this optimizer, and both would set the same rho; "
+                "step that one alone, or make one schedule of both factors: RhoScheduler(optimizer, lambda step: "
+                "a(step) * b(step))"
+            )
         self._move_to(self.last_step + 1, self.base_rhos)
 
     def get_last_rho(self) -> list[float]:
@@ -267,6 +295,7 @@ class RhoScheduler:
         self.base_rhos = base_rhos + self.get_last_rho()[len(base_rhos) :]
         for group, rho in zip(self.optimizer.param_groups, self.base_rhos, strict=True):
             group[self._key] = rho * factor
+        self._set = self.get_last_rho()
 
 
 # Module-level, with the optimizer as an argument, so that a copied or pickled schedule follows the copied optimizer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
@@ -418,3 +419,36 @@ def test_arguments_out_of_range_are_refused(make: Callable[[Any], RhoScheduler],
     with pytest.raises(ValueError, match=message):
         make(optimizer)
     assert optimizer.param_groups[0]["rho"] == 0.2
+
+
+def scheduled_sam() -> samopt.SAM:
+    return samopt.SAM(BASES["sgd"](mlp().parameters()), rho=0.2)
+
+
+def test_a_second_schedule_starts_from_the_initial_rho_and_the_first_says_that_it_was_replaced() -> None:
+    optimizer = scheduled_sam()
+    first = RhoScheduler.linear_warmup(optimizer, steps=4)  # rho is 0 now
+    second = RhoScheduler.cosine(optimizer, steps=4)
+    assert second.base_rhos == [0.2] and second.get_last_rho() == [0.2]
+    with pytest.raises(RuntimeError, match="another RhoScheduler, made later"):
+        first.step()
+    second.step()
+    assert optimizer.param_groups[0]["rho"] == pytest.approx(0.2 * 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_a_rho_that_was_set_by_hand_is_the_next_schedules_initial_one() -> None:
+    optimizer = scheduled_sam()
+    first = RhoScheduler.linear_warmup(optimizer, steps=4)
+    optimizer.param_groups[0]["rho"] = 0.5
+    assert RhoScheduler.cosine(optimizer, steps=4).base_rhos == [0.5]
+    assert first.base_rhos == [0.2]
+
+
+def test_a_schedule_goes_on_when_a_newer_one_is_gone() -> None:
+    optimizer = scheduled_sam()
+    first = RhoScheduler.linear_warmup(optimizer, steps=4)
+    newer = RhoScheduler.cosine(optimizer, steps=4)
+    del newer
+    gc.collect()
+    first.step()
+    assert first.get_last_rho() == [0.05]
