@@ -192,3 +192,27 @@ def test_data_that_is_not_finite_is_refused():
         sharpness.label_sharpness(inputs, torch.arange(60) % 2)
     with pytest.raises(ValueError, match="finite points"):
         sharpness.intrinsic_dimension(inputs)
+
+
+def test_parameters_in_the_same_memory_are_refused():
+    torch.manual_seed(0)
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight.data = first.weight.data
+    with pytest.raises(ValueError, match=r"'0.weight' and '2.weight' are in the same memory"):
+        sharpness.average_case(nn.Sequential(first, nn.Tanh(), second), nn.CrossEntropyLoss(), batches())
+
+
+def test_parameters_beside_each_other_in_one_memory_are_measured():
+    """As RNNs keep them on an accelerator."""
+    torch.manual_seed(0)
+    apart, together = nn.Linear(6, 6), nn.Linear(6, 6)
+    memory = torch.cat([apart.weight.detach().reshape(-1), apart.bias.detach()])
+    together.weight.data, together.bias.data = memory[:36].view(6, 6), memory[36:]
+    loss = nn.CrossEntropyLoss()
+    assert sharpness.worst_case(together, loss, batches()) == sharpness.worst_case(apart, loss, batches())
+
+
+def test_a_ball_in_which_the_loss_is_no_number_is_warned_about():
+    with pytest.warns(UserWarning, match=r"NaN at points within rho=1e\+30 on batches \[0, 1\]"):
+        model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        sharpness.worst_case(model, nn.CrossEntropyLoss(), batches(), rho=1e30)

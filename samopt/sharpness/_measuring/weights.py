@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Selection", "select", "trainable_layers", "unwrap"]
 
@@ -48,7 +51,7 @@ def select(model: nn.Module, selection: Selection = None, *, frozen: bool = Fals
         frozen: Take parameters that are not trainable, too.
 
     Raises:
-        ValueError: If a name or pattern selects nothing; says what there is.
+        ValueError: If a name or pattern selects nothing; says what there is. If two parameters share memory.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if frozen or parameter.requires_grad}
     all_names: dict[int, list[str]] = {}
@@ -58,6 +61,7 @@ def select(model: nn.Module, selection: Selection = None, *, frozen: bool = Fals
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter; set requires_grad=True on what the measure should move"
         )
+    _refuse_overlaps(trainable)
     if selection is None:
         return trainable
     patterns = [selection] if isinstance(selection, str) else list(selection)
@@ -88,6 +92,21 @@ def trainable_layers(model: nn.Module) -> list[str]:
     """
     owners = dict.fromkeys(name.rpartition(".")[0] for name in select(model))
     return [name for name in owners if name]
+
+
+def _refuse_overlaps(parameters: dict[str, nn.Parameter]) -> None:
+    """Refuse two parameters in the same memory: moving both would overwrite one move with the other."""
+    places = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name)
+        for name, p in parameters.items()
+        if not is_lazy(p) and p.layout is torch.strided and p.is_contiguous() and p.numel() and p.data_ptr()
+    )
+    for (_, end, one), (start, _, other) in pairwise(places):
+        if start < end:
+            raise ValueError(
+                f"the parameters {one!r} and {other!r} are in the same memory, so they cannot move apart; tie them "
+                "as one parameter (b.weight = a.weight), or copy one (b.weight.data = a.weight.data.clone())"
+            )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -76,6 +76,8 @@ class AutoPGD:
         map_tensors(batch, self._note)
         self.loss = torch.zeros(())
         """The loss at the centre."""
+        self.met_nan = False
+        """Whether the loss was NaN at a point of the ball, where a search ends."""
 
     def _note(self, tensor: Tensor) -> Tensor:
         if tensor.layout is torch.strided:
@@ -116,6 +118,7 @@ class AutoPGD:
                 break
             rise, gradient = self._evaluate(with_gradient=step < steps)
             if math.isnan(rise):
+                self.met_nan = True
                 break
             highest = max(highest, rise)
             raised += rise > loss_before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,7 @@ def worst_case(
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     searches = []
+    nan_batches = []
     with measuring(
         model,
         loss_fn,
@@ -149,7 +151,15 @@ def worst_case(
                 search = AutoPGD(measured, batch, ball, movable, (seed, number))
                 curve = search.run(steps, restarts)
                 searches.append((measured.checked(search.loss, number), curve))
+                if search.met_nan:
+                    nan_batches.append(number)
         cost = measured.progress.cost
+    if nan_batches:
+        warnings.warn(
+            f"the loss was NaN at points within rho={rho:g} on batches {nan_batches}, where the search ended; the "
+            "value is a bound from the points before, so measure at a smaller radius",
+            stacklevel=2,
+        )
     per_batch = tuple(curve[-1] for _, curve in searches)
     value, error = mean_and_error(per_batch, measured.sizes)
     return WorstCase(
