@@ -250,6 +250,7 @@ def looksam(
 ) -> Tensor:
     """LookSAM (Liu et al. 2022, algorithm 1): a second pass every k steps, its orthogonal part in the others.
 
+    Norms and inner products are those of each tensor.
     ``memory`` is a dict that is kept between steps, empty before the first.
     """
     loss, g = gradient(parameters, compute_loss)
@@ -257,13 +258,12 @@ def looksam(
     if step % every == 0:
         length = norm(g)
         g_p = perturbed_gradient(parameters, compute_loss, [rho * entry / length for entry in g])
-        share = dot(g, g_p) / dot(g, g)
-        memory["component"] = [p - share * entry for p, entry in zip(g_p, g, strict=True)]
+        shares = [dot([entry], [p]) / dot([entry], [entry]) for entry, p in zip(g, g_p, strict=True)]
+        memory["component"] = [p - share * entry for p, entry, share in zip(g_p, g, shares, strict=True)]
         update(parameters, base, g_p)
     else:
-        component = memory["component"]
-        factor = alpha * norm(g) / norm(component)
-        update(parameters, base, [entry + factor * v for entry, v in zip(g, component, strict=True)])
+        pairs = list(zip(g, memory["component"], strict=True))
+        update(parameters, base, [entry + alpha * norm([entry]) / norm([v]) * v for entry, v in pairs])
     return loss
 
 

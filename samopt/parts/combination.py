@@ -164,22 +164,26 @@ class ReusedComponent(Combination):
     ``g_v`` is the part of the latest ``g_p`` that was orthogonal to its ``g``: it changes slowly. Source: Liu et al.
     2022, "Towards Efficient and Scalable Sharpness-Aware Minimization" (LookSAM), algorithm 1.
 
-    Cost: ``1 + 1/every`` times the base's; one copy of the gradients is kept, and saved in checkpoints.
+    Cost: ``1 + 1/every`` times the base's; one copy of the gradients is kept, and saved in checkpoints. With sharded
+    parameters and ``per_tensor``, ranks exchange two numbers for each tensor.
 
     Args:
         every: Steps from one second pass to the next, >= 1.
         alpha: Weight of the reused component, >= 0.
+        per_tensor: Whether norms and inner products are those of each tensor, as in the layer-wise form and in the
+            common implementations; otherwise those over all parameters.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, every: int = 5, alpha: float = 0.7) -> None:
+    def __init__(self, every: int = 5, alpha: float = 0.7, per_tensor: bool = True) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         check_nonnegative("alpha", alpha)
         self.every = every
         self.alpha = alpha
+        self.per_tensor = per_tensor
         self._steps = 0
         self._component: dict[Tensor, Tensor] = {}
 
@@ -189,10 +193,11 @@ class ReusedComponent(Combination):
 
     def combine(self, parameters: Sequence[Tensor], first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
         """Keep ``g_p - <g_p, g> / ||g||^2 g``; ``g_p`` itself is the base's gradient."""
-        share = _ratio(inner_product(parameters, first, second), inner_product(parameters, first, first))
+        products = self._products(parameters, first, second), self._products(parameters, first, first)
+        shares = map(_ratio, *products)
         self._component = {
             parameter: gradient - share.to(plain) * plain
-            for parameter, plain, gradient in zip(parameters, first, second, strict=True)
+            for parameter, plain, gradient, share in zip(parameters, first, second, shares, strict=True)
         }
 
     def complete(self, parameters: Sequence[Tensor], first: Sequence[Tensor]) -> None:
@@ -200,12 +205,16 @@ class ReusedComponent(Combination):
         known = [(p, g, self._component[p]) for p, g in zip(parameters, first, strict=True) if p in self._component]
         if not known:
             return
-        components = [component for _, _, component in known]
-        owners = [parameter for parameter, _, _ in known]
-        lengths = inner_product(parameters, first, first), inner_product(owners, components, components)
-        scale = self.alpha * _ratio(*lengths).sqrt()
-        for _, gradient, component in known:
-            gradient.add_(component * scale.to(component))
+        owners, gradients, components = zip(*known, strict=True)
+        squares = self._products(owners, gradients, gradients), self._products(owners, components, components)
+        for gradient, component, ratio in zip(gradients, components, map(_ratio, *squares), strict=True):
+            gradient.add_(component * (self.alpha * ratio.sqrt()).to(component))
+
+    def _products(self, parameters: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``<left, right>`` of each tensor, or for each of them the sum over all."""
+        if not self.per_tensor:
+            return [inner_product(parameters, left, right)] * len(parameters)
+        return [inner_product([p], [a], [b]) for p, a, b in zip(parameters, left, right, strict=True)]
 
     def advance(self, parameters: Sequence[Tensor]) -> None:
         """Count the step.

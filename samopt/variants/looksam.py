@@ -23,8 +23,8 @@ class LookSAM(SharpnessAwareOptimizer):
     """LookSAM: SAM in every k-th step; the others add the part of its gradient that changes slowly.
 
     In a k-th step the base gets SAM's gradient ``g_s``, and ``g_v``, the part of it orthogonal to ``g``, is kept. In
-    the others it gets ``g + alpha ||g|| / ||g_v|| g_v``. Source: Liu et al. 2022, "Towards Efficient and Scalable
-    Sharpness-Aware Minimization", algorithm 1.
+    the others it gets ``g + alpha ||g|| / ||g_v|| g_v``, tensor by tensor. Source: Liu et al. 2022, "Towards Efficient
+    and Scalable Sharpness-Aware Minimization", algorithm 1.
 
     Cost: ``1 + 1/every`` times the base's; one copy of the gradients is kept and saved.
 
@@ -34,6 +34,8 @@ class LookSAM(SharpnessAwareOptimizer):
         rho: Radius of the perturbation, >= 0.
         every: The paper's k, >= 1. 1 is SAM.
         alpha: Weight of the kept component, >= 0. 0 is the base in the steps between.
+        per_tensor: Whether norms and orthogonality are those of each tensor, as in the layer-wise form and in the
+            common implementations. False takes those over all parameters; a transformer did not learn at all with it.
         adaptive: Use ASAM's geometry.
         **options: ``model``, ``only``, ``direction``, ``norm``, ``stochastic_rounding``, ``seed``,
             ``sync_perturbation``, ``backend``, ``measure_grad_norms``, ``warn_on_stall`` as for
@@ -61,6 +63,7 @@ class LookSAM(SharpnessAwareOptimizer):
         rho: float = ...,
         every: int = ...,
         alpha: float = ...,
+        per_tensor: bool = ...,
         adaptive: bool = ...,
         **options: Unpack[Options],
     ) -> None: ...
@@ -73,6 +76,7 @@ class LookSAM(SharpnessAwareOptimizer):
         rho: float = ...,
         every: int = ...,
         alpha: float = ...,
+        per_tensor: bool = ...,
         adaptive: bool = ...,
         **options: Any,
     ) -> None: ...
@@ -84,6 +88,7 @@ class LookSAM(SharpnessAwareOptimizer):
         rho: float = 0.1,
         every: int = 5,
         alpha: float = 0.7,
+        per_tensor: bool = True,
         adaptive: bool = False,
         **options: Any,
     ) -> None:
@@ -95,5 +100,5 @@ class LookSAM(SharpnessAwareOptimizer):
             **FIXED_BY_ADAPTIVE,
         )
         geometry = Adaptive() if adaptive else Euclidean()
-        combination = ReusedComponent(every, alpha)
+        combination = ReusedComponent(every, alpha, per_tensor)
         super().__init__(params, base_optimizer, geometry=geometry, rho=rho, combination=combination, **options)

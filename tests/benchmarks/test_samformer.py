@@ -129,12 +129,16 @@ def trained(make, steps=12):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_looksam_by_hand_with_global_norms_is_the_packages():
+def test_looksam_by_hand_is_the_packages_with_norms_of_both_kinds():
     options = {"rho": 0.1, "every": 3, "alpha": 0.4}
-    theirs = trained(lambda base, model: samopt.LookSAM(base, model=model, **options))
-    ours = trained(lambda base, model: LookSAM(base, model, per_tensor=False, **options))
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(trained(lambda base, model: LookSAM(base, model, **options)), theirs, rtol=1e-3)
+    results = []
+    for per_tensor in (True, False):
+        options["per_tensor"] = per_tensor
+        theirs = trained(lambda base, model: samopt.LookSAM(base, model=model, **options))
+        ours = trained(lambda base, model: LookSAM(base, model, **options))
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        results.append(ours)
+    assert not torch.allclose(*results, rtol=1e-3)
 
 
 def test_looksam_by_hand_is_sam_in_every_step_and_the_base_without_its_part():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,17 +87,29 @@ class FriendlyLoop(Loop):
 
 
 class LookLoop(Loop):
-    """Liu et al. 2022, algorithm 1, with k = 3 and alpha 0.7."""
+    """Liu et al. 2022, algorithm 1, with k = 3 and alpha 0.7; norms and inner products of each tensor."""
 
     def step(self) -> tuple[Tensor, list[Tensor]]:
         loss, g = self.gradient()
         if self.steps % 3 == 0:
             _, g_s = self.gradient(self.epsilon(g))
-            share = dot(g, g_s) / dot(g, g)
-            self.memory = [s - share * entry for s, entry in zip(g_s, g, strict=True)]
+            ratios = self.ratios(zip(g, g_s, strict=True), zip(g, g, strict=True))
+            self.memory = [s - share * entry for s, entry, share in zip(g_s, g, ratios, strict=True)]
             return loss, g_s
-        scale = 0.7 * (dot(g, g) / dot(self.memory, self.memory)) ** 0.5
-        return loss, [entry + scale * v for entry, v in zip(g, self.memory, strict=True)]
+        ratios = self.ratios(zip(g, g, strict=True), zip(self.memory, self.memory, strict=True))
+        return loss, [entry + 0.7 * ratio**0.5 * v for entry, v, ratio in zip(g, self.memory, ratios, strict=True)]
+
+    def ratios(self, above: Iterable[tuple[Tensor, Tensor]], below: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+        pairs = [(float((a * b).sum()), float((c * d).sum())) for (a, b), (c, d) in zip(above, below, strict=True)]
+        return [product / square if square else 0.0 for product, square in pairs]
+
+
+class WholeLookLoop(LookLoop):
+    """The same with norms and inner products over all parameters."""
+
+    def ratios(self, above: Iterable[tuple[Tensor, Tensor]], below: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+        products = [float((a * b).sum()) for a, b in above]
+        return [sum(products) / sum(float((c * d).sum()) for c, d in below)] * len(products)
 
 
 class GapLoop(Loop):
@@ -202,6 +214,10 @@ def _look(params, base_optimizer=None, **options):
     return samopt.LookSAM(params, base_optimizer, every=3, **options)
 
 
+def _look_as_a_whole(params, base_optimizer=None, **options):
+    return samopt.LookSAM(params, base_optimizer, every=3, per_tensor=False, **options)
+
+
 def _weighted(params, base_optimizer=None, **options):
     return samopt.WSAM(params, base_optimizer, gamma=0.8, **options)
 
@@ -223,6 +239,7 @@ PRESETS = [
     Preset("momentum", samopt.MomentumSAM, AheadLoop, 0.1, without=("sgd",)),
     Preset("friendly", samopt.FriendlySAM, FriendlyLoop, 0.1),
     Preset("look", _look, LookLoop, 0.1),
+    Preset("look-whole", _look_as_a_whole, WholeLookLoop, 0.1),
     Preset("gsam", samopt.GSAM, GapLoop, 0.1),
     Preset("wsam", _weighted, WeightedLoop, 0.1),
     Preset("wsam-coupled", _coupled, CoupledLoop, 0.1),
