@@ -25,11 +25,11 @@ class Network:
     """A kind of model and how it varies.
 
     Attributes:
-        build: Makes one.
+        build: Makes a model with fresh weights.
         base: Its base optimizer.
-        rates: Learning rates.
-        decays: Weight decays.
-        steps: Of training.
+        rates: Learning rates, which the models take in turns.
+        decays: Weight decays that the models draw from.
+        steps: Optimizer steps of one training run.
         models: How many to train.
     """
 
@@ -61,9 +61,9 @@ class Recipe:
     """One model's settings: the learning rate and label noise by its number, in turns, the others drawn.
 
     Args:
-        name: Of the network.
-        number: Of the model; also the seed of its weights, its batches and the draws.
-        steps: Of training.
+        name: Name of the network.
+        number: Number of the model; also the seed of its weights, its batches and the draws.
+        steps: Optimizer steps of one training run.
     """
 
     name: str

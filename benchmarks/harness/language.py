@@ -50,7 +50,7 @@ class GPT(nn.Module):
     """A transformer over bytes that predicts the next one; layer normalisation comes first in each block.
 
     Args:
-        length: Longest input.
+        length: Bytes in the longest input.
         width: Features of a byte.
         depth: Number of blocks.
         heads: Attention heads; they divide ``width``.

@@ -34,7 +34,7 @@ class R3F(Optimizer):
 
         Args:
             hidden: The inputs that gave ``logits``; the noise comes from torch's global generator.
-            attention_mask: Theirs.
+            attention_mask: The attention mask of these inputs.
             logits: ``(n, classes)``, with a graph.
         """
         noisy = self._model(hidden + self._std * torch.randn_like(hidden), attention_mask)

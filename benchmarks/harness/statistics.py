@@ -61,7 +61,7 @@ class Agreement:
     Attributes:
         tau: Kendall's tau-b: 1 for the same order, -1 for the reverse; nan where there is nothing to order.
         low: Lower bound of its 95 % bootstrap interval.
-        high: Upper bound.
+        high: Upper bound of the same interval.
         pairs: Number of pairs that are compared.
     """
 
@@ -141,7 +141,7 @@ def rank_agreement(
 
     Args:
         first: A quantity of each thing; inf is the largest.
-        second: Another.
+        second: Another quantity of each thing, in the same order.
         groups: The group of each thing; None for one group.
     """
     ranks = [stats.rankdata(values) for values in (first, second)]

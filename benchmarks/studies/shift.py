@@ -62,7 +62,7 @@ def study(
         methods: Comma-separated; adamw is always among them.
         seeds: Of the tests, comma-separated.
         layers: Trained layers, from the top.
-        train_size: Training definitions.
+        train_size: Number of definitions to train on.
         test_size: Validation definitions, test definitions, and test usage examples, each.
         steps: Steps of each run.
         batch_size: Examples a step.
