@@ -23,7 +23,7 @@ from samopt.sharpness._measuring.losses import (
     modules_of,
     takes_labels,
 )
-from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedState, unobserved
+from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedState, leaves_of, unobserved
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness._measuring.weights import Selection, select, unwrap
@@ -271,16 +271,7 @@ class MeasuredModel:
             ValueError: If it depends on none of the model's trainable parameters.
         """
         own = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
-        pending, seen = [loss.grad_fn], set()
-        while pending and own:
-            node: Any = pending.pop()
-            if node is None or node in seen:
-                continue
-            if id(getattr(node, "variable", None)) in own:
-                return
-            seen.add(node)
-            pending.extend(following for following, _ in node.next_functions)
-        if own and id(loss) not in own:
+        if own and not any(id(leaf) in own for leaf in leaves_of([loss])):
             raise ValueError(
                 f"the loss depends on none of the trainable parameters of {type(self.model).__name__}: loss_fn uses "
                 "another model than the one it is given; write loss_fn(model, batch) with model(...) in it"
