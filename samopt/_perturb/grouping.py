@@ -15,13 +15,14 @@ from samopt._numerics.stochastic_rounding import Noise
 from samopt._perturb.targets import Region, Targets
 from samopt.distributed import Shards, local_part
 from samopt.kernels import Backend, Block
-from samopt.kernels.memory import IS_CPU, same_memory_layout
+from samopt.kernels.memory import same_memory_layout
 from samopt.parts.geometry import Geometry
 
 __all__ = ["MovingBlock", "moving_blocks"]
 
-_DTYPE, _DEVICE, _LAYOUT = attrgetter("dtype"), attrgetter("device"), attrgetter("layout")
+_KIND, _DEVICE = attrgetter("layout", "dtype", "is_cpu"), attrgetter("device")
 _WHOLE = {nn.Parameter, Tensor}  # kinds of tensors of which this rank has everything; others are asked
+_DENSE = {Tensor}
 
 
 class MovingBlock(NamedTuple):
@@ -116,15 +117,13 @@ def _is_uniform(weights: list[Tensor], directions: list[Tensor]) -> bool:
 
     It is asked in every step, so it takes a few calls per list of tensors and none per tensor.
     """
-    return (
-        {Tensor}.issuperset(map(type, directions))
-        and {torch.strided} == set(map(_LAYOUT, directions))
-        and _has_one_dtype(directions)
-        and (all(map(IS_CPU, weights)) or len(set(map(_DEVICE, weights))) == 1)
-        and (weights is directions or (_WHOLE.issuperset(map(type, weights)) and _has_one_dtype(weights)))
-    )
-
-
-def _has_one_dtype(tensors: list[Tensor]) -> bool:
-    """Return whether contiguous tensors have one dtype."""
-    return len(set(map(_DTYPE, tensors))) == 1 and all(map(Tensor.is_contiguous, tensors))
+    for tensors, types in ((weights, _WHOLE), (directions, _DENSE)):
+        if not types.issuperset(map(type, tensors)):
+            return False
+        kinds = set(map(_KIND, tensors))
+        if len(kinds) != 1 or not all(map(Tensor.is_contiguous, tensors)):
+            return False
+        layout, _, is_cpu = kinds.pop()
+        if layout is not torch.strided or not (is_cpu or len(set(map(_DEVICE, tensors))) == 1):
+            return False
+    return True

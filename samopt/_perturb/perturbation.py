@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress, repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from samopt.kernels.reference import split_sparse
 from samopt.parts.geometry import Euclidean, Geometry
 
 __all__ = ["Perturbation", "descend", "gradient_norm"]
+
+_GRADIENT = attrgetter("grad")
 
 
 class Perturbation:
@@ -182,7 +186,8 @@ class Perturbation:
             if len({(some.backend.name, some.block.weights[0].device) for some in blocks}) == 1:
                 return measure([some.block for some in blocks])
         lengths = [some.backend.norm(some.block) for some in blocks]
-        return Norms(self._combine(lengths), None, None, lengths)
+        norm = self._combine(lengths)
+        return Norms(norm, norm if all(some.block.geometry is None for some in blocks) else None, None, lengths)
 
     def _combine(self, lengths: list[Tensor], *, largest: bool = False) -> Tensor:
         """Return the norm of everything from the norm of each block."""
@@ -216,15 +221,21 @@ def descend(parameters: Sequence[Tensor], directions: Sequence[Tensor], rate: fl
             local_part(parameter).sub_(torch.where(size != 0, direction * size, torch.zeros_like(size)))
 
 
-def gradient_norm(parameters: Iterable[Tensor], backend: str = "auto") -> Tensor:
+def gradient_norm(parameters: Sequence[Tensor], backend: str = "auto") -> Tensor | None:
     """Return ``||g||_2`` over the gradients that ``parameters`` have: 0-dim, on the first one's device.
 
     Args:
         parameters: Parameters; those without a gradient do not count.
         backend: Name of a kernel backend, or "auto".
+
+    Returns:
+        The norm; None without any gradient.
     """
-    owners = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients: list[Any] = [parameter.grad for parameter in owners]
+    gradients: list[Any] = list(map(_GRADIENT, parameters))
+    known = list(map(is_not, gradients, repeat(None)))
+    owners, gradients = list(compress(parameters, known)), list(compress(gradients, known))
+    if not owners:
+        return None
     # The placement of a sharded gradient may differ from its parameter's, so the parameter has to be there.
     weights = gradients if {Tensor}.issuperset(map(type, gradients)) else owners
     return Perturbation([Targets(Region(0.0, 0.0, 1), weights, gradients)], Euclidean(), backend=backend).norm

@@ -179,7 +179,8 @@ class _WatchedCall:
             finally:
                 _end(outermost, module, args, kwargs, output)
         finally:
-            _end(outermost, module, args, kwargs, output)  # does nothing unless an interrupt hit the first one
+            if outermost:  # an interrupt hit the first one
+                _end(outermost, module, args, kwargs, output)
 
 
 def _end(

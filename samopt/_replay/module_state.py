@@ -154,7 +154,7 @@ class ModuleState:
         if not (self._models or self._more_models or self._others):
             return
         self._bound, self._now = self._now or self._look(), None
-        changed = self._silently_changed()
+        changed = self._silently_changed() if self._samples else set()
         moved = self._moved = set(map(id, moving))
         with torch.no_grad():
             for tensor in self._bound.tensors:
@@ -282,7 +282,12 @@ class _Found:
         """
         if registries:
             for registry, content in self.registries:
-                _refill(registry, content)
+                # Most hold the very same objects in the same order, and some classes forbid to write.
+                if len(registry) != len(content) or not (
+                    all(map(operator.is_, registry.values(), content.values()))
+                    and all(map(operator.eq, registry, content))
+                ):
+                    _refill(registry, content)
         for namespace, attributes, ignored in self.namespaces:
             for name in namespace.keys() - attributes.keys() - ignored:
                 del namespace[name]
@@ -343,7 +348,11 @@ class _Copy:
         tensor, memory, values = self.tensor, self.memory, self.values
         if tensor.layout is not torch.strided:
             tensor.data = values
-        elif tensor.shape == values.shape and tensor.dtype is values.dtype and _mark(tensor)[0] == _mark(memory)[0]:
+        elif (
+            tensor.shape == values.shape
+            and tensor.dtype is values.dtype
+            and (type(tensor) not in _PLAIN_TENSORS or tensor.data_ptr() == memory.data_ptr())
+        ):
             # Where nothing has counted as a write, this does not either: a graph that needs the values stays usable.
             (tensor.data if tensor._version == self.version else tensor).copy_(values)
         elif memory.shape == values.shape and memory.dtype is values.dtype:

@@ -46,11 +46,13 @@ def floating_tensors(output: Any) -> dict[str, Tensor]:
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a model returned: in containers, and in attributes of objects, slots included.
+    """Return the tensors in what a model returned: in containers, and in attributes of objects, slots included.
 
     Args:
         output: What the model returned.
     """
+    if isinstance(output, Tensor):  # as of most models
+        return iter((output,))
     return (tensor for _, tensor in _walk(output))
 
 

@@ -35,15 +35,14 @@ class RngState:
                 out, because their state can be neither read nor set then.
             like: Another state. Python's is shared with it where it is equal, so that many states take little memory.
         """
-        accelerators = tuple(
-            (device, device_module(device).get_rng_state(*_argument(device)))
-            for device in devices
-            if device.type != "cpu" and not is_capturing(device)
-        )
+        accelerators = []
+        for device in devices:
+            if device.type != "cpu" and not is_capturing(device):
+                accelerators.append((device, device_module(device).get_rng_state(*_argument(device))))
         python = random.getstate()
         if like is not None and python == like.python:
             python = like.python
-        return cls(torch.get_rng_state(), accelerators, python, _numpy.get())
+        return cls(torch.get_rng_state(), tuple(accelerators), python, _numpy.get())
 
     def has_moved(self) -> bool:
         """Return whether torch's streams have been drawn from since."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -42,9 +44,8 @@ class GroupOptions:
         self.defaults = defaults
         self.keys = {name: f"sam_{name}" if name in base.defaults else name for name in defaults}
         self._check = check
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "defaults": self.defaults, "keys": self.keys, "_check": self._check}
+        self._take = operator.itemgetter(*self.keys.values())
+        self._checked: list[tuple[Any, ...]] = []
 
     def get(self, group: dict[str, Any], name: str) -> Any:
         """Return an option of a group, its default where the group has none.
@@ -54,6 +55,27 @@ class GroupOptions:
             name: The option.
         """
         return group.get(self.keys[name], self.defaults[name])
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Return the options of every group, in the order of ``defaults``."""
+        groups = self.base.param_groups
+        try:
+            return list(map(self._take, groups))
+        except KeyError:  # a group that was put there without this wrapper
+            return [tuple(self.get(group, name) for name in self.defaults) for group in groups]
+
+    def checked_rows(self) -> list[tuple[Any, ...]]:
+        """Return what ``rows`` does.
+
+        Raises:
+            ValueError: If an option is out of range.
+        """
+        rows, checked = self.rows(), self._checked
+        # A step looks at every option. Those that are the very objects of the last step need no second check.
+        if len(rows) != len(checked) or not all(map(operator.is_, chain(*rows), chain(*checked))):
+            self.check(self.base.param_groups)
+            self._checked = [] if any(isinstance(value, Tensor) for row in rows for value in row) else rows
+        return rows
 
     def check(self, groups: Iterable[dict[str, Any]], first: int = 0) -> None:
         """Raise if an option of a group is out of range.

@@ -19,7 +19,7 @@ from samopt._perturb.gradients import StashedGradients, any_nonzero
 from samopt._perturb.grouping import moving_blocks
 from samopt._perturb.perturbation import Perturbation
 from samopt._perturb.scratch_pool import ScratchPool
-from samopt._perturb.targets import Targets
+from samopt._perturb.targets import Region, Targets
 from samopt._perturb.weight_backup import WeightBackup
 from samopt._replay.call_watch import PassFollower
 from samopt._step.adapter_layers import AdapterLayer
@@ -179,8 +179,10 @@ class LayerAscent(Ascent):
         self._moving = list(found)
         targets = []
         for layer, gradient in found.items():
-            sign = -1 if groups[layer].get("maximize", False) else 1
-            targets.append(Targets(self._region(groups[layer], sign), [layer.weight], [gradient]))
+            group = groups[layer]
+            radius = self.radius.at(self.options.get(group, self.radius.option))
+            region = Region(radius, self.options.get(group, "eta"), -1 if group.get("maximize", False) else 1)
+            targets.append(Targets(region, [layer.weight], [gradient]))
         return stashed, targets
 
     def perturbation(self, targets: list[Targets]) -> Perturbation:

@@ -444,5 +444,5 @@ class OnePass:
         """Note what the step measured."""
         self._warn_of_exact_gradients()
         weights = self._ascent.perturbed_parameters()
-        norm = gradient_norm(weights) if self._measure_grad_norms and any(p.grad is not None for p in weights) else None
+        norm = gradient_norm(weights) if self._measure_grad_norms else None
         self.metrics = replace(self._moved, perturbed_loss=as_scalar(self._loss), perturbed_grad_norm=norm)

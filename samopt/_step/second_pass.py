@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from samopt.parts.combination import Combination
 from samopt.step_metrics import StepMetrics, as_scalar
 
 __all__ = ["SecondPass"]
+
+_WEIGHTS = attrgetter("weights")
 
 
 class SecondPass:
@@ -64,7 +68,7 @@ class SecondPass:
         self._per_sample = [p for p in stashed.parameters if getattr(p, "grad_sample", None) is not None]
         self._perturbation = ascent.perturbation(targets)
         self._measures_norms = measure_grad_norms and not self._perturbation.is_empty
-        self._moving = [weight for some in targets for weight in some.weights]
+        self._moving = list(chain.from_iterable(map(_WEIGHTS, targets)))
         self._is_alone = not runs_on_several_ranks()
         self.is_needed = self._perturbation.usable is not False or (ascent.may_move() and not self._is_alone)
         self._backup: WeightBackup | None = None
@@ -153,7 +157,7 @@ class SecondPass:
 
     def measure(self) -> StepMetrics:
         """Return what both passes measured; call it after ``end``, with the second gradients in place."""
-        is_known = self._measures_norms and self.is_needed and any(w.grad is not None for w in self._moving)
+        is_known = self._measures_norms and self.is_needed
         norm = gradient_norm(self._moving, self._ascent.backend) if is_known else None
         applied = self._radius.new_zeros(()) if self._applied is None else self._applied
         return StepMetrics(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -84,7 +86,8 @@ class TwoPass:
         self._at_end: list[tuple[int, int] | None] = []  # of the gradients, after the latest micro-batch
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
-        self._waiting: Tensor | None = None  # one of the second pass's gradients, by which they are known again
+        # One parameter and its gradient of the second pass, by which they are known again.
+        self._waiting: tuple[Tensor, Tensor] | None = None
         self._decoupled: DecoupledUpdate | None = None
         self._has_looked_for_others = False
         self._has_warned_of_missing = False
@@ -104,9 +107,7 @@ class TwoPass:
     def waits_for_step(self) -> bool:
         """Whether a second pass's gradients are still there, waiting for the base's step."""
         waiting = self._waiting
-        if not self._is_ready or waiting is None:
-            return False
-        return any(parameter.grad is waiting for parameter in self._ascent.parameters())
+        return self._is_ready and waiting is not None and waiting[0].grad is waiting[1]
 
     def detach(self) -> None:
         """Follow the models' calls no longer."""
@@ -440,9 +441,10 @@ class TwoPass:
             yield 0  # its traceback
             second.loss = handle.loss
             self._finish(second, failed=error is not None)
-        finally:  # these do nothing unless an interrupt cut short what is above
-            second.restore_weights()
-            self._abandon(second)
+        finally:  # this does nothing unless an interrupt cut short what is above
+            if self._current is second:
+                second.restore_weights()
+                self._finish(second, failed=True)
         yield 0
 
     @never_compiled
@@ -450,14 +452,15 @@ class TwoPass:
         """Return a second pass along the present gradients, with nothing changed yet."""
         ascent = self._ascent
         stashed, targets = ascent.targets_from_gradients()
-        if not (may_lack_gradients or any([g is not None for g in stashed.gradients]) or runs_on_several_ranks()):
+        has_gradients = not all(map(operator.is_, stashed.gradients, repeat(None)))
+        if not (may_lack_gradients or has_gradients or runs_on_several_ranks()):
             if ascent.may_move():
                 raise RuntimeError(
                     "perturbed() found no gradients at w, so there is no direction to perturb along. Either the first "
                     "backward is missing: call criterion(model(x), y).backward() before 'with optimizer.perturbed():'. "
                     'Or the one-pass loop was meant: make the optimizer with direction="momentum"'
                 )
-        if ascent.may_move() and any([gradient is not None for gradient in stashed.gradients]):
+        if has_gradients and (targets or ascent.may_move()):
             self._replay.check_first_pass()
         second = SecondPass(
             ascent,
@@ -490,18 +493,14 @@ class TwoPass:
         finally:
             self._current = None
 
-    def _abandon(self, second: SecondPass) -> None:
-        """Drop a second pass that was cut short; does nothing after one that was finished."""
-        if self._current is second:
-            self._finish(second, failed=True)
-
     def _deliver(self, second: SecondPass) -> None:
         """Leave the base's gradients in place."""
         ascent = self._ascent
-        if ascent.combination is not None and ascent.combines and ascent.may_move():
-            self._decoupled = second.combine(ascent.combination)
-        else:
-            self._complete()
+        if ascent.combination is not None:
+            if ascent.combines and ascent.may_move():
+                self._decoupled = second.combine(ascent.combination)
+            else:
+                self._complete()
         flag = second.nonfinite_flag()
         if flag is not None:
             propagate_nonfinite(flag, ascent.base.param_groups)
@@ -510,9 +509,13 @@ class TwoPass:
         self._warn_of_missing_gradients(second)
         self._is_ready = True
 
-    def _first_gradient(self) -> Tensor | None:
-        """Return the first gradient there is, by which those of this pass are known again."""
-        return next((p.grad for p in self._ascent.parameters() if p.grad is not None), None)
+    def _first_gradient(self) -> tuple[Tensor, Tensor] | None:
+        """Return the first parameter that has a gradient, and the gradient."""
+        for group in self._ascent.base.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    return parameter, parameter.grad
+        return None
 
     def _complete(self) -> None:
         """Make the base's gradients of those at ``w``, where the combination chose to leave out the second pass."""

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-__all__ = ["IS_CPU", "bump_versions", "flat", "same_memory_layout"]
-
-IS_CPU = attrgetter("is_cpu")
-"""Of a tensor."""
+__all__ = ["bump_versions", "flat", "same_memory_layout"]
 
 
 def same_memory_layout(first: Tensor, second: Tensor) -> bool:
