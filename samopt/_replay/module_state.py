@@ -168,7 +168,7 @@ class ModuleState:
                     or known[1] != _mark(tensor)
                     or id(tensor) in changed
                 ):
-                    self._copies.append(_Copy(tensor, tensor.data, tensor.detach().clone(), tensor._version))
+                    self._copies.append(_Copy(tensor, tensor.data, tensor.clone(), tensor._version))
         if self._at_start is not None:
             self._at_start.bind()
             self._at_start = None
@@ -187,8 +187,15 @@ class ModuleState:
             return
         self._bound.bind(registries=True)
         with torch.no_grad():
+            places, values = [], []
             for copy in self._copies:
-                copy.put_back()
+                if copy.tensor.layout is torch.strided:
+                    places.append(copy.place())
+                    values.append(copy.values)
+                else:
+                    copy.tensor.data = copy.values.clone()
+            if places:
+                torch._foreach_copy_(places, values)
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
@@ -282,18 +289,15 @@ class _Found:
         """
         if registries:
             for registry, content in self.registries:
-                # Most hold the very same objects in the same order, and some classes forbid to write.
-                if len(registry) != len(content) or not (
-                    all(map(operator.is_, registry.values(), content.values()))
-                    and all(map(operator.eq, registry, content))
-                ):
+                if not _holds(registry, content):  # some classes forbid to write
                     _refill(registry, content)
         for namespace, attributes, ignored in self.namespaces:
             for name in namespace.keys() - attributes.keys() - ignored:
                 del namespace[name]
             namespace.update(attributes)
         for container, content in self.containers:
-            _refill(container, content)
+            if not _holds(container, content):
+                _refill(container, content)
         for put_back in (*self.generators, *self.arrays):
             put_back()
 
@@ -320,7 +324,8 @@ class _Found:
                 for name in gone:
                     namespace.pop(name, None)
             for container, content in refills:
-                _refill(container, content)
+                if not _holds(container, content):
+                    _refill(container, content)
             for put_back in self.generators:
                 put_back()
 
@@ -343,23 +348,18 @@ class _Copy:
     values: Tensor
     version: int
 
-    def put_back(self) -> None:
-        """Give the tensor its former memory and values, whatever a forward did to them."""
+    def place(self) -> Tensor:
+        """Give the tensor its former memory, whatever a forward did to it; return where its values are to be copied."""
         tensor, memory, values = self.tensor, self.memory, self.values
-        if tensor.layout is not torch.strided:
-            tensor.data = values
-        elif (
+        if (
             tensor.shape == values.shape
             and tensor.dtype is values.dtype
             and (type(tensor) not in _PLAIN_TENSORS or tensor.data_ptr() == memory.data_ptr())
         ):
             # Where nothing has counted as a write, this does not either: a graph that needs the values stays usable.
-            (tensor.data if tensor._version == self.version else tensor).copy_(values)
-        elif memory.shape == values.shape and memory.dtype is values.dtype:
-            memory.copy_(values)
-            tensor.data = memory
-        else:
-            tensor.data = values
+            return tensor.data if tensor._version == self.version else tensor
+        tensor.data = memory
+        return memory
 
 
 def _constants(kind: type) -> frozenset[str]:
@@ -499,9 +499,7 @@ def _put_back_array(array: Any, values: Any) -> None:
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Give a container its former content, unless it has it: some classes forbid to write."""
-    if _holds(container, content):
-        return
+    """Give a container its former content."""
     container.clear()
     if isinstance(container, dict | set):
         container.update(content)
@@ -513,6 +511,6 @@ def _holds(container: Any, content: Any) -> bool:
     """Return whether a container holds the very same objects as another, in the same order."""
     if isinstance(container, set):
         return bool(container == content)
-    if list(map(id, container)) != list(map(id, content)):
+    if len(container) != len(content) or not all(map(operator.is_, container, content)):
         return False
-    return not isinstance(container, dict) or list(map(id, container.values())) == list(map(id, content.values()))
+    return not isinstance(container, dict) or all(map(operator.is_, container.values(), content.values()))
