@@ -7,9 +7,9 @@ import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ LATE = 0.25
 """Which share of the GPT's steps is sharpness-aware, the last one."""
 
 _LENGTH, _BATCH = 64, {"bytes": 8, "lora": 2}
+
+Penalty: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
 _WINDOWS = 128  # of each text that the GPT's loss is measured on
 _EVALUATION_BATCH = 16
 _FINE_TUNE_RATE = 1e-3
@@ -87,11 +90,18 @@ class _Block(nn.Module):
         return hidden + self.mlp(self.norm2(hidden))
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the mean cross-entropy, in nats, of each token after the first, shape ``(n, length + 1)``."""
+def next_token_loss(model: nn.Module, tokens: Tensor, penalty: Penalty | None = None) -> Tensor:
+    """Return the mean cross-entropy, in nats, of each token after the first, shape ``(n, length + 1)``.
+
+    Args:
+        model: The language model.
+        tokens: Shape ``(n, length + 1)``.
+        penalty: Makes what is added, of the tokens that the model is given and its logits.
+    """
     returned = model(tokens[:, :-1])
-    logits = getattr(returned, "logits", returned)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    logits = getattr(returned, "logits", returned).float()
+    loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return loss if penalty is None else loss + penalty(tokens[:, :-1], logits)
 
 
 @torch.no_grad()
@@ -108,11 +118,12 @@ def train_steps(
 ) -> tuple[list[float], float]:
     """Take a step on each batch with its learning rate; return the losses and the processor time in seconds."""
     losses, seconds = [], 0.0
+    penalty = getattr(optimizer, "token_penalty", None)
     for batch, rate in zip(batches, rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate
         start = time.process_time()
-        losses.append(float(take_step(optimizer, lambda tokens=batch: next_token_loss(model, tokens))))
+        losses.append(float(take_step(optimizer, lambda tokens=batch: next_token_loss(model, tokens, penalty))))
         seconds += time.process_time() - start
     return losses, seconds
 

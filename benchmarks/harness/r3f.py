@@ -37,9 +37,26 @@ class R3F(Optimizer):
             attention_mask: The attention mask of these inputs.
             logits: ``(n, classes)``, with a graph.
         """
-        noisy = self._model(hidden + self._std * torch.randn_like(hidden), attention_mask)
-        p, q = functional.log_softmax(logits, 1), functional.log_softmax(noisy, 1)
-        return self._weight * ((p.exp() - q.exp()) * (p - q)).sum(1).mean()
+        return self._divergence(logits, self._model(self._with_noise(hidden), attention_mask))
+
+    def token_penalty(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """Return what ``penalty`` does for a language model, with the noise on its token embeddings.
+
+        Args:
+            tokens: ``(n, length)``.
+            logits: ``(n, length, tokens)`` of these, with a graph.
+        """
+        model: Any = self._model
+        hidden = model.get_input_embeddings()(tokens)
+        return self._divergence(logits, model(inputs_embeds=self._with_noise(hidden)).logits.float())
+
+    def _with_noise(self, hidden: Tensor) -> Tensor:
+        return hidden + self._std * torch.randn_like(hidden)
+
+    def _divergence(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return the weighted symmetric KL divergence between logits, mean over all but the last dimension."""
+        p, q = functional.log_softmax(first, -1), functional.log_softmax(second, -1)
+        return self._weight * ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
 
     def step(self, closure: Callable[[], Tensor]) -> Any:
         """Take a step and return the loss before it."""

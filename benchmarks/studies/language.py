@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from benchmarks.harness.statistics import gain, over
 from benchmarks.harness.texts import DEBIAN_NOVELS, read_texts
 from benchmarks.harness.tuning import Method, Place, compare, name_of, thirds
 from benchmarks.harness.wordnet import DEBIAN_FOLDER
+from samopt.trust_region import EMA, InputNoise
 
 _BASE = Method("adamw", "the base")
+_NOISE = 0.0136  # a tenth of the root mean square of SmolLM2's token embeddings
 METHODS = {
     "bytes": (
         _BASE,
@@ -42,10 +45,28 @@ METHODS = {
         Method("tram", "TRAM, pretrained weights", "tram", thirds(1.0), setting="scale",
                options={"trust_region": "pretrained"}),
     ),
+    "regions": (
+        _BASE,
+        Method("adamw-thrice", "the base with three times the steps", compute=3.0),
+        Method("adamw-slow", "the base with a third of its learning rate", values=(1 / 3,)),
+        Method("sam", "SAM", "sam", thirds(0.1)),
+        Method("asam", "ASAM", "asam", thirds(0.3)),
+        Method("r3f", "noise on the inputs, divergence in the loss", "benchmarks.harness.r3f:R3F", (0.1, 1.0, 10.0),
+               setting="weight", options={"std": _NOISE}),
+        *(
+            Method(f"tram-{name}", f"TRAM, {name}", "tram", values, setting="scale", options={"trust_region": region})
+            for name, region, values in (
+                ("previous", "previous", thirds(100.0)),
+                ("ema", partial(EMA, decay=0.95), thirds(10.0)),
+                ("pretrained", "pretrained", thirds(1.0)),
+                ("noise", partial(InputNoise, std=_NOISE), thirds(100.0)),
+            )
+        ),
+    ),
 }  # fmt: skip
-"""By part, the base first."""
+"""By part, the base first; "regions" has TRAM's trust regions, in a fine-tune twice as long as that of "lora"."""
 
-_RATES = {"bytes": (1e-3, 2e-3, 4e-3), "lora": (3e-4, 1e-3, 3e-3)}
+_RATES = {"bytes": (1e-3, 2e-3, 4e-3), "lora": (3e-4, 1e-3, 3e-3), "regions": (3e-4, 1e-3, 3e-3)}
 _TABLES = {
     "GPT over bytes, pre-trained on Austen: loss, and after rounding the weights": (
         "bytes",
@@ -63,6 +84,12 @@ _TABLES = {
     ),
     "SmolLM2-135M with LoRA, fine-tuned on Austen": (
         "lora",
+        ("loss", "Austen"),
+        ("glosses", "Definitions"),
+        ("python", "Python"),
+    ),
+    "The same, twice as long: trust regions": (
+        "regions",
         ("loss", "Austen"),
         ("glosses", "Definitions"),
         ("python", "Python"),
@@ -89,12 +116,12 @@ def study(
     Args:
         novels: Austen's novels: data/Rdata.rdb of the R package janeaustenr.
         wordnet: Folder of WordNet's database.
-        model: Folder of a causal language model for the part lora; SmolLM2-135M by default.
-        parts: Comma-separated, of bytes and lora.
+        model: Folder of a causal language model for the parts lora and regions; SmolLM2-135M by default.
+        parts: Comma-separated, of bytes, lora and regions.
         seeds: Of the tests, comma-separated.
         steps: Of pre-training the GPT; the last quarter is sharpness-aware.
         fine_tune_steps: Of the GPT, on definitions, with AdamW for all methods.
-        lora_steps: Of the LoRA fine-tune.
+        lora_steps: Of the LoRA fine-tune; twice as many for the part regions.
         threads: CPU threads.
         output: Folder, continued.
         quick: A few steps of every method, nothing chosen.
@@ -104,7 +131,7 @@ def study(
         seeds, steps, fine_tune_steps, lora_steps = [0], 8, 2, 2
     texts = read_texts(novels, wordnet)
     log = open_log(output, restart=quick)
-    wanted = {"bytes": (steps, fine_tune_steps), "lora": (lora_steps, None)}
+    wanted = {"bytes": (steps, fine_tune_steps), "lora": (lora_steps, None), "regions": (2 * lora_steps, None)}
     log.check(
         "(steps, fine-tune steps)",
         lambda row: (row.settings["steps"], row.settings.get("fine_tune_steps")),
@@ -116,7 +143,7 @@ def study(
         if part == "bytes":
             runs = ByteRuns(texts, steps, fine_tune_steps)
         else:
-            runs = LoraRuns(texts, lora_steps, Pretrained(model), held_out=2 if quick else 16)
+            runs = LoraRuns(texts, wanted[part][0], Pretrained(model), held_out=2 if quick else 16)
         compare(
             log,
             [Place(part, "adamw", _RATES[part], base_settings={"weight_decay": 0.1})],

