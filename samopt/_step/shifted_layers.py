@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samopt._numerics.low_precision import full_precision
 from samopt._replay.call_watch import RAISED, CallWatcher, followed, watch
 from samopt._replay.module_state import every_module
 from samopt._replay.unobserved import is_unobserved, outside_transforms
@@ -111,8 +112,7 @@ class ShiftedLayers(OtherWeights):
     def _made_for(self, layer: AdapterLayer) -> Tensor | None:
         if not layer.is_on() or not layer.has_own_weight():
             return None
-        device = layer.weight.device.type
-        with outside_transforms(), torch.no_grad(), torch.autocast(device, enabled=False):
+        with outside_transforms(), torch.no_grad(), full_precision(layer.weight.device.type):
             tensor = self._weight_for(layer)
         if tensor is not None:
             marked: Any = tensor

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from samopt._numerics.low_precision import full_precision
 from samopt._replay.outputs import describe, named_logits
 from samopt.trust_region.arguments import is_encoder_decoder, predicts_next_token
 from samopt.trust_region.divergence import Divergence, between
@@ -100,7 +100,7 @@ class Comparison:
                 f"{[tuple(tensor.shape) for tensor in call.logits]}; pass logits=, a callable that takes the same "
                 "tensor from both"
             )
-        with torch.no_grad(), _full_precision(references[0].device.type):
+        with torch.no_grad(), full_precision(references[0].device.type):
             distances = [
                 _mean(between(self.divergence, reference, current, mask), mask)
                 for reference, current, mask in zip(references, call.logits, call.masks, strict=True)
@@ -109,12 +109,6 @@ class Comparison:
 
     def _classes_last(self, logits: Tensor) -> Tensor:
         return logits.unsqueeze(-1) if logits.dim() == 1 else logits.movedim(self.class_dim, -1)
-
-
-def _full_precision(device_type: str) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _find_logits(output: Any) -> list[Tensor]:

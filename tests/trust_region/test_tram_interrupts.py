@@ -56,6 +56,8 @@ def test_interrupt_at_every_line(region: str) -> None:
             assert all(module._buffers[name] is buffer for name, buffer in buffers.items()), where
         assert model[1].num_batches_tracked <= 2, where
         assert torch.is_autocast_cache_enabled(), where
+        # An outermost autocast context drops its copies of the weights only where it finds depth 1.
+        assert (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()) == (1, 0), where
 
         go_back()
         optimizer.step(closure_of(optimizer, model, data))

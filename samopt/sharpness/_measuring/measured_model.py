@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt._numerics.low_precision import is_low_precision
+from samopt._numerics.low_precision import full_precision, is_low_precision
 from samopt.sharpness._measuring.batches import batch_size, fresh, read_batches
 from samopt.sharpness._measuring.logits import normalized_logits
 from samopt.sharpness._measuring.losses import (
@@ -175,9 +175,7 @@ class MeasuredModel:
             inputs: With respect to what; None is returned for what the outputs do not depend on.
             **options: As for ``torch.autograd.grad``.
         """
-        with ExitStack() as plain:
-            for device_type in {outputs[0].device.type, "cpu"}:
-                plain.enter_context(torch.autocast(device_type, enabled=False))
+        with full_precision(outputs[0].device.type, "cpu"):
             gradient: tuple[Tensor | None, ...] = torch.autograd.grad(outputs, inputs, allow_unused=True, **options)
         return gradient
 
