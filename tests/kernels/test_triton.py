@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -26,8 +27,11 @@ from tests.helpers.apart import run_apart
     ],
     ids=["steps", "memory", "graphs", "layouts", "edges"],
 )
-def test_in_the_interpreter(arguments):
+def test_in_the_interpreter(arguments, monkeypatch):
     pytest.importorskip("triton", minversion="3.5")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if (lack := availability.missing()) is not None:
+        pytest.skip(lack)
     run_apart(*arguments, TRITON_INTERPRET="1")
 
 
@@ -46,6 +50,47 @@ def test_a_named_triton_backend_says_why_it_cannot_run_on_the_cpu():
     with refused:
         optimizer.ascend()
     assert torch.equal(weight, torch.ones(3))
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Return a function that pretends to the interpreter of a version of Triton, beside a version of NumPy or none."""
+
+    def pretend(triton, numpy):
+        def version(_):
+            if numpy is None:
+                raise importlib.metadata.PackageNotFoundError
+            return numpy
+
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(availability, "_version", lambda: triton)
+
+    availability._unfit_numpy.cache_clear()
+    yield pretend
+    availability._unfit_numpy.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("numpy", "lack"),
+    [
+        ("2.5.2", 'the interpreter of triton 3.6 cannot run with NumPy 2.5.2 .*"numpy<2.5", or "triton>=3.7"'),
+        ("3.0.0rc1", "the interpreter of triton 3.6 cannot run with NumPy 3.0.0rc1"),
+        (None, "triton's interpreter needs NumPy, which is not installed"),
+    ],
+    ids=str,
+)
+def test_an_interpreter_that_cannot_run_with_this_numpy_says_so(numpy, lack, interpreter):
+    interpreter((3, 6), numpy)
+    assert re.match(lack, availability.unavailable(torch.device("cpu")))
+    with pytest.raises(RuntimeError, match=f'backend="triton" cannot run here: {lack}.*use backend="auto"'):
+        samopt.SAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, backend="triton")
+
+
+@pytest.mark.parametrize(("triton", "numpy"), [((3, 5), "2.4.6"), ((3, 6), "2.4.6"), ((3, 7), "2.5.2")], ids=str)
+def test_an_interpreter_that_runs_with_this_numpy_is_used(triton, numpy, interpreter):
+    interpreter(triton, numpy)
+    assert availability.missing() is None and availability.unavailable(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(

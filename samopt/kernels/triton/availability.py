@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -16,6 +17,8 @@ __all__ = ["interprets", "missing", "unavailable"]
 
 _CAPABILITY = (8, 0)
 _VERSION = (3, 5)
+# A loop's bound is an array of one element in the interpreter, which NumPy 2.5 no longer turns into an int by itself.
+_INTERPRETER_FOR_NUMPY_2_5 = (3, 7)
 
 
 def missing() -> str | None:
@@ -55,6 +58,21 @@ def _unfit_version() -> str | None:
         return "triton is not installed (pip install triton)"
     if version < _VERSION:
         return f"the triton installed is version {_dotted(version)}, older than {_dotted(_VERSION)}"
+    return _unfit_numpy(version) if interprets() else None
+
+
+@functools.cache
+def _unfit_numpy(version: tuple[int, ...]) -> str | None:
+    """Return why the interpreter of this version of Triton cannot run with the NumPy that is installed, or None."""
+    try:
+        numpy = importlib.metadata.version("numpy")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton's interpreter needs NumPy, which is not installed (pip install numpy)"
+    if version < _INTERPRETER_FOR_NUMPY_2_5 and tuple(map(int, numpy.split(".")[:2])) >= (2, 5):
+        return (
+            f"the interpreter of triton {_dotted(version)} cannot run with NumPy {numpy} "
+            f'(pip install "numpy<2.5", or "triton>={_dotted(_INTERPRETER_FOR_NUMPY_2_5)}")'
+        )
     return None
 
 
