@@ -1,10 +1,13 @@
 """What a contributor and a release rely on agrees with the package: versions, pins, workflows."""
 
+import importlib.metadata
 import re
 import sys
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import samopt
 from tests.helpers.pages import REPOSITORY
@@ -15,6 +18,8 @@ else:
     import tomli as tomllib
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PINS = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+PYTHONS = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
 
 
@@ -29,17 +34,64 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_the_hooks_run_the_pinned_linter():
-    pins = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
     hooks = [hook for repo in load(REPOSITORY / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
     pinned = [pin for hook in hooks for pin in hook.get("additional_dependencies", [])]
     assert pinned != []
-    assert set(pinned) <= set(pins)
+    assert set(pinned) <= set(PINS)
 
 
 def test_the_tests_run_on_the_oldest_and_the_newest_python():
-    versions = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
     matrix = load(REPOSITORY / ".github" / "workflows" / "ci.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"]
-    assert [versions[0], versions[-1]] == matrix
+    assert [PYTHONS[0], PYTHONS[-1]] == matrix
+
+
+def requirements_of(package, extras):
+    """The lines of a package's metadata, or of pyproject.toml; none where this Python has no such package."""
+    if package == "samopt":
+        return PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    try:
+        return importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def needed_on(python):
+    """The packages that an install of ``samopt[dev]`` brings on a version of Python, as far as this one has them."""
+    there = {"python_version": python, "python_full_version": f"{python}.99"}
+    waiting, met = [("samopt", ("dev",))], set()
+    while waiting:
+        package, extras = waiting.pop()
+        if (package, extras) in met:
+            continue
+        met.add((package, extras))
+        for line in requirements_of(package, extras):
+            needed = Requirement(line)
+            if needed.marker is None or any(needed.marker.evaluate({**there, "extra": e}) for e in (*extras, "")):
+                waiting.append((needed.name, tuple(sorted(needed.extras))))
+    return {re.sub(r"[-_.]+", "-", package).lower() for package, _ in met}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_no_pinned_version_refuses_a_python(python):
+    packages = needed_on(python)
+    assert len(packages) > 50
+    pins = [Requirement(line) for line in PINS if line and not line.startswith("#")]
+    looked_at, refused = 0, {}
+    for pin in pins:
+        applies = pin.marker is None or pin.marker.evaluate({"python_version": python})
+        if not applies or re.sub(r"[-_.]+", "-", pin.name).lower() not in packages:
+            continue
+        try:
+            package = importlib.metadata.distribution(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if package.version in pin.specifier:  # this Python has the version that the other one would get
+            looked_at += 1
+            accepted = package.metadata.get("Requires-Python") or ""
+            if f"{python}.99" not in SpecifierSet(accepted):
+                refused[str(pin)] = accepted
+    assert looked_at > 30
+    assert refused == {}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
