@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import functools
+import io
 import operator
 import random
 import sys
+import types
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -32,6 +35,8 @@ _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 _CONTAINERS = (list, tuple, dict, set, deque)
 _DICTS = (dict, OrderedDict)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+# Of the standard library: values that do not change, references, and loggers, whose handlers count nothing of a pass.
+_CONSTANTS = frozenset({"datetime", "decimal", "fractions", "ipaddress", "logging", "pathlib", "re", "uuid", "weakref"})
 _ABSENT = object()
 _PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
 
@@ -51,8 +56,10 @@ class ModuleState:
     tensors of up to 4,096 elements are always copied, and of larger ones 64 entries are compared: on an accelerator,
     that waits for the device once where such tensors exist. Parameters that are moved need none of this.
 
-    Attributes may hold tensors, arrays, random generators, containers of these, and objects that hold nothing else (a
-    meter or an augmentation, say), also inside one another. Other objects, and iterators, are left alone.
+    Attributes may hold tensors, arrays, random generators, containers, modules that are in no registry (a teacher in a
+    list), and objects (a meter or an augmentation, say), also inside one another. Objects that are hooks count, too. An
+    iterator, a file, a lock or a connection cannot be put back, so an object that holds one, also through others, is
+    left alone as a whole; so is one with more than 100 objects inside.
 
     Cost: a walk over the modules, and a copy of what changed. A frozen backbone is not copied.
 
@@ -202,32 +209,10 @@ class ModuleState:
         found = _Found([], [], [], [], [], [])
         seen: set[int] = set()
         pending: list[Any] = []
-        spaces = [(vars(each), self._ignored | left_alone) for each, left_alone in self._others]
+        for each, left_alone in self._others:
+            _note_attributes(vars(each), self._ignored | left_alone, found, pending)
         modules = every_module([*self._models, *self._more_models])
-        # FSDP registers shards and gathered parameters in turn, and frees the memory of the latter itself.
-        is_sharded = is_fully_sharded(modules)
-        for module in modules:
-            for registry in (module._buffers,) if is_sharded else (module._parameters, module._buffers):
-                if registry:
-                    found.registries.append((registry, registry.copy()))
-                    pending.extend(registry.values())
-            if type(module._buffers) in _DICTS:  # not those of TorchScript
-                found.namespaces.append((module._buffers, module._buffers.copy(), frozenset()))
-            if module._modules:
-                found.registries.append((module._modules, module._modules.copy()))
-            kind = type(module)
-            if kind.__module__.startswith(_WRAPPERS):  # DDP's attributes say whether ranks exchange gradients
-                continue
-            ignored = self._ignored_of.get(kind)
-            if ignored is None:
-                ignored = self._ignored_of[kind] = self._ignored | _constants(kind)
-            spaces.append((vars(module), ignored))
-        for space, ignored in spaces:
-            attributes = {}
-            for name in space.keys() - ignored:
-                attributes[name] = space[name]
-            found.namespaces.append((space, attributes, ignored))
-            pending.extend(attributes.values())
+        self._look_at_modules(modules, found, pending)
         while pending:
             value = pending.pop()
             if isinstance(value, Tensor):
@@ -246,10 +231,50 @@ class ModuleState:
                     pending.extend(value.values() if isinstance(value, dict) else value)
                 if not isinstance(value, tuple):
                     found.containers.append((value, value.copy()))
+            elif isinstance(value, nn.Module):
+                if value not in modules:  # a teacher in a list, say, so that it is in no registry
+                    hidden = [module for module in every_module([value]) if module not in modules]
+                    modules.update(dict.fromkeys(hidden))
+                    self._look_at_modules(hidden, found, pending)
             else:
                 seen.add(id(value))
                 _look_into(value, found, pending)
         return found
+
+    def _look_at_modules(self, modules: Iterable[nn.Module], found: _Found, pending: list[Any]) -> None:
+        """Note the registries and attributes of modules.
+
+        Args:
+            modules: The modules.
+            found: Gets the names.
+            pending: Gets what they are bound to.
+        """
+        # FSDP registers shards and gathered parameters in turn, and frees the memory of the latter itself.
+        is_sharded = is_fully_sharded(modules)
+        for module in modules:
+            parameters, buffers, inside = module._parameters, module._buffers, module._modules
+            for registry in (buffers,) if is_sharded else (parameters, buffers):
+                if registry:
+                    found.registries.append((registry, registry.copy()))
+                    pending.extend(registry.values())
+            if type(buffers) in _DICTS:  # not those of TorchScript
+                found.namespaces.append((buffers, buffers.copy(), frozenset()))
+            if inside:
+                found.registries.append((inside, inside.copy()))
+            kind = type(module)
+            if kind.__module__.startswith(_WRAPPERS):  # DDP's attributes say whether ranks exchange gradients
+                continue
+            ignored = self._ignored_of.get(kind)
+            if ignored is None:
+                ignored = self._ignored_of[kind] = self._ignored | _constants(kind)
+            space = vars(module)
+            attributes = {}
+            for name in space.keys() - ignored:
+                attributes[name] = space[name]
+            found.namespaces.append((space, attributes, ignored))
+            pending.extend(attributes.values())
+            if space.get("_forward_hooks") or space.get("_forward_pre_hooks") or space.get("_backward_hooks"):
+                pending.extend(_objects_behind_hooks(module))
 
     def _silently_changed(self) -> set[int]:
         """Return the large tensors that were written into without a trace in their version counters."""
@@ -362,6 +387,22 @@ class _Copy:
         return memory
 
 
+def _objects_behind_hooks(module: nn.Module) -> list[Any]:
+    """Return the objects that were registered as hooks, or whose methods were; those of torch's own are no state."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
+    owners = [hook.__self__ if isinstance(hook, types.MethodType) else hook for hook in hooks]
+    return [each for each in owners if type(each).__module__.partition(".")[0] not in ("builtins", "torch")]
+
+
+def _note_attributes(space: dict[str, Any], ignored: frozenset[str], found: _Found, pending: list[Any]) -> None:
+    """Note what the attributes of a module, or of another object, are bound to."""
+    attributes = {}
+    for name in space.keys() - ignored:
+        attributes[name] = space[name]
+    found.namespaces.append((space, attributes, ignored))
+    pending.extend(attributes.values())
+
+
 def _constants(kind: type) -> frozenset[str]:
     """Return the attributes that torch's own modules of a kind set once, in their constructors."""
     names: set[str] = set()
@@ -375,7 +416,7 @@ def _constants(kind: type) -> frozenset[str]:
 
 
 def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
-    """Note the state of a random generator, of an array, or of an object that holds nothing but state."""
+    """Note the state of a random generator, of an array, or of an object that holds nothing that cannot be put back."""
     if isinstance(value, torch.Generator):
         found.generators.append(functools.partial(value.set_state, value.get_state()))
     elif isinstance(value, random.Random):
@@ -391,39 +432,66 @@ def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
             found.generators.append(functools.partial(setattr, bits, "state", bits.state))
         elif isinstance(value, numpy.random.RandomState):
             found.generators.append(functools.partial(value.set_state, value.get_state()))
-    elif _holds_state_alone(value):
+    elif _is_constant(value):
+        pending.extend(_bound_to(value))
+    elif _can_be_put_back(value):
         attributes = getattr(value, "__dict__", None)
-        if attributes:
-            found.namespaces.append((attributes, attributes.copy(), frozenset()))
-            pending.extend(attributes.values())
+        if attributes is not None:
+            _note_attributes(attributes, frozenset(), found, pending)
         slots = _slots(value)
         if slots:
             found.arrays.append(functools.partial(_put_back_slots, value, slots))
             pending.extend(slots.values())
 
 
-def _holds_state_alone(value: Any) -> bool:
-    """Return whether an object has attributes, and all of them are state, or objects for which the same holds."""
+def _can_be_put_back(value: Any) -> bool:
+    """Return whether an object's attributes are all of its state, and those of the objects in it all of theirs.
+
+    A file, an iterator, a lock or a connection has a position elsewhere. To put back the attributes beside it, and not
+    that, would tear both apart.
+    """
     pending, seen = [value], set[int]()
     while pending:
         each = pending.pop()
         if id(each) in seen:
             continue
         seen.add(id(each))
-        # Objects of torch have state elsewhere, too: streams, handles, process groups.
-        is_code = callable(each) and type(each).__module__.partition(".")[0] in ("builtins", "functools", "torch")
-        if len(seen) > _OBJECTS or is_code or isinstance(each, nn.Module | type):
+        if _is_constant(each):
+            pending.extend(part for part in _bound_to(each) if type(part) not in _PLAIN_DATA)
+            continue
+        has_attributes = hasattr(each, "__dict__") or bool(_slots(each))
+        if len(seen) > _OBJECTS or not has_attributes or isinstance(each, io.IOBase):
             return False
         attributes = [*getattr(each, "__dict__", {}).values(), *_slots(each).values()]
-        if not attributes:
-            return False
-        pending.extend([part for part in attributes if type(part) not in _PLAIN_DATA and not _is_state(part)])
+        pending.extend([part for part in attributes if not (type(part) in _PLAIN_DATA or _is_state(part))])
     return True
 
 
+def _is_constant(value: Any) -> bool:
+    """Return whether a value is code, or has no state that a forward changes.
+
+    Objects of torch that can be called have their state elsewhere. Modules are looked after as modules.
+    """
+    kind = type(value)
+    origin = kind.__module__.partition(".")[0]
+    return (
+        isinstance(value, nn.Module | type | enum.Enum | range | slice)
+        or origin in _CONSTANTS
+        or (origin in ("builtins", "functools", "torch") and callable(value))
+    )
+
+
+def _bound_to(value: Any) -> list[Any]:
+    """Return what a bound method, or a partial, carries besides code."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    owner = None if isinstance(value, type) else getattr(value, "__self__", None)
+    return [] if owner is None or isinstance(owner, types.ModuleType) else [owner]
+
+
 def _is_state(value: Any) -> bool:
-    """Return whether a value is a generator or an array, whose state can be put back."""
-    return isinstance(value, torch.Generator | random.Random | bytearray | array) or _is_of_numpy(value)
+    """Return whether a value is a container, a generator or an array, whose state can be put back."""
+    return isinstance(value, (*_CONTAINERS, torch.Generator, random.Random, bytearray, array)) or _is_of_numpy(value)
 
 
 def _is_of_numpy(value: Any) -> bool:
