@@ -295,7 +295,7 @@ class OnePass:
 
     def _make_shifted(self) -> OtherWeights:
         """Return what gives the modules other weights while they run."""
-        return ShiftedParameters(self._displaced)
+        return ShiftedParameters(self._displaced, self._ascent.parameters)
 
     def _watch(self) -> None:
         if self._shifted is not None:

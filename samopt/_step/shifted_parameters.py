@@ -85,12 +85,17 @@ class ShiftedParameters(OtherWeights):
         displaced: Makes the values at ``w + epsilon``, by parameter; empty while there is no direction. Those that
             autograd has not linked to their parameter yet are linked here. Its argument says whether they need memory
             of their own, because a graph may hold the last ones.
+        parameters: Returns every parameter that may move.
     """
 
     steps_aside = True
 
-    def __init__(self, displaced: Callable[[bool], dict[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, displaced: Callable[[bool], dict[Tensor, Tensor]], parameters: Callable[[], Sequence[Tensor]]
+    ) -> None:
         self._displaced = displaced
+        self._parameters = parameters
+        self._was_trained: list[bool] = []  # requires_grad of each, when the tensors were made
         self._shifted: dict[int, Tensor] | None = None  # by id: Tensor.__hash__ is a call of Python
         self._shifted_marks: _Marks = ([], [])
         self._weights: list[Tensor] = []
@@ -121,7 +126,11 @@ class ShiftedParameters(OtherWeights):
         is_in_backward = torch._C._current_graph_task_id() != -1
         if self._shifted is None:
             self._shift()
-        elif not is_in_backward and (self._is_stale or _marks(self._weights) != self._weight_marks):
+        elif not is_in_backward and (
+            self._is_stale
+            or _marks(self._weights) != self._weight_marks
+            or self._was_trained != [parameter.requires_grad for parameter in self._parameters()]
+        ):
             self._shift(beside=True)
         assert self._shifted is not None
         if not self._shifted:
@@ -238,6 +247,7 @@ class ShiftedParameters(OtherWeights):
                 self._shifted[id(parameter)] = tensor
         self._shifted_marks = _marks(self._shifted.values())
         self._weight_marks = _marks(self._weights)
+        self._was_trained = [parameter.requires_grad for parameter in self._parameters()]
         self._is_stale = False
         self._count += 1
         is_due = self._count <= _CHECKS or self._count % _CHECK_EVERY == 0

@@ -210,6 +210,41 @@ def test_the_generators_step_through_a_watched_discriminator_is_exact() -> None:
     assert_close(generator, twin)
 
 
+@pytest.mark.parametrize("clear", ["optimizer, before", "optimizer, after", "model, after"])
+def test_a_critic_that_is_frozen_in_the_generators_step_is_exact_there_and_moved_in_its_own(clear) -> None:
+    def make():
+        torch.manual_seed(0)
+        return nn.Linear(3, 6).double(), mlp(DOUBLE)
+
+    (generator, critic), (twin, other) = make(), make()
+    optimizers = one_pass(critic, "adamw"), torch.optim.SGD(generator.parameters(), lr=0.1)
+    stocks = torch.optim.AdamW(other.parameters(), lr=0.01, foreach=False), torch.optim.SGD(twin.parameters(), lr=0.1)
+    real, noise = batch(DOUBLE)[0], torch.randn(16, 3, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+
+    def critic_loss(made, module):
+        return module(real).mean() - module(made(noise).detach()).square().mean()
+
+    for _ in range(4):
+        if clear == "optimizer, before":
+            optimizers[0].zero_grad()
+        critic_loss(generator, critic).backward()
+        optimizers[0].step()
+        if clear != "optimizer, before":
+            (critic if clear == "model, after" else optimizers[0]).zero_grad()
+        critic.requires_grad_(False)
+        optimizers[1].zero_grad()
+        critic(generator(noise)).mean().backward()
+        optimizers[1].step()
+        critic.requires_grad_(True)
+
+        hand_step(stocks[0], lambda: critic_loss(twin, other).backward())
+        stocks[1].zero_grad()
+        other(twin(noise)).mean().backward()
+        stocks[1].step()
+    assert_close(critic, other)
+    assert_close(generator, twin)
+
+
 def test_given_tensors_are_left_alone() -> None:
     model, _ = trained()
     plain = copy.deepcopy(model)
