@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -63,8 +64,8 @@ def as_scalar(loss: Any) -> Tensor | None:
     """Return the loss inside what a closure returned, detached, or None where none can be found.
 
     Args:
-        loss: A 0-dim (or one-element) tensor, a number, a mapping with the key "loss", an object with a ``loss``
-            attribute, or a tuple or list whose first entry is one of these.
+        loss: A 0-dim (or one-element) tensor, a number, a mapping with the key "loss", an object (a named tuple, say)
+            with a ``loss`` attribute, or a tuple or list whose first entry is one of these.
     """
     found = loss_in(loss)
     return None if found is None else found.detach()
@@ -80,8 +81,8 @@ def loss_in(loss: Any) -> Tensor | None:
         return loss.reshape(()) if loss.numel() == 1 else None
     if isinstance(loss, int | float):
         return torch.tensor(float(loss), dtype=torch.float64)
-    if isinstance(loss, tuple | list):
+    if isinstance(loss, tuple | list) and not hasattr(loss, "loss"):
         return loss_in(loss[0]) if loss else None
-    if isinstance(loss, dict):
+    if isinstance(loss, Mapping):
         return loss_in(loss.get("loss"))
     return loss_in(getattr(loss, "loss", None)) if loss is not None else None

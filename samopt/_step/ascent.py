@@ -87,6 +87,11 @@ class Ascent:
         return isinstance(self.direction, KnownDirection)
 
     @property
+    def makes_directions(self) -> bool:
+        """Whether the direction is made of all of this step's gradients at once, instead of being them."""
+        return isinstance(self.direction, Gradient) and type(self.direction) is not Gradient
+
+    @property
     def combines(self) -> bool:
         """Whether the base's gradient is made of those of both passes."""
         return self.combination is not None and self.combination.uses_first_gradients
@@ -137,8 +142,7 @@ class Ascent:
                 region = Region(self.radius.at(number), eta, sign)
                 targets.append(Targets(region, *_having(weights, gradients)))
                 groups.append(group)
-        # The plain gradient needs no change; every other direction is made of all gradients at once.
-        if moving and isinstance(self.direction, Gradient) and type(self.direction) is not Gradient:
+        if moving and isinstance(self.direction, Gradient) and self.makes_directions:
             with torch.no_grad():
                 targets = self._redirected(targets, self.direction)
         return stashed, self._with_known_scales(targets, groups)

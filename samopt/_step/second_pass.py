@@ -73,7 +73,10 @@ class SecondPass:
         self.is_needed = self._perturbation.usable is not False or (ascent.may_move() and not self._is_alone)
         self._backup: WeightBackup | None = None
         self._loss = as_scalar(first_loss)
-        self._norm = self._perturbation.gradient_norm() if self._measures_norms else None
+        self._norm = None
+        if self._measures_norms:  # a direction made of the gradients has another norm than they
+            made = ascent.makes_directions
+            self._norm = gradient_norm(self._moving, ascent.backend) if made else self._perturbation.gradient_norm()
         self._radius = self._perturbation.radius()
         self._applied: Tensor | None = None
 
@@ -156,7 +159,7 @@ class SecondPass:
         return update
 
     def measure(self) -> StepMetrics:
-        """Return what both passes measured; call it after ``end``, with the second gradients in place."""
+        """Return what both passes measured; call it after ``end``, with the second gradients in place, not combined."""
         is_known = self._measures_norms and self.is_needed
         norm = gradient_norm(self._moving, self._ascent.backend) if is_known else None
         applied = self._radius.new_zeros(()) if self._applied is None else self._applied

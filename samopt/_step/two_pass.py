@@ -313,6 +313,9 @@ class TwoPass:
         if not self._ascent.may_move():
             self._replay.forget()
             self.metrics = StepMetrics(loss=total, radius=torch.zeros(()))
+            if self._complete():  # now, so that clipping before the step meets what the base gets
+                self._is_ready, self._is_unscaled = True, False
+                self._waiting = self._first_gradient()
             return False
         with cast(Any, self.perturbed(total, window[0].start.random, may_lack_gradients=True)) as handle:
             if not handle.is_needed:
@@ -496,15 +499,17 @@ class TwoPass:
     def _deliver(self, second: SecondPass) -> None:
         """Leave the base's gradients in place."""
         ascent = self._ascent
+        flag = second.nonfinite_flag()
+        metrics = None
         if ascent.combination is not None:
             if ascent.combines and ascent.may_move():
+                metrics = second.measure()
                 self._decoupled = second.combine(ascent.combination)
             else:
                 self._complete()
-        flag = second.nonfinite_flag()
         if flag is not None:
             propagate_nonfinite(flag, ascent.base.param_groups)
-        self.metrics = second.measure()
+        self.metrics = second.measure() if metrics is None else metrics
         self._waiting = self._first_gradient()
         self._warn_of_missing_gradients(second)
         self._is_ready = True
@@ -517,15 +522,20 @@ class TwoPass:
                     return parameter, parameter.grad
         return None
 
-    def _complete(self) -> None:
-        """Make the base's gradients of those at ``w``, where the combination chose to leave out the second pass."""
+    def _complete(self) -> bool:
+        """Make the base's gradients of those at ``w``, where the combination chose to leave out the second pass.
+
+        Returns:
+            Whether the combination was asked to.
+        """
         ascent = self._ascent
         if ascent.combination is None or not ascent.combines or not ascent.is_on():
-            return
+            return False
         parameters = [parameter for parameter in ascent.parameters() if parameter.grad is not None]
         if parameters:
             with torch.no_grad():
                 ascent.combination.complete(parameters, dense_gradients(parameters))
+        return bool(parameters)
 
     def _refuse_waiting(self, what: str) -> None:
         """Raise if a second gradient waits for the step: a new first pass would add to it."""

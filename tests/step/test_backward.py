@@ -422,3 +422,26 @@ def test_a_failure_anywhere_in_a_window_leaves_weights_and_the_next_window(bad_c
     window(model, optimizer, False)
     window(twin, other, False)
     assert same_bits(model, bits(twin))
+
+
+def test_clipping_meets_what_the_base_gets_in_a_step_without_a_second_pass_too() -> None:
+    """LookSAM adds a component to the gradient of such a step: in every form before the loop clips it."""
+    results = []
+    for form in ("backward", "perturbed"):
+        model = mlp(DOUBLE)
+        optimizer = samopt.LookSAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.5, every=3, model=model)
+        for _ in range(4):
+            optimizer.zero_grad()
+            if form == "backward":
+                optimizer.backward(lambda model=model: loss_of(model, batch(DOUBLE)))
+            else:
+                loss_of(model, batch(DOUBLE)).backward()
+                with optimizer.perturbed():
+                    loss_of(model, batch(DOUBLE)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+            optimizer.step()
+            for p, (w, g) in zip(model.parameters(), before, strict=True):
+                torch.testing.assert_close(p.detach(), w - 0.5 * g, rtol=1e-12, atol=1e-14)
+        results.append(list(model.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)

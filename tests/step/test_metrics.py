@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ VARIANTS = {"sam": (samopt.SAM, 0.3, None), "asam": (samopt.ASAM, 0.3, 0.01)}
 variants = pytest.mark.parametrize("variant", VARIANTS)
 forms = pytest.mark.parametrize("form", FORMS)
 
+
+class Output(NamedTuple):
+    """The loss is not the first entry, and the first has one element, too."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor
+
+
 CONTAINERS = {
     "tensor": lambda loss, logits: loss,
     "one entry": lambda loss, logits: loss.reshape(1),
@@ -31,6 +40,8 @@ CONTAINERS = {
     "list": lambda loss, logits: [{"loss": loss}],
     "object": lambda loss, logits: SimpleNamespace(loss=loss, logits=logits),
     "number": lambda loss, logits: loss.item(),
+    "named tuple": lambda loss, logits: Output(logits.detach()[:1], loss),
+    "mapping": lambda loss, logits: UserDict(logits=logits, loss=loss),
 }
 
 
@@ -187,3 +198,23 @@ def test_a_step_on_an_accelerator_never_waits_for_it(dtype, variant, form, monke
     assert all(isinstance(value, Tensor) and value.dim() == 0 for name, value in metrics.items() if name not in missing)
     with NoWaiting(), pytest.raises(AssertionError, match="waits"):
         optimizer.last_step.to_dict()
+
+
+@pytest.mark.parametrize("kind", [samopt.FriendlySAM, samopt.GSAM, samopt.WSAM, samopt.LookSAM])
+def test_norms_are_those_of_the_gradients_also_where_something_is_made_of_them(kind):
+    (w,) = tensors((5,))
+    curvature = torch.arange(1.0, 6.0, dtype=torch.float64)
+    optimizer = kind([w], torch.optim.SGD, rho=0.3, lr=0.1)
+    for _ in range(3):
+        norm = (curvature * w.detach()).norm()
+        optimizer.zero_grad()
+        (0.5 * curvature * w * w).sum().backward()
+        with optimizer.perturbed() as second:
+            there = curvature * w.detach()
+            if second.is_needed:
+                (0.5 * curvature * w * w).sum().backward()
+        optimizer.step()
+        step = optimizer.last_step
+        if second.is_needed:
+            assert float(step.grad_norm) == pytest.approx(float(norm), rel=1e-12)
+            assert float(step.perturbed_grad_norm) == pytest.approx(float(there.norm()), rel=1e-12)
