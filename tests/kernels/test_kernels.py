@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
@@ -268,6 +269,24 @@ def test_huge_and_tiny_gradients_keep_their_norm_and_direction(name, geometry, s
     assert bool(((moved - want).abs() <= 2.0**-23 * (before.abs() + want.abs() * 8) + scale * 2.0**-149).all())
     if size > 1e-42:
         assert float(torch.cosine_similarity(moved.flatten(), want.flatten(), dim=0)) > 1 - 1e-9
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_norms_of_fp64_gradients_whose_squares_leave_fp64(name, geometry, size):
+    torch.manual_seed(7)
+    weights = [torch.randn(40, 25, dtype=torch.float64), torch.randn(3, dtype=torch.float64)]
+    directions = [torch.randn_like(w) * size for w in weights]
+    block = Block(weights, directions, GEOMETRIES[geometry], ETA, False)
+    scaled = {
+        "none": lambda w, d: d,
+        "adaptive": lambda w, d: (abs(w) + ETA) * d,
+        "fisher": lambda w, d: d / math.hypot(1.0, ETA**0.5 * d),
+    }[geometry]
+    pairs = zip(torch.cat([w.flatten() for w in weights]), torch.cat([d.flatten() for d in directions]), strict=True)
+    want = math.hypot(*[scaled(float(w), float(d)) for w, d in pairs])
+    assert float(chosen(name, block).norm(block)) == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
