@@ -59,6 +59,31 @@ def test_a_combination_at_sams_setting_is_sam_to_the_bit(rule) -> None:
     assert same_bits(model, bits(plain))
 
 
+@pytest.mark.parametrize(
+    "preset", [p for p in PRESETS if p.name not in ("functional", "preconditioned")], ids=lambda preset: preset.name
+)
+def test_a_complex_weight_trains_as_the_real_numbers_that_it_holds(preset) -> None:
+    torch.manual_seed(0)
+    start, matrix = torch.randn(5, 3, 2, dtype=DOUBLE), torch.randn(8, 30, dtype=DOUBLE)
+    trained = []
+    for is_complex in (True, False):
+        weight = nn.Parameter(torch.view_as_complex(start.clone()) if is_complex else start.clone())
+        optimizer = preset.wrap(BASES[preset.usual_base]([weight]), rho=0.3)
+        for _ in range(6):
+
+            def closure(weight=weight, optimizer=optimizer) -> Tensor:
+                optimizer.zero_grad()
+                numbers = torch.view_as_real(weight) if weight.is_complex() else weight
+                loss = (matrix @ numbers.flatten()).cos().sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        trained.append(torch.view_as_real(weight.detach()) if is_complex else weight.detach())
+    torch.testing.assert_close(*trained, rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(trained[0], start, atol=1e-2)
+
+
 def test_a_friendly_direction_without_an_average_is_sam_to_the_bit() -> None:
     model, plain = mlp(), mlp()
     optimizer = samopt.FriendlySAM(BASES["adamw"](model.parameters()), rho=0.1, sigma=0.0)
