@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from samopt._numerics.devices import to_device
 from samopt.distributed import local_part
 
 __all__ = ["StashedGradients", "any_nonzero", "dense_gradients", "propagate_nonfinite"]
@@ -83,7 +84,7 @@ def propagate_nonfinite(nonfinite_flag: Tensor, groups: list[dict[str, Any]]) ->
         return
     first_entry = values[(slice(0, 1),) * values.dim()]
     with torch.no_grad():
-        first_entry.add_(nonfinite_flag.to(values.device, non_blocking=True))
+        first_entry.add_(to_device(nonfinite_flag, values.device))
 
 
 def _gradients(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samopt._numerics.devices import to_device
 from samopt._numerics.stochastic_rounding import Noise
 from samopt._numerics.vector_norm import vector_norm
 from samopt._perturb.grouping import MovingBlock, moving_blocks
@@ -85,7 +86,7 @@ class Perturbation:
             return torch.tensor(largest, dtype=torch.float64)
         # Filled on the device of the norm, so that nothing waits for the device of a radius.
         like = torch.full((), largest, dtype=self.norm.dtype, device=self.norm.device)
-        return torch.stack([like, *[radius.detach().to(like, non_blocking=True) for radius in tensors]]).amax()
+        return torch.stack([like, *[to_device(radius.detach(), like.device, like.dtype) for radius in tensors]]).amax()
 
     def gradient_norm(self) -> Tensor:
         """Return ``||d||_2`` over every target: 0-dim, on the device of ``norm``; call it before ``move``.
@@ -198,7 +199,7 @@ class Perturbation:
         # The cut into blocks may differ between ranks, but not the placements, so every rank joins in every exchange.
         by_place: dict[Shards | None, list[Tensor]] = {}
         for some, length in zip(self._blocks, lengths, strict=True):
-            by_place.setdefault(some.shards, []).append(length.to(lengths[0].device, non_blocking=True))
+            by_place.setdefault(some.shards, []).append(to_device(length, lengths[0].device))
         whole = []
         for place, parts in by_place.items():
             length = _joint(parts, largest=largest)
@@ -217,7 +218,7 @@ def descend(parameters: Sequence[Tensor], directions: Sequence[Tensor], rate: fl
     """
     with torch.no_grad():
         for parameter, direction in zip(parameters, directions, strict=True):
-            size = (factor * rate).to(direction, non_blocking=True)
+            size = to_device(factor * rate, direction.device, direction.dtype)
             local_part(parameter).sub_(torch.where(size != 0, direction * size, torch.zeros_like(size)))
 
 
@@ -272,5 +273,5 @@ def _joint(lengths: list[Tensor], *, largest: bool = False, on_host: bool = Fals
         return lengths[0] if lengths else torch.zeros(())
     if on_host and not largest:  # torch takes a dozen operations for it
         return torch.tensor(math.hypot(*[float(length) for length in lengths]), dtype=torch.float64)
-    stacked = torch.stack([length.to(lengths[0].device, non_blocking=True) for length in lengths])
+    stacked = torch.stack([to_device(length, lengths[0].device) for length in lengths])
     return stacked.amax() if largest else vector_norm(stacked)

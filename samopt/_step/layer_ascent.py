@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samopt._numerics.devices import to_device
 from samopt._numerics.stochastic_rounding import Noise
 from samopt._numerics.vector_norm import vector_norm
 from samopt._perturb.gradients import StashedGradients, any_nonzero
@@ -243,7 +244,7 @@ class _LayerPerturbation(Perturbation):
         """Have the layers run on their own weights again; may be called more than once."""
         self._gradients.elsewhere = None
         if self._moves:
-            lengths = [length.to(self._total, non_blocking=True) for length in self._moves.values()]
+            lengths = [to_device(length, self._total.device, self._total.dtype) for length in self._moves.values()]
             stacked = torch.stack(lengths)
             self._total.copy_(stacked.amax() if self._is_linf else vector_norm(stacked))
 

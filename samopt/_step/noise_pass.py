@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from samopt import kernels
+from samopt._numerics.devices import to_device
 from samopt._numerics.stochastic_rounding import Noise, RoundingNoise
 from samopt._numerics.vector_norm import vector_norm
 from samopt._replay.module_state import every_module
@@ -173,7 +174,7 @@ class NoisePass(OnePass):
         if known is None or (known[0] != marks and torch._C._current_graph_task_id() == -1):
             norms = layer.row_norms()
             if isinstance(rho, Tensor):
-                rho = rho.to(norms, non_blocking=True)
+                rho = to_device(rho, norms.device, norms.dtype)
             known = self._deviations[layer] = marks, norms * (rho / math.sqrt(layer.row_size()))
         return known[1]
 
@@ -205,4 +206,4 @@ def _joint(lengths: Sequence[Tensor]) -> Tensor:
     """Return the norm of a vector from the norms of its parts."""
     if not lengths:
         return torch.zeros(())
-    return vector_norm(torch.stack([length.to(lengths[0].device, non_blocking=True) for length in lengths]))
+    return vector_norm(torch.stack([to_device(length, lengths[0].device) for length in lengths]))

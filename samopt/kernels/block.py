@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from samopt._numerics.devices import to_device
 from samopt.parts.geometry import Geometry
 
 __all__ = ["Block", "NoiseSource", "Norms", "StepSize"]
@@ -111,10 +112,10 @@ class StepSize(NamedTuple):
         norm, radius = self.norm, self.radius
         usable = torch.isfinite(norm) & (norm > 0)
         if isinstance(radius, Tensor):
-            radius = radius.to(device=norm.device, dtype=norm.dtype, non_blocking=True)
+            radius = to_device(radius, norm.device, norm.dtype)
         size = radius * torch.ones_like(norm) if self.linf else radius / norm
         scale = torch.where(usable, self.sign * size, torch.zeros_like(norm)).clamp(-_LARGEST, _LARGEST)
-        return scale.to(device, non_blocking=True)
+        return to_device(scale, device)
 
     def factor(self) -> float:
         """Return ``scale`` as a number; waits for the device of the norm."""

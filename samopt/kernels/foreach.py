@@ -53,7 +53,7 @@ def ascend(
         uphill = _adaptive_scale(block)
         torch._foreach_mul_(uphill, uphill)
         torch._foreach_mul_(uphill, block.directions)
-    if step.norm.is_cpu and uphill[0].is_cpu:
+    if step.norm.is_cpu:
         if (factor := step.factor()) != 0:
             torch._foreach_add_(targets, uphill, alpha=factor)
         return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from samopt._numerics.devices import to_device
 from samopt.distributed import Shards
 from samopt.parts.checkpoint import by_parameter, in_order
 from samopt.parts.checks import check_nonnegative
@@ -257,7 +258,7 @@ def inner_product(parameters: Sequence[Tensor], left: Sequence[Tensor], right: S
     first = next(iter(sums.values()))[0]
     whole = []
     for place, some in sums.items():
-        total = torch.stack([one.to(first.device, non_blocking=True) for one in some]).sum()
+        total = torch.stack([to_device(one, first.device) for one in some]).sum()
         whole.append(total if place is None else place.sum(total))
     return torch.stack(whole).sum()
 

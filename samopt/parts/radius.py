@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from samopt._numerics.devices import to_device
 from samopt.parts.part import Part
 
 __all__ = ["ConstantRadius", "LossBudget", "Radius", "RadiusValue"]
@@ -71,5 +72,5 @@ class LossBudget(Radius):
 def _budgeted(norm: Tensor, *, budget: float | Tensor, largest: float) -> Tensor:
     """Return ``budget / norm`` on the device of ``norm``, at most ``largest``."""
     if isinstance(budget, Tensor):
-        budget = budget.to(norm.device, non_blocking=True)
+        budget = to_device(budget, norm.device)
     return torch.nan_to_num(budget / norm, nan=0.0, posinf=largest).clamp(max=largest)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from samopt._numerics.devices import to_device
 from samopt._numerics.low_precision import is_low_precision
 from samopt._numerics.stochastic_rounding import RoundingNoise
 
@@ -86,7 +87,7 @@ class HeldParameters:
                 held.lerp_(parameter.to(held.dtype), share)
                 continue
             wide = torch.promote_types(held.dtype, torch.float32)
-            start = held.to(device=parameter.device, dtype=wide, non_blocking=True)
+            start = to_device(held, parameter.device, wide)
             mixed = torch.lerp(start, parameter.to(wide), share)
             if held.dtype is torch.bfloat16:
                 mixed = _round_to_bf16(mixed, uniform(mixed))
@@ -100,7 +101,7 @@ class HeldParameters:
             parameters: By name; only those held are returned.
         """
         return {
-            name: held.to(device=parameters[name].device, dtype=parameters[name].dtype, non_blocking=True)
+            name: to_device(held, parameters[name].device, parameters[name].dtype)
             for name, held in self.tensors.items()
             if name in parameters
         }

@@ -96,6 +96,45 @@ def test_no_step_waits_and_all_lead_where_they_lead_on_the_cpu(make, form, backe
     assert measured == pytest.approx(expected.last_step.to_dict(), rel=1e-4, abs=1e-5)
 
 
+class Split(nn.Module):
+    """A model with one layer on the device and one on the CPU."""
+
+    def __init__(self, model, devices):
+        super().__init__()
+        self.first, self.second = model[0], model[2]
+        self.devices = devices
+
+    def forward(self, x):
+        return self.second(self.first(x.to(self.devices[0])).tanh().to(self.devices[1])).to("cpu")
+
+
+SPLIT = [
+    *[pytest.param(name, "cpu", id=f"{name}, cpu first") for name in (*TWO_PASSES, *ONE_PASS)],
+    *[pytest.param(name, "device", id=f"{name}, device first") for name in ("sam", "l-infinity", "tram", "wsam")],
+]
+
+
+@pytest.mark.parametrize(("name", "first"), SPLIT)
+def test_a_model_on_two_devices_leads_where_it_leads_on_the_cpu(name, first):
+    make, form = (TWO_PASSES | ONE_PASS)[name], closure_form if name in TWO_PASSES else plain_form
+    places = ("cpu", DEVICE) if first == "cpu" else (DEVICE, "cpu")
+    ends, measured = [], []
+    for moves in (True, False):
+        model = mlp()
+        with Accelerator():
+            if moves:
+                on_device(model[places.index(DEVICE) * 2])
+            split = Split(model, places if moves else ("cpu", "cpu"))
+            optimizer = prepared(make, split, "auto")
+            for seed in range(2):
+                form(optimizer, split, batch(seed=seed))
+            measured.append(optimizer.last_step.to_dict())
+        ends.append([getattr(p, "near", p.detach()) for p in model.parameters()])
+    for got, want in zip(*ends, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    assert measured[0] == pytest.approx(measured[1], rel=1e-4, abs=1e-5)
+
+
 def prepared(make, model, backend):
     """The optimizer on a backend; rounding to nearest, as a device that is made up has no generators."""
     optimizer = make(model)

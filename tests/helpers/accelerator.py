@@ -1,5 +1,7 @@
 """An accelerator without one: tensors of another device that lie on the CPU, and a list of what would wait for it.
 
+A copy to the CPU that does not wait holds nan: on a real device, the host may read it before the values arrive.
+
 It takes torch's place for other devices and cannot be taken back, so it is for processes of its own.
 """
 
@@ -134,7 +136,7 @@ def _run(func, args, kwargs, waits):
     if name.startswith("copy_."):
         lands_away = isinstance(args[0], _Away)
         crosses = lands_away is not isinstance(args[1], _Away)
-    elif not crosses and name not in _MIXES:
+    elif not crosses and name not in _MIXES and not name.startswith("_foreach_copy_"):
         _refuse_mixtures(name, given, args)
     may_go_on = lands_away and (kwargs.get("non_blocking") or (name.startswith("copy_.") and args[2:] == (True,)))
     if (is_away and name.startswith(_READS)) or (crosses and not may_go_on):
@@ -143,6 +145,8 @@ def _run(func, args, kwargs, waits):
     if target == DEVICE.type:
         near_kwargs["device"] = "cpu"
     made = func(*near_args, **near_kwargs)
+    if crosses and not lands_away and kwargs.get("non_blocking"):  # the host may read it before the values arrive
+        made = made.fill_(float("nan")) if made.is_floating_point() else made
     given_near = [leaf for leaf in tree_leaves((near_args, near_kwargs)) if isinstance(leaf, Tensor)]
     written = {id(near): whole for near, whole in zip(given_near, given, strict=True)}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from samopt._numerics.devices import to_device
 from samopt._numerics.low_precision import is_low_precision
 from samopt.sharpness._measuring.batches import LABEL_KEYS, label_key, map_tensors
 
@@ -317,4 +318,4 @@ def _accepts(model: nn.Module, arguments: Mapping[Any, Any]) -> bool:
 
 def _mover(model: nn.Module) -> Callable[[Tensor], Tensor]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return lambda tensor: tensor.to(device, non_blocking=True)
+    return lambda tensor: to_device(tensor, device)
