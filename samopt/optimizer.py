@@ -153,7 +153,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         base = build_base(params, base_optimizer, base_kwargs, name)
         models = check_models(model, base, name)
         self._check_models(models, base)
-        refuse_unsupported(models, base, one_pass=not isinstance(chosen, Gradient))
+        refuse_unsupported(models, base, state_reader=_state_reader(chosen, geometry))
         for part in (chosen, geometry, radius, combination):
             if part is not None:
                 part.check(base)
@@ -652,6 +652,14 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
     def _watch_for_stall(self) -> None:
         if self._stall is not None:
             self._stall.observe(self._passes.metrics)
+
+
+def _state_reader(direction: Direction, geometry: Geometry) -> str | None:
+    """Return the part that is made of the base's state, as messages name it; None where neither is."""
+    if not isinstance(direction, Gradient):
+        return 'direction="momentum"'
+    known = type(geometry).known_scales is not Geometry.known_scales
+    return f"the {geometry.name} geometry" if known else None
 
 
 def accepts_closure(base: Optimizer) -> bool:

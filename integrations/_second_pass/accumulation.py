@@ -85,8 +85,7 @@ class TwoPasses:
         if is_first:
             passes.include(*self._kept())
         start = passes.begin_micro_batch(is_first=is_first)
-        # Only gradients that a second pass replaces may stay unexchanged.
-        with self._unsynced() if self._per_rank and self.optimizer.perturbs_this_step else nullcontext():
+        with self._unsynced() if self._per_rank and passes.keeps_on_rank([self._model]) else nullcontext():
             loss = once()
         passes.window.append(MicroBatch(again, loss.detach(), start))
         if self._accelerator.sync_gradients:

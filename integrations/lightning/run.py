@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from samopt import SharpnessAwareOptimizer, StepMetrics
@@ -157,9 +158,8 @@ class Run:
             self._window = []
             self._passes.include(*module_state(self._module))
         start = self._passes.begin_micro_batch(is_first=is_first)
-        # Only gradients that a second pass replaces may stay unexchanged.
-        unexchanged = self._per_rank and self._optimizer.perturbs_this_step
-        self._until_backward_ends.enter_context(self._exchange(not unexchanged))
+        stays_on_rank = self._per_rank and self._passes.keeps_on_rank([self._called])
+        self._until_backward_ends.enter_context(self._exchange(not stays_on_rank))
         output = self._training_step(*args, **kwargs)
         loss = _loss_in(output, call)
         if loss is None:
@@ -181,11 +181,12 @@ class Run:
 
     def _exchange(self, exchanged: bool) -> AbstractContextManager[None]:
         """Return the context in which processes do or do not exchange gradients."""
-        return (
-            nullcontext()
-            if exchanged
-            else unsynced(self._module if self._strategy.model is None else self._strategy.model)
-        )
+        return nullcontext() if exchanged else unsynced(self._called)
+
+    @property
+    def _called(self) -> Module:
+        """What the strategy calls: the module, or DDP around it."""
+        return self._module if self._strategy.model is None else self._strategy.model
 
     @contextmanager
     def _unreported(self) -> Generator[None]:

@@ -28,7 +28,7 @@ from samopt._step.pass_handle import PassHandle
 from samopt._step.second_pass import SecondPass
 from samopt._step.trunk_reuse import TrunkReuse, leaves_of
 from samopt._step.window import MicroBatch, Start
-from samopt.distributed import runs_on_several_ranks, unsynced
+from samopt.distributed import has_graph_to_learn, runs_on_several_ranks, unsynced
 from samopt.step_metrics import StepMetrics, as_scalar, loss_in
 
 __all__ = ["THREE_WAYS", "TwoPass", "differentiate"]
@@ -82,6 +82,7 @@ class TwoPass:
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None
         self.window: list[MicroBatch] = []
+        self._stays_on_rank = False  # whether the first gradients of the window do
         self._included: tuple[nn.Module, ...] = ()
         self._at_end: list[tuple[int, int] | None] = []  # of the gradients, after the latest micro-batch
         self._is_ready = False  # whether the gradients are a second pass's
@@ -165,6 +166,24 @@ class TwoPass:
         self._sync_perturbation = True
         self._ascent.share_gradients()
 
+    def keeps_on_rank(self, models: Sequence[nn.Module]) -> bool:
+        """Return whether the first pass's gradients serve this rank's perturbation alone, and so need no exchange.
+
+        They do not where the models have trainable parameters that this optimizer lacks: another one steps with their
+        gradients. Where the models lack some of this optimizer's, the gradients of those are exchanged in any case, and
+        half of a perturbation would be the rank's own.
+
+        Args:
+            models: The modules whose DDP would leave out the exchange.
+        """
+        if self._sync_perturbation or not self._ascent.may_move():
+            return False
+        if not runs_on_several_ranks():
+            return True
+        trained = {p for p in self._ascent.parameters() if p.requires_grad}
+        of_models = {p for model in models for p in model.parameters() if p.requires_grad}
+        return trained == of_models and not has_graph_to_learn(models)
+
     def take_decoupled_update(self) -> DecoupledUpdate | None:
         """Return what the update does besides the base's step, once: a base's ``step`` may call its parent's."""
         update, self._decoupled = self._decoupled, None
@@ -172,7 +191,7 @@ class TwoPass:
 
     def first_pass(self) -> AbstractContextManager[None]:
         """Keep the gradients on their rank in the context, if they decide no more than this rank's perturbation."""
-        return self._exchange(is_needed=not self._keeps_on_rank())
+        return self._exchange(is_needed=not self.keeps_on_rank(self._models))
 
     def backward(self, compute_loss: Callable[[], Any], *, last: bool) -> Any:
         """Run forward and backward at ``w``, and after the last micro-batch of a window the second pass of all.
@@ -191,9 +210,11 @@ class TwoPass:
             self._refuse_leftovers()
         if self._reuse is not None and self._ascent.may_move():
             return self._backward_through_one_trunk(self._reuse, compute_loss, is_whole=last and not self.window)
+        # A static graph is learnt in the window's first backward, and the rest of the window goes the same way.
+        self._stays_on_rank = (self._stays_on_rank or not self.window) and self.keeps_on_rank(self._models)
         start = self.begin_micro_batch(is_first=not self.window)
         repeated = compute_loss if last and not self.window else frozen(compute_loss)
-        with torch.enable_grad(), self._exchange(is_needed=last and not self._keeps_on_rank()):
+        with torch.enable_grad(), self._exchange(is_needed=last and not self._stays_on_rank):
             result = compute_loss()
             loss = differentiate(result)
         self.window.append(MicroBatch(lambda: differentiate(repeated()), loss.detach(), start))
@@ -590,17 +611,6 @@ class TwoPass:
                 f"shape {tuple(others[0].shape)} for one. Their gradients become the sum of both passes. Pass model=, "
                 "so that those of the first pass are kept"
             )
-
-    def _keeps_on_rank(self) -> bool:
-        """Return whether the first pass's gradients serve this rank's perturbation alone."""
-        return not self._sync_perturbation and self._ascent.may_move() and not self._has_other_trainable()
-
-    def _has_other_trainable(self) -> bool:
-        """Return whether another optimizer needs the first pass's gradients, averaged over ranks."""
-        if not runs_on_several_ranks():
-            return False
-        owned = set(self._ascent.parameters())
-        return any(p.requires_grad and p not in owned for model in self._models for p in model.parameters())
 
     def _exchange(self, *, is_needed: bool) -> AbstractContextManager[None]:
         """Return the context in which ranks do or do not exchange gradients."""

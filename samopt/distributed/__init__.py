@@ -2,13 +2,22 @@
 
 from samopt.distributed.averages import mean_over_ranks
 from samopt.distributed.refusals import refuse_unsupported
-from samopt.distributed.replicas import data_parallel_modules, is_first_rank, runs_on_several_ranks, unsynced
+from samopt.distributed.replicas import (
+    calling_data_parallel_module,
+    data_parallel_modules,
+    has_graph_to_learn,
+    is_first_rank,
+    runs_on_several_ranks,
+    unsynced,
+)
 from samopt.distributed.shards import Shards, abandon_pass, is_fully_sharded, local_part, reshard
 
 __all__ = [
     "Shards",
     "abandon_pass",
+    "calling_data_parallel_module",
     "data_parallel_modules",
+    "has_graph_to_learn",
     "is_first_rank",
     "is_fully_sharded",
     "local_part",

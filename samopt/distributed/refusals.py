@@ -13,13 +13,13 @@ _FLAT = "_fsdp_flattened", "_is_flat_param"  # marks that FullyShardedDataParall
 _USE = "use DistributedDataParallel, or torch.distributed.fsdp.fully_shard for sharded parameters"
 
 
-def refuse_unsupported(models: Sequence[nn.Module], base: Optimizer, *, one_pass: bool) -> None:
+def refuse_unsupported(models: Sequence[nn.Module], base: Optimizer, *, state_reader: str | None) -> None:
     """Raise if a sharpness-aware step cannot be right with this model and base optimizer.
 
     Args:
         models: The modules that the passes run.
         base: The optimizer to be wrapped.
-        one_pass: Whether the direction is read from the base's state.
+        state_reader: What is made of the base's state, for the message; None where nothing is.
 
     Raises:
         ValueError: If it cannot.
@@ -46,10 +46,11 @@ def refuse_unsupported(models: Sequence[nn.Module], base: Optimizer, *, one_pass
             f"{type(base).__name__}(overlap_with_ddp=True) updates the weights inside backward, where no second pass "
             "can come between; use overlap_with_ddp=False"
         )
-    if one_pass and any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(base).__mro__):
+    if state_reader is not None and any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(base).__mro__):
         raise ValueError(
-            f'direction="momentum" reads the base optimizer\'s state, but {type(base).__name__} spreads that over the '
-            'ranks, so that each would move other weights; use direction="gradient", or an unsharded base'
+            f"{state_reader} reads the base optimizer's state, but {type(base).__name__} spreads that over the ranks, "
+            "so that each would move other weights; use an optimizer that perturbs along the gradient and takes its "
+            "geometry from the weights (samopt.SAM, samopt.ASAM), or a base that keeps its whole state on every rank"
         )
 
 

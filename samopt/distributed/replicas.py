@@ -9,7 +9,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["data_parallel_modules", "is_first_rank", "runs_on_several_ranks", "unsynced"]
+__all__ = [
+    "calling_data_parallel_module",
+    "data_parallel_modules",
+    "has_graph_to_learn",
+    "is_first_rank",
+    "runs_on_several_ranks",
+    "unsynced",
+]
 
 
 def runs_on_several_ranks() -> bool:
@@ -34,18 +41,38 @@ def data_parallel_modules(models: nn.Module | Sequence[nn.Module]) -> list[Distr
     return list(dict.fromkeys(found))
 
 
+def calling_data_parallel_module() -> DistributedDataParallel | None:
+    """Return the DDP module whose forward is running, whatever holds it; None outside such a call."""
+    module: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
+    return module
+
+
+def has_graph_to_learn(models: nn.Module | Sequence[nn.Module]) -> bool:
+    """Return whether a DDP module with ``static_graph=True`` is yet to learn its graph, in its first backward.
+
+    torch can only do that with an exchange (pytorch/pytorch#143580).
+
+    Args:
+        models: A module or several.
+    """
+    return any(map(_is_learning, data_parallel_modules(models)))
+
+
 @contextmanager
 def unsynced(models: nn.Module | Sequence[nn.Module]) -> Generator[None]:
     """Keep the gradients of every forward and backward in this context on their rank.
 
-    A DDP module with ``static_graph=True`` learns its graph in the first backward, which torch can only do with an
-    exchange (pytorch/pytorch#143580): that one, on every rank, keeps it.
+    The first backward of a DDP module with ``static_graph=True`` keeps its exchange: see ``has_graph_to_learn``.
 
     Args:
         models: A module or several. Where none has a DDP module in it, nothing changes.
     """
     with ExitStack() as stack:
         for module in data_parallel_modules(models):
-            if not module.static_graph or getattr(module, "_static_graph_delay_allreduce_enqueued", True):
+            if not _is_learning(module):
                 stack.enter_context(module.no_sync())
         yield
+
+
+def _is_learning(module: DistributedDataParallel) -> bool:
+    return module.static_graph and not getattr(module, "_static_graph_delay_allreduce_enqueued", True)

@@ -159,14 +159,16 @@ class TrustRegionRadius(Radius):
     def _measured_distance(self) -> float | Tensor:
         if not self.measures_outputs:
             return cast(RadiusSource, self.trust_region)()
-        measured = None if self.watch is None else self.watch.total()
-        if self._model is None or measured is None:
+        watch = self.watch
+        measured = None if watch is None else watch.total()
+        if self._model is None or watch is None or measured is None:
             raise RuntimeError(
                 f"TRAM saw no forward call of model={type(self._model).__name__} in this first pass, so there is no "
                 "distance to take the radius from; pass as model= the module that the loop calls itself, and compile "
                 "it with torch.compile(model), not model.compile()"
             )
-        total, weight = sum_over_ranks(torch.stack(measured), self._model, self._parameters)
+        called = watch.caller or self._model  # accelerate, Lightning and Fabric put DDP around the model later
+        total, weight = sum_over_ranks(torch.stack(measured), called, self._parameters)
         mean: Tensor = total / weight.clamp(min=1)
         return mean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from samopt._replay.call_watch import RAISED, PassFollower
 from samopt._replay.unobserved import is_observed
+from samopt.distributed import calling_data_parallel_module
 from samopt.trust_region.call import ForwardCall, Surroundings
 from samopt.trust_region.comparison import Comparison
 from samopt.trust_region.protocol import TrustRegion
@@ -36,7 +38,13 @@ class FirstPassWatch(PassFollower):
         self._comparison = comparison
         self._wanted = wanted
         self._start: Surroundings | None = None
+        self._caller: weakref.ref[nn.Module] | None = None
         self.clear()
+
+    @property
+    def caller(self) -> nn.Module | None:
+        """The DDP module that called the model in the latest first pass; None where the loop called it itself."""
+        return None if self._caller is None else self._caller()
 
     def total(self) -> tuple[Tensor, Tensor] | None:
         """Return the weighted sum of the distances so far and the sum of the weights, 0-dim; None without a call.
@@ -62,6 +70,8 @@ class FirstPassWatch(PassFollower):
         if self._superseded:
             self.clear()
         self._start = Surroundings.capture(module, devices)
+        caller = calling_data_parallel_module()
+        self._caller = None if caller is None else weakref.ref(caller)
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Measure a call.

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import samopt
@@ -18,9 +19,15 @@ DOUBLE = torch.float64
 
 
 def tram(wrapper, region, steps=4):
-    model = {"ddp": DistributedDataParallel, "compiled ddp": compiled, "fsdp": fully_sharded}[wrapper](uneven())
+    inside = uneven()
+    wrappers = {"compiled ddp": compiled, "fsdp": fully_sharded, "ddp": DistributedDataParallel}
+    model = wrappers[wrapper.removesuffix(", around model=")](inside)
     optimizer = samopt.TRAM(
-        BASES["sgd"](model.parameters()), model=model, trust_region=region, scale=10.0, sync_perturbation=True
+        BASES["sgd"](model.parameters()),
+        model=inside if "around" in wrapper else model,  # as before accelerate's prepare(), or in a LightningModule
+        trust_region=region,
+        scale=10.0,
+        sync_perturbation=True,
     )
     distances = []
     for step in range(steps):
@@ -33,7 +40,7 @@ def compiled(model):
     return torch.compile(DistributedDataParallel(model), backend="eager")
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "compiled ddp"])
+@pytest.mark.parametrize("wrapper", ["ddp", "ddp, around model=", "compiled ddp"])
 @pytest.mark.parametrize("region", ["previous", "ema", "pretrained"])
 def test_trams_distance_over_ranks_is_that_of_the_whole_batch(region, wrapper):
     model = uneven()
@@ -53,6 +60,37 @@ def test_trams_distance_is_one_number_for_all_shards():
     assert first == second
     assert min(first) > 0
     assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+
+
+def tram_in_join(**options):
+    """The message of the first step whose distance not all ranks would take part in; else the steps of this rank."""
+    model = DistributedDataParallel(uneven())
+    optimizer = samopt.TRAM(BASES["sgd"](model.parameters()), model=model)
+    before, steps = bits(model), 0
+    try:
+        with Join([model], **options):
+            for step in range(3 - torch.distributed.get_rank()):
+                closure_form(optimizer, model, own_part(step))
+                steps += 1
+    except RuntimeError as error:
+        if "TRAM" in str(error):
+            assert all(torch.equal(a, b) for a, b in zip(before, bits(model), strict=True))
+            return str(error)
+    return steps
+
+
+def test_a_distance_over_ranks_that_may_leave_is_refused():
+    for message in run_on_ranks(tram_in_join):
+        assert "inside Join(...)" in message
+        assert "use Join(..., throw_on_early_termination=True)" in message
+
+
+def ended_together():
+    return tram_in_join(throw_on_early_termination=True)
+
+
+def test_ranks_that_leave_together_share_the_distance():
+    assert run_on_ranks(ended_together) == [2, 2]
 
 
 def averages():

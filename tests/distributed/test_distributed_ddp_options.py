@@ -169,6 +169,70 @@ def test_a_window_of_micro_batches_is_exchanged_once_a_pass(form, sync):
         assert exchanges == 3 * (2 if sync else 1)
 
 
+def accumulate_with_a_static_graph():
+    """Two micro-batches a step in ``backward``; returns the weights and whether each first pass was exchanged."""
+    model = DistributedDataParallel(mlp(torch.float64), static_graph=True)
+    optimizer = samopt.SAM(BASES["sgd"](model.parameters()), rho=RHO, model=model)
+    for step in range(3):
+        part = slice(8 * torch.distributed.get_rank(), 8 * torch.distributed.get_rank() + 8)
+        x, y = batch(torch.float64, seed=step)
+        x, y = x[part], y[part]
+        optimizer.zero_grad()
+        optimizer.backward(lambda x=x, y=y: loss_of(model, (x[:4], y[:4])) / 2, last=False)
+        optimizer.backward(lambda x=x, y=y: loss_of(model, (x[4:], y[4:])) / 2)
+        optimizer.step()
+    return bits(model)
+
+
+def whole_batches_with_a_synced_start():
+    model = DistributedDataParallel(mlp(torch.float64))
+    stock = BASES["sgd"](model.parameters())
+    for step in range(3):
+        part = slice(8 * torch.distributed.get_rank(), 8 * torch.distributed.get_rank() + 8)
+        x, y = batch(torch.float64, seed=step)
+        textbook_step(model, stock, (x[part], y[part]), sync=step == 0)
+    return bits(model)
+
+
+def test_the_window_in_which_a_static_graph_is_learnt_has_one_perturbation():
+    """Not the average of the first micro-batch with this rank's second one."""
+    want = run_on_ranks(whole_batches_with_a_synced_start)[0]
+    for weights in run_on_ranks(accumulate_with_a_static_graph):
+        torch.testing.assert_close(weights, want, rtol=1e-12, atol=1e-12)
+
+
+class Halves(nn.Module):
+    """Two DDP modules in a row."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        whole = mlp(torch.float64)
+        self.body, self.head = wrap(nn.Sequential(*whole[:2])), wrap(whole[2])
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def train_halves(given):
+    """One optimizer over both, told of both DDP modules or of one."""
+    model = Halves(DistributedDataParallel)
+    models = {"both": [model.body, model.head], "one": model.body}[given]
+    optimizer = samopt.SAM(BASES["sgd"](model.parameters()), rho=RHO, model=models)
+    for step in range(3):
+        part = slice(8 * torch.distributed.get_rank(), 8 * torch.distributed.get_rank() + 8)
+        x, y = batch(torch.float64, seed=step)
+        closure_form(optimizer, model, (x[part], y[part]))
+    return bits(model)
+
+
+@pytest.mark.parametrize("given", ["both", "one"])
+def test_a_perturbation_is_of_one_mode_alone(given):
+    """Each rank's own where both modules can leave out the exchange, and the averaged one where one cannot."""
+    want = run_on_ranks(whole_batches, given == "one")[0]
+    for weights in run_on_ranks(train_halves, given):
+        torch.testing.assert_close(weights, want, rtol=1e-12, atol=1e-12)
+
+
 def powersgd(sync):
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 

@@ -55,17 +55,29 @@ def test_parameters_that_deepspeed_partitioned_are_refused():
         samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def refusal_of_momentum_in_shards():
-    base = ZeroRedundancyOptimizer(mlp().parameters(), torch.optim.AdamW, lr=0.01)
+READERS = {
+    'direction="momentum"': lambda base, model: samopt.SAM(base, direction="momentum"),
+    "the preconditioned geometry": lambda base, model: samopt.PreconditionedSAM(base),
+    "the preconditioned geometry, of tram": lambda base, model: samopt.TRAM(
+        base, model=model, geometry="preconditioned"
+    ),
+}
+
+
+def refusal_in_shards(reader):
+    model = mlp()
+    base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
     with pytest.raises(ValueError) as refused:
-        samopt.SAM(base, direction="momentum")
+        READERS[reader](base, model)
+    assert "rho" not in base.param_groups[0]
     return str(refused.value)
 
 
-def test_the_momentum_of_a_base_that_shards_its_state_is_refused():
-    for message in run_on_ranks(refusal_of_momentum_in_shards):
-        assert 'direction="momentum" reads the base optimizer\'s state' in message
-        assert 'use direction="gradient"' in message
+@pytest.mark.parametrize("reader", READERS)
+def test_what_reads_the_state_of_a_base_that_shards_it_is_refused(reader):
+    for message in run_on_ranks(refusal_in_shards, reader):
+        assert f"{reader.partition(', ')[0]} reads the base optimizer's state" in message
+        assert "use an optimizer that perturbs along the gradient" in message
 
 
 def refusal_of_updates_inside_backward():

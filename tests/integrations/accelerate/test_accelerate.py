@@ -374,6 +374,36 @@ def test_misuse_is_explained():
         SharpnessAwareBackward(accelerator, model, ours)
 
 
+def sam_for_the_head(model):
+    """Two optimizers over one model: the body's steps with the gradients of the first pass."""
+    head = samopt.SAM(torch.optim.SGD(model[2].parameters(), lr=0.1), rho=0.5, model=model)
+    return head, torch.optim.SGD(model[0].parameters(), lr=0.1)
+
+
+def tram_of_all(model):
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    return (samopt.TRAM(base, model=model, trust_region="pretrained", scale=10.0, sync_perturbation=True),)
+
+
+TOGETHER = {"two optimizers": sam_for_the_head, "tram": tram_of_all}
+WHOLE = [cases.batch(torch.float64, seed=seed) for seed in range(4)]
+
+
+def train_together(accelerator, make, batches):
+    """The weights after training one model; every batch is a window of two halves."""
+    model = cases.mlp(torch.float64)
+    model, *optimizers = accelerator.prepare(model, *make(model))
+    backward = SharpnessAwareBackward(accelerator, model, optimizers[0])
+    for x, y in batches:
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            with accelerator.accumulate(model):
+                backward(lambda x, y: nn.functional.cross_entropy(model(x), y), x[half], y[half])
+                for each in optimizers:
+                    each.step()
+                    each.zero_grad()
+    return cases.bits(model)
+
+
 def rank_main(rank, folder):
     """One rank's part of the two-process runs."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -385,6 +415,11 @@ def rank_main(rank, folder):
         user = prepared(accelerator, model, hf.momentum_sgd, rows=hf.classification(32))
         train(accelerator, *user, clip="norm", sync_perturbation=sync)
         torch.save(cases.bits(model), folder / f"{sync}-{rank}.pt")
+    for name, make in TOGETHER.items():
+        reset()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        part = [(x[8 * rank : 8 * rank + 8], y[8 * rank : 8 * rank + 8]) for x, y in WHOLE]
+        torch.save(train_together(accelerator, make, part), folder / f"{name}-{rank}.pt")
     PartialState().destroy_process_group()
 
 
@@ -392,7 +427,17 @@ def rank_main(rank, folder):
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     run_on_launched_ranks(rank_main, folder, RANKS)
-    return {sync: [torch.load(folder / f"{sync}-{rank}.pt") for rank in range(RANKS)] for sync in (False, True)}
+    names = (False, True, *TOGETHER)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(RANKS)] for name in names}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_train_as_one_with_the_whole_batch(name, ranks):
+    """What a second optimizer steps with, and TRAM's distance, are of all processes, with DDP made by prepare()."""
+    want = train_together(Accelerator(cpu=True, gradient_accumulation_steps=2), TOGETHER[name], WHOLE)
+    for weights in ranks[name]:
+        torch.testing.assert_close(weights, want, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.slow
