@@ -48,6 +48,7 @@ class Ascent:
 
     Attributes:
         is_paused: Whether nothing moves, whatever the radii are.
+        makes_directions: Whether the direction is made of all of a step's gradients at once, instead of being them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Ascent:
         self.rounding = rounding
         self.backend = backend
         self.is_paused = False
+        self.makes_directions = isinstance(direction, Gradient) and type(direction) is not Gradient
         # By the names that they have in checkpoints. Most parts do nothing in a step, and are not asked.
         self.parts: dict[str, Part] = {"direction": direction, "geometry": geometry, "radius": radius}
         if combination is not None:
@@ -85,11 +87,6 @@ class Ascent:
     def is_one_pass(self) -> bool:
         """Whether the direction is known before a step's gradient, so that its one pass is at ``w + epsilon``."""
         return isinstance(self.direction, KnownDirection)
-
-    @property
-    def makes_directions(self) -> bool:
-        """Whether the direction is made of all of this step's gradients at once, instead of being them."""
-        return isinstance(self.direction, Gradient) and type(self.direction) is not Gradient
 
     @property
     def combines(self) -> bool:

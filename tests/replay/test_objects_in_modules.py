@@ -185,9 +185,7 @@ def test_a_hidden_part_that_another_optimizer_trains_keeps_the_gradient_of_one_p
 
 
 @each_form
-@pytest.mark.parametrize(
-    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
-)
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
 @pytest.mark.parametrize("is_method", [True, False])
 def test_a_hook_with_state_counts_one_pass(form, kind, is_method):
     tally = Tally()

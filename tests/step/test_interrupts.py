@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from pathlib import Path
 from types import FrameType
@@ -25,11 +26,13 @@ class InterruptAt:
         self.lines: list[tuple[str, int]] = []
 
     def __enter__(self) -> InterruptAt:
+        gc.disable()  # the end of another test's optimizer is no line of this step
         sys.settrace(self.trace)
         return self
 
     def __exit__(self, *exc: object) -> None:
         sys.settrace(None)
+        gc.enable()
         # Tracing can strike between the body of a "with torch.no_grad()" and its exit, where a signal never does.
         torch.set_grad_enabled(True)
 
