@@ -57,10 +57,11 @@ class Perturbation:
         self._blocks = blocks
         self._linf = linf
         self.is_empty = not blocks
-        self.is_sharded, self._on_host = False, True
+        self.is_sharded, self._on_host, self._is_euclidean = False, True, True
         for some in blocks:
             self.is_sharded = self.is_sharded or some.shards is not None
             self._on_host = self._on_host and some.backend.on_host
+            self._is_euclidean = self._is_euclidean and some.block.geometry is None
         with torch.no_grad():
             self._norms = self._measure()
             self.norm = self._norms.norm
@@ -188,7 +189,7 @@ class Perturbation:
                 return measure([some.block for some in blocks])
         lengths = [some.backend.norm(some.block) for some in blocks]
         norm = self._combine(lengths)
-        return Norms(norm, norm if all(some.block.geometry is None for some in blocks) else None, None, lengths)
+        return Norms(norm, norm if self._is_euclidean else None, None, lengths)
 
     def _combine(self, lengths: list[Tensor], *, largest: bool = False) -> Tensor:
         """Return the norm of everything from the norm of each block."""

@@ -206,8 +206,8 @@ class Ascent:
 
     def perturbed_parameters(self) -> list[Tensor]:
         """Return the parameters that move where the radius is not 0, in the order of the groups."""
-        groups = [group for group in self.base.param_groups if self.options.get(group, "perturb")]
-        return self.chosen([p for group in groups for p in group["params"] if p.requires_grad])
+        moving = [group for group, row in zip(self.base.param_groups, self.options.rows(), strict=True) if row[2]]
+        return self.chosen(list(filter(_IS_TRAINABLE, chain.from_iterable(map(_PARAMS, moving)))))
 
     def accelerators(self) -> list[torch.device]:
         """Return the devices of the parameters, except the CPU."""

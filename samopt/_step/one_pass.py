@@ -443,6 +443,5 @@ class OnePass:
     def _measure(self) -> None:
         """Note what the step measured."""
         self._warn_of_exact_gradients()
-        weights = self._ascent.perturbed_parameters()
-        norm = gradient_norm(weights) if self._measure_grad_norms else None
+        norm = gradient_norm(self._ascent.perturbed_parameters()) if self._measure_grad_norms else None
         self.metrics = replace(self._moved, perturbed_loss=as_scalar(self._loss), perturbed_grad_norm=norm)

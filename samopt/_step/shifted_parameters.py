@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -27,6 +28,9 @@ __all__ = ["OtherWeights", "ShiftedParameters", "in_place_of", "reads_registry"]
 _CHECKS = 4  # first steps in which some values are compared after each forward
 _CHECK_EVERY = 64  # of the steps after these, one in so many
 _BY_WRITES = (RuntimeError, TypeError, ValueError)  # what a forward that assigns a replaced parameter may raise
+
+_PLAIN = {nn.Parameter, Tensor}
+_VERSION, _IS_TRAINABLE = attrgetter("_version"), attrgetter("requires_grad")
 
 _Marks: TypeAlias = tuple[list[int], list[int]]
 
@@ -129,7 +133,7 @@ class ShiftedParameters(OtherWeights):
         elif not is_in_backward and (
             self._is_stale
             or _marks(self._weights) != self._weight_marks
-            or self._was_trained != [parameter.requires_grad for parameter in self._parameters()]
+            or self._was_trained != list(map(_IS_TRAINABLE, self._parameters()))
         ):
             self._shift(beside=True)
         assert self._shifted is not None
@@ -247,7 +251,7 @@ class ShiftedParameters(OtherWeights):
                 self._shifted[id(parameter)] = tensor
         self._shifted_marks = _marks(self._shifted.values())
         self._weight_marks = _marks(self._weights)
-        self._was_trained = [parameter.requires_grad for parameter in self._parameters()]
+        self._was_trained = list(map(_IS_TRAINABLE, self._parameters()))
         self._is_stale = False
         self._count += 1
         is_due = self._count <= _CHECKS or self._count % _CHECK_EVERY == 0
@@ -310,12 +314,13 @@ def _cover(places: list[tuple[dict[str, Any], str, Tensor]]) -> None:
 
 def _marks(tensors: Collection[Tensor]) -> _Marks:
     """Return what changes when one of some tensors is written into, or gets other memory."""
-    return [tensor._version for tensor in tensors], list(map(_address, tensors))
+    is_plain = _PLAIN.issuperset(map(type, tensors))  # as in most models; map over C functions costs little
+    return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr if is_plain else _address, tensors))
 
 
 def _address(tensor: Tensor) -> int:
     """Return the address of a plain tensor; 0 for others."""
-    return tensor.data_ptr() if type(tensor) is nn.Parameter or type(tensor) is Tensor else 0
+    return tensor.data_ptr() if type(tensor) in _PLAIN else 0
 
 
 def reads_registry(module: nn.Module) -> bool:

@@ -58,7 +58,9 @@ def norm(block: Block) -> Tensor:
         # The square of every finite fp32 number is a normal fp64 number or 0, so this needs no second try.
         length = torch.linalg.vector_norm(_join_scaled(block, block.weights, block.directions), dtype=torch.float64)
         return length
-    rows = [norms for uphill in _scaled_directions(block) for norms in _row_norms(uphill)]
+    rows: list[Tensor] = []
+    for uphill in _scaled_directions(block):
+        rows += _row_norms(uphill)
     lengths = torch.cat(rows).double()
     length = torch.dot(lengths, lengths).sqrt()
     limits = torch.finfo(dtype)
@@ -193,10 +195,10 @@ def _piece_size() -> int:
     return max(_PIECE, _PIECE_PER_THREAD * torch.get_num_threads())
 
 
-def _row_norms(values: Tensor) -> Iterator[Tensor]:
-    """Yield the norms of the rows of a vector, and that of the rest."""
+def _row_norms(values: Tensor) -> list[Tensor]:
+    """Return the norms of the rows of a vector, and that of the rest."""
     whole = values.numel() // _ROW * _ROW
-    if whole:
-        yield torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1)
+    norms = [torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1)] if whole else []
     if whole < values.numel():
-        yield torch.linalg.vector_norm(values[whole:]).view(1)
+        norms.append(torch.linalg.vector_norm(values[whole:]).view(1))
+    return norms
