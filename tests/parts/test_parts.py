@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import samopt
 from samopt.parts.combination import ReusedComponent, SurrogateGap, WeightedSharpness
-from samopt.parts.direction import Friendly, Momentum, ReusedGradient
+from samopt.parts.direction import Friendly, Gradient, Momentum, ReusedGradient
 from tests.helpers.cases import (
     BASES,
     TOLERANCE,
@@ -82,6 +82,45 @@ def test_a_complex_weight_trains_as_the_real_numbers_that_it_holds(preset) -> No
         trained.append(torch.view_as_real(weight.detach()) if is_complex else weight.detach())
     torch.testing.assert_close(*trained, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(trained[0], start, atol=1e-2)
+
+
+@each_preset
+def test_to_maximize_is_to_minimize_the_negative_loss_to_the_bit(preset) -> None:
+    trained = []
+    for maximize in (True, False):
+        model = mlp()
+        base = BASES[preset.usual_base]([{"params": list(model.parameters()), "maximize": maximize}])
+        optimizer = preset.wrap(base, rho=preset.rho, model=model)
+        for step in range(5):
+
+            def closure(model=model, optimizer=optimizer, sign=1 if maximize else -1, step=step) -> Tensor:
+                optimizer.zero_grad()
+                loss = sign * loss_of(model, batch(seed=step))
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        trained.append(model)
+    assert same_bits(trained[0], bits(trained[1]))
+    assert not same_bits(trained[0], bits(mlp()))
+
+
+class Steepest(Gradient):
+    """Moves one tensor alone, that with the longest gradient: made of all gradients at once, and of one at least."""
+
+    def from_gradients(self, parameters, gradients):
+        longest = int(torch.stack([gradient.norm() for gradient in gradients]).argmax())
+        return [gradient * (index == longest) for index, gradient in enumerate(gradients)]
+
+
+def test_a_direction_is_not_asked_where_nothing_has_a_gradient() -> None:
+    model = mlp()
+    before = bits(model)
+    optimizer = samopt.SAM(BASES["sgd"](model.parameters()), rho=0.1, direction=Steepest())
+    assert optimizer.step(lambda: 3.0) == 3.0
+    assert same_bits(model, before)
+    train(optimizer, model, 1, dtype=torch.float32)
+    assert not same_bits(model, before)
 
 
 def test_a_friendly_direction_without_an_average_is_sam_to_the_bit() -> None:
@@ -358,6 +397,9 @@ def test_parts_that_do_not_fit_are_refused(options, error, message) -> None:
         (lambda: ReusedComponent(every=0), "every must be at least 1"),
         (lambda: ReusedGradient(every=0), "every must be at least 1"),
         (lambda: Friendly(decay=1.0), r"decay must be in \[0, 1\)"),
+        (lambda: Momentum(own=True, decay=1.0), r"decay must be in \[0, 1\)"),
+        (lambda: Momentum(own=True, preconditioned=True), "own=True keeps a plain average.*leave out preconditioned="),
+        (lambda: Momentum(own=True, buffer="exp_avg"), "own=True keeps a plain average.*leave out.*buffer="),
         (lambda: samopt.LESAM(mlp().parameters(), torch.optim.SGD, lr=0.1, max_radius=0.0), "max_radius must be > 0"),
         (lambda: samopt.MomentumSAM(mlp().parameters(), torch.optim.SGD, lr=0.1), "has momentum=0"),
         (
