@@ -184,3 +184,17 @@ def test_without_a_model_a_warning_says_what_happens_to_the_others():
         loss.backward()
         with alone.perturbed(loss):
             loss_on(0)(model).backward()
+
+
+def test_parameters_that_get_no_gradients_are_not_warned_of():
+    model = Network().double()
+    body = list(model.body.parameters())
+    optimizer = samopt.SAM(torch.optim.SGD(body, lr=0.1), rho=0.4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = loss_on(0)(model)
+        loss.backward(inputs=body)
+        with optimizer.perturbed(loss):
+            loss_on(0)(model).backward(inputs=body)
+    others = [p for p in model.parameters() if all(p is not mine for mine in body)]
+    assert others and all(p.grad is None for p in others)

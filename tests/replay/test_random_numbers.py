@@ -115,6 +115,18 @@ def test_both_passes_draw_the_same(compute, form):
         assert drawn[:half] == drawn[half:] and half
 
 
+def test_modules_that_are_called_in_another_order_draw_what_they_drew() -> None:
+    models, x = nn.ModuleList([Noisy(), Noisy()]), data(0)
+    drawn = [[] for _ in models]
+    drawn_by.update(zip(map(id, models), drawn, strict=True))
+    optimizer = samopt.SAM(torch.optim.SGD(models.parameters(), lr=0.01), rho=0.3, model=models)
+    sum(loss_of(each(x)) for each in models).backward()
+    with optimizer.perturbed():
+        sum(loss_of(each(x)) for each in reversed(models)).backward()
+    assert all(first == second for first, second in drawn)
+    assert drawn[0] != drawn[1]
+
+
 @pytest.mark.parametrize("form", ["closure", "backward"])
 def test_a_forward_whose_output_is_dropped_is_repeated_where_the_start_of_the_pass_is_known(form):
     model, optimizer, drawn = make()

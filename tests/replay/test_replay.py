@@ -276,3 +276,13 @@ def test_deep_copies_that_torch_makes_by_hand_run_their_own_forward():
         assert torch.equal(value, plain.state_dict()[name])
         assert torch.equal(model.state_dict()[name], before[name])
     del optimizer
+
+
+def test_a_module_that_is_compiled_later_stays_compiled_when_the_optimizer_lets_it_go() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    model[0].compile(backend="eager")
+    compiled = vars(model[0])["_compiled_call_impl"]
+    optimizer.detach()
+    assert vars(model[0])["_compiled_call_impl"] is compiled
+    assert vars(model[1]).get("_compiled_call_impl") is None

@@ -111,3 +111,30 @@ def train_with(meeting, form, steps=3):
 @pytest.mark.parametrize("meeting", [around, within, overlapping])
 def test_training_is_as_without_the_other_thread(meeting, form) -> None:
     assert same_bits(train_with(meeting, form), bits(train_with(alone, form)))
+
+
+def test_an_evaluation_once_the_gradients_are_cleared_leaves_the_masks_of_the_forward_before_them() -> None:
+    trained = []
+    for evaluates in (True, False):
+        model = Meeting()
+        optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+
+        def evaluate(model=model):
+            with torch.no_grad():
+                model(torch.ones(2, 6, dtype=torch.float64))
+
+        for index in range(3):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            if evaluates:
+                thread = threading.Thread(target=evaluate)
+                thread.start()
+                thread.join()
+            loss.backward()
+            with optimizer.perturbed():
+                model(x).square().mean().backward()
+            optimizer.step()
+        trained.append(model)
+        torch.manual_seed(0)
+    assert same_bits(trained[0], bits(trained[1]))
