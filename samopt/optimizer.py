@@ -34,7 +34,7 @@ from samopt._step.pass_handle import PassHandle
 from samopt._step.retirement import replace_older
 from samopt._step.selection import Only, Selection
 from samopt._step.two_pass import THREE_WAYS, TwoPass
-from samopt.distributed import refuse_unsupported
+from samopt.distributed import calling_data_parallel_module, refuse_unsupported, runs_on_several_ranks
 from samopt.parts.checks import check_nonnegative
 from samopt.parts.combination import Combination
 from samopt.parts.direction import Direction, Gradient, named_direction
@@ -327,13 +327,20 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
 
         Raises:
             RuntimeError: If the gradients of another second pass wait for ``step()``, gradients were there before the
-                first micro-batch of the window, or the loss has no graph.
+                first micro-batch of the window, the loss has no graph, or DDP would not exchange its gradients.
             TypeError: If there is no loss in what ``compute_loss`` returned.
         """
         if not callable(compute_loss):
             raise TypeError(
                 f"backward() takes a function that computes the loss, got {type(compute_loss).__name__}; write "
                 "optimizer.backward(lambda: criterion(model(x), y))"
+            )
+        if calling_data_parallel_module() is not None and runs_on_several_ranks():
+            raise RuntimeError(
+                "backward() was called inside the forward of DistributedDataParallel, which would not exchange these "
+                "gradients. Under Lightning, manual optimization runs training_step there: write "
+                "self.manual_backward(loss), then 'with optimizer.perturbed(loss): self.manual_backward(...)' and "
+                "optimizer.step()"
             )
         return self._passes.backward(compute_loss, last=last)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
-__all__ = ["is_trainer_closure", "refuse_without_callback"]
+from torch import nn
+
+__all__ = ["is_trainer_closure", "refuse_without_callback", "runs_step_as_forward"]
 
 _PACKAGES = ("pytorch_lightning.", "lightning.pytorch.")
 _FRAMES = 4  # between the method that has the strategy at hand and ours: a constructor, the making of a class
@@ -17,13 +19,32 @@ def is_trainer_closure(closure: Any) -> bool:
     """Return whether a closure given to ``step`` is the Trainer's own.
 
     Unlike torch's contract, it is to be called once: it clears gradients only where an accumulation window begins, and
-    runs hooks and clipping.
+    runs hooks and clipping. With manual optimization, the Trainer wraps a closure of the user's, which keeps that
+    contract; or one of its own that does nothing, where the user gave none.
 
     Args:
         closure: The closure.
     """
-    origin = getattr(getattr(closure, "func", None), "__module__", None)
-    return isinstance(origin, str) and origin.startswith(_PACKAGES)
+    if not _is_of_lightning(getattr(closure, "func", None)):
+        return False
+    module, *_, inside = (None, *closure.args) if len(closure.args) < 2 else closure.args
+    is_manual = getattr(module, "automatic_optimization", True) is False
+    return not is_manual or _is_of_lightning(inside)
+
+
+def runs_step_as_forward(module: nn.Module) -> bool:
+    """Return whether a call of a module that begins now is its ``training_step``, as under Lightning's DDP.
+
+    The Trainer sends the call of a step through the wrapper around a module by replacing the module's ``forward`` for
+    a moment. Such a call may hold both passes; the forward calls are those inside it.
+
+    Args:
+        module: What is called.
+    """
+    forward = vars(module).get("forward")
+    if not isinstance(forward, FunctionType) or not _is_of_lightning(forward):
+        return False
+    return "_ForwardRedirection." in forward.__qualname__
 
 
 def refuse_without_callback(kind: type) -> None:
@@ -62,6 +83,11 @@ def refuse_without_callback(kind: type) -> None:
                 f"so that nobody runs the second pass; return the {base} alone, and give SharpnessAwareTraining the "
                 "options"
             )
+
+
+def _is_of_lightning(function: Any) -> bool:
+    origin = getattr(function, "__module__", None)
+    return isinstance(origin, str) and origin.startswith(_PACKAGES)
 
 
 def _wrapping_strategy() -> tuple[Any, Any]:

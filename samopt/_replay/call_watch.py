@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from samopt._callers.lightning import runs_step_as_forward
+
 __all__ = ["RAISED", "CallWatcher", "PassFollower", "followed", "is_compiled", "watch"]
 
 _SLOT = "_compiled_call_impl"
@@ -142,7 +144,7 @@ class _WatchedCall:
         module = self.module()
         assert module is not None
         call = self.inner or module._call_impl
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or runs_step_as_forward(module):
             return call(*args, **kwargs)
         outermost, resume, thread = [], [], get_ident()
         for watcher in self.watchers:

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 import samopt
-from tests.helpers.cases import mlp
+from tests.helpers.cases import batch, bits, mlp
 from tests.helpers.ranks import run_on_ranks
 
 
@@ -78,6 +79,34 @@ def test_what_reads_the_state_of_a_base_that_shards_it_is_refused(reader):
     for message in run_on_ranks(refusal_in_shards, reader):
         assert f"{reader.partition(', ')[0]} reads the base optimizer's state" in message
         assert "use an optimizer that perturbs along the gradient" in message
+
+
+class StepInside(nn.Module):
+    """A forward that runs the training step, as Lightning's DDP has it with manual optimization."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.optimizer = samopt.SAM(torch.optim.SGD(self.net.parameters(), lr=0.1), model=self.net)
+
+    def forward(self, x, y):
+        self.optimizer.backward(lambda: nn.functional.cross_entropy(self.net(x), y))
+        self.optimizer.step()
+
+
+def refusal_of_a_step_inside_of_ddp():
+    model = DistributedDataParallel(StepInside())
+    before = bits(model)
+    with pytest.raises(RuntimeError) as refused:
+        model(*batch())
+    assert all(p.grad is None and p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+    return str(refused.value)
+
+
+def test_gradients_that_ddp_would_not_exchange_are_refused():
+    for message in run_on_ranks(refusal_of_a_step_inside_of_ddp):
+        assert "inside the forward of DistributedDataParallel, which would not exchange these gradients" in message
+        assert "self.manual_backward(loss)" in message
 
 
 def refusal_of_updates_inside_backward():

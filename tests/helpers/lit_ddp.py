@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+import samopt
 from samopt.integrations.lightning import SharpnessAwareTraining, SharpnessCallback, is_second_pass
 from tests.helpers import lit
 
@@ -40,6 +41,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sharded, accumulating": {"variant": "asam", "options": {}, "sharded": True, "accumulate": 3},
     "monitored": {"options": {}, "monitored": True},
     "tram": {"variant": "tram", "options": {"scale": 20.0}},
+    "manual": {"options": {"sync_perturbation": True}, "manual": "perturbed"},
+    "manual, with a closure": {"options": {"sync_perturbation": True}, "manual": "closure"},
+    "manual, unused parameters": {
+        "options": {"sync_perturbation": True},
+        "manual": "perturbed",
+        "strategy": {"find_unused_parameters": True},
+    },
 }
 
 
@@ -67,6 +75,39 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Manual(Module):
+    """The same with manual optimization: DDP runs the training step, with both passes in it, as its forward."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.form = form
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        if self.form == "perturbed":
+            optimizer.zero_grad()
+            self.backward_of(batch)
+            with optimizer.perturbed():
+                self.backward_of(batch)
+            optimizer.step()
+            return
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            return self.backward_of(batch)
+
+        optimizer.step(closure)
+
+    def backward_of(self, batch: Batch) -> Tensor:
+        loss = loss_of(self, batch)
+        self.manual_backward(loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return samopt.SAM(super().configure_optimizers(), model=self)
 
 
 class Sharded(Module):
@@ -129,10 +170,16 @@ def main(folder: Path) -> None:
             module = Sharded()
             exchanges = Callback()
             strategy = ModelParallelStrategy(RANKS, 1, process_group_backend="gloo")
+        if scenario.get("manual"):
+            module = Manual(scenario["manual"])
         monitor = SharpnessCallback(MEASURES, every=5, examples=EXAMPLES, max_fraction=None)
         trainer = lit.trainer(
             folder,
-            [callback, exchanges, *([monitor] if scenario.get("monitored") else [])],
+            [
+                *([] if scenario.get("manual") else [callback]),
+                exchanges,
+                *([monitor] if scenario.get("monitored") else []),
+            ],
             devices=RANKS,
             strategy=strategy,
             max_epochs=1,

@@ -96,6 +96,9 @@ def test_replicas_are_equal(name, results):
         ("static graph", samopt.SAM),
         ("static graph, per rank", samopt.SAM),
         ("unused parameters", samopt.SAM),
+        ("manual", samopt.SAM),
+        ("manual, with a closure", samopt.SAM),
+        ("manual, unused parameters", samopt.SAM),
         ("no radius", functools.partial(samopt.SAM, rho=0.0)),
     ],
 )

@@ -149,6 +149,33 @@ def test_manual_optimization(precision, tmp_path):
     assert float(trainer.callback_metrics["sharpness"]) == pytest.approx(history.sharpness[-1], abs=1e-6)
 
 
+class WithClosure(Manual):
+    """torch's closure contract instead of ``perturbed()``."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        self.log("sharpness", optimizer.last_step.sharpness)
+
+
+def test_manual_optimization_with_a_closure(tmp_path):
+    module, expected = WithClosure(), lit.Module()
+    module.loss = functools.partial(noiseless, module)
+    expected.loss = functools.partial(noiseless, expected)
+    trainer = lit.fit(tmp_path, module, Callback())
+    history = lit.train_by_hand(expected, list(lit.loader()), sam=functools.partial(samopt.SAM, rho=0.2))
+    lit.assert_same_state(module.net, expected.net)
+    assert trainer.global_step == 14
+    assert float(trainer.callback_metrics["sharpness"]) == pytest.approx(history.sharpness[-1], abs=1e-6)
+
+
 class TwoOptimizers(lit.Module):
     """Two networks, each with an optimizer of its own, as in a GAN."""
 
