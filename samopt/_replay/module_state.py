@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from samopt._replay.random_state import is_generator, put_back_later
 from samopt._replay.slots import slot_names
 from samopt.distributed import is_fully_sharded
 
@@ -203,6 +204,18 @@ class ModuleState:
                     copy.tensor.data = copy.values.clone()
             if places:
                 torch._foreach_copy_(places, values)
+
+    def between(self) -> Callable[[], None]:
+        """Return what puts everything back as it is now; call it after ``save``, before one of several repetitions."""
+        now = self._look()
+
+        def put_back() -> None:
+            now.bind(registries=True)
+            with torch.no_grad():
+                for copy in self._copies:
+                    copy.put_back()
+
+        return put_back
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
@@ -417,21 +430,14 @@ def _constants(kind: type) -> frozenset[str]:
 
 def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
     """Note the state of a random generator, of an array, or of an object that holds nothing that cannot be put back."""
-    if isinstance(value, torch.Generator):
-        found.generators.append(functools.partial(value.set_state, value.get_state()))
-    elif isinstance(value, random.Random):
-        found.generators.append(functools.partial(value.setstate, value.getstate()))
+    if is_generator(value):
+        found.generators.append(put_back_later(value))
     elif isinstance(value, bytearray | array):
         found.arrays.append(functools.partial(operator.setitem, value, slice(None), value[:]))
     elif _is_of_numpy(value):
         numpy = sys.modules["numpy"]
         if isinstance(value, numpy.ndarray) and value.flags.writeable:
             found.arrays.append(functools.partial(_put_back_array, value, value.copy()))
-        elif isinstance(value, numpy.random.Generator):
-            bits = value.bit_generator
-            found.generators.append(functools.partial(setattr, bits, "state", bits.state))
-        elif isinstance(value, numpy.random.RandomState):
-            found.generators.append(functools.partial(value.set_state, value.get_state()))
     elif _is_constant(value):
         pending.extend(_bound_to(value))
     elif _can_be_put_back(value):

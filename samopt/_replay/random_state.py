@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +15,33 @@ from torch import Tensor
 
 from samopt._callers.cuda_graphs import device_module, is_capturing
 
-__all__ = ["RngState"]
+__all__ = ["RngState", "is_generator", "put_back_later"]
 
 
 @dataclass(frozen=True)
 class RngState:
-    """Every global random stream a training step may draw from: torch CPU, accelerators, ``random``, NumPy."""
+    """Every global random stream a training step may draw from: torch CPU, accelerators, ``random``, NumPy.
+
+    Generators that a loss function reads are kept with them.
+    """
 
     cpu: Tensor
     accelerators: tuple[tuple[torch.device, Tensor], ...]
     python: tuple[Any, ...]
     numpy: dict[str, Any] | None
+    own: tuple[tuple[Any, Callable[[], Any]], ...] = ()
 
     @classmethod
-    def capture(cls, devices: Iterable[torch.device] = (), like: RngState | None = None) -> RngState:
+    def capture(
+        cls, devices: Iterable[torch.device] = (), like: RngState | None = None, generators: Iterable[Any] = ()
+    ) -> RngState:
         """Return the present state of the global streams.
 
         Args:
             devices: Accelerator devices whose streams to include. Devices on which a graph is being captured are left
                 out, because their state can be neither read nor set then.
             like: Another state. Python's is shared with it where it is equal, so that many states take little memory.
+            generators: Random generators whose state to include.
         """
         accelerators = []
         for device in devices:
@@ -42,7 +50,13 @@ class RngState:
         python = random.getstate()
         if like is not None and python == like.python:
             python = like.python
-        return cls(torch.get_rng_state(), tuple(accelerators), python, _numpy.get())
+        own = tuple([(generator, put_back_later(generator)) for generator in generators]) if generators else ()
+        return cls(torch.get_rng_state(), tuple(accelerators), python, _numpy.get(), own)
+
+    @property
+    def generators(self) -> list[Any]:
+        """The random generators whose state this includes."""
+        return [generator for generator, _ in self.own]
 
     def has_moved(self) -> bool:
         """Return whether torch's streams have been drawn from since."""
@@ -58,6 +72,36 @@ class RngState:
             device_module(device).set_rng_state(state, *_argument(device))
         random.setstate(self.python)
         _numpy.set(self.numpy)
+        for _, put_back in self.own:
+            put_back()
+
+
+def is_generator(value: Any) -> bool:
+    """Return whether a value is a random generator of torch, Python or NumPy.
+
+    Args:
+        value: Any object.
+    """
+    if isinstance(value, torch.Generator | random.Random):
+        return True
+    numpy_random = sys.modules.get("numpy.random")
+    return numpy_random is not None and isinstance(value, numpy_random.Generator | numpy_random.RandomState)
+
+
+def put_back_later(generator: Any) -> Callable[[], Any]:
+    """Return what puts a random generator back to its present position.
+
+    Args:
+        generator: For which ``is_generator`` is True.
+    """
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    bits = getattr(generator, "bit_generator", None)
+    if bits is not None:
+        return functools.partial(setattr, bits, "state", bits.state)
+    return functools.partial(generator.set_state, generator.get_state())
 
 
 class _NumpyStream:

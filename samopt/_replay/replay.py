@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,16 +54,24 @@ class Replay:
         for stop in self._stops:
             stop()
 
-    def begin_first(self) -> RngState:
-        """Start a first pass whose beginning is known, and return the random state there."""
+    def begin_first(self, generators: Iterable[Any] = ()) -> RngState:
+        """Start a first pass whose beginning is known, and return the random state there.
+
+        Args:
+            generators: Random generators that the loss function reads.
+        """
         self.forget()
         self._begin()
         self._has_begun = True
-        return self.capture()
+        return self.capture(generators)
 
-    def capture(self) -> RngState:
-        """Return the present random state of the streams this model may use."""
-        return RngState.capture(self._calls.devices)
+    def capture(self, generators: Iterable[Any] = ()) -> RngState:
+        """Return the present random state of the streams this model may use.
+
+        Args:
+            generators: As for ``begin_first``.
+        """
+        return RngState.capture(self._calls.devices, generators=generators)
 
     def begin_second(self, start: RngState | None = None, moving: Iterable[Tensor] = ()) -> None:
         """Enter the second pass.
@@ -71,7 +80,7 @@ class Replay:
             start: Random state at the start of the first pass, where known.
             moving: Parameters that the perturbation moves and puts back.
         """
-        self._end = self.capture()
+        self._end = self.capture(() if start is None else start.generators)
         self.state.save(moving)
         self._is_blind = bool(self.models) and start is None and self._calls.is_empty
         if not self._has_warned and any(map(is_capturing, self._calls.devices)) and _has_dropout(self.models):

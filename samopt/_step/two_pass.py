@@ -23,7 +23,7 @@ from samopt._step.ascent import Ascent
 from samopt._step.clearing_check import ClearingCheck
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.exact_exit import ExactExit
-from samopt._step.frozen_call import frozen
+from samopt._step.outer_variables import WindowVariables, generators_of
 from samopt._step.pass_handle import PassHandle
 from samopt._step.second_pass import SecondPass
 from samopt._step.trunk_reuse import TrunkReuse, leaves_of
@@ -82,6 +82,7 @@ class TwoPass:
         self._current: SecondPass | None = None
         self._context: ExactExit[PassHandle] | None = None
         self.window: list[MicroBatch] = []
+        self._variables = WindowVariables()
         self._stays_on_rank = False  # whether the first gradients of the window do
         self._included: tuple[nn.Module, ...] = ()
         self._at_end: list[tuple[int, int] | None] = []  # of the gradients, after the latest micro-batch
@@ -212,15 +213,27 @@ class TwoPass:
             return self._backward_through_one_trunk(self._reuse, compute_loss, is_whole=last and not self.window)
         # A static graph is learnt in the window's first backward, and the rest of the window goes the same way.
         self._stays_on_rank = (self._stays_on_rank or not self.window) and self.keeps_on_rank(self._models)
-        start = self.begin_micro_batch(is_first=not self.window)
-        repeated = compute_loss if last and not self.window else frozen(compute_loss)
+        if not self.window:
+            self._variables = WindowVariables()
+        number = 0 if last and not self.window else self._variables.begin(compute_loss)
+        start = self.begin_micro_batch(is_first=not self.window, generators=generators_of(compute_loss))
         with torch.enable_grad(), self._exchange(is_needed=last and not self._stays_on_rank):
             result = compute_loss()
             loss = differentiate(result)
-        self.window.append(MicroBatch(lambda: differentiate(repeated()), loss.detach(), start))
+        if not (last and not self.window):
+            self._variables.end(compute_loss)
+
+        def again() -> Tensor:
+            self._variables.set_to(number)
+            return differentiate(compute_loss())
+
+        self.window.append(MicroBatch(again, loss.detach(), start))
         if last:
             window, self.window = self.window, []
-            self.run_again(window, lambda is_last: self._exchange(is_needed=is_last))
+            try:
+                self.run_again(window, lambda is_last: self._exchange(is_needed=is_last))
+            finally:
+                self._variables.put_back()
         else:
             self.end_micro_batch()
         return result
@@ -241,7 +254,7 @@ class TwoPass:
                 "reuse_trunk=True takes one micro-batch a step, since each more would keep its own graph; leave "
                 "reuse_trunk out to accumulate with backward(..., last=False)"
             )
-        start = self.begin_micro_batch(is_first=True)
+        start = self.begin_micro_batch(is_first=True, generators=generators_of(compute_loss))
         moving = self._ascent.perturbed_parameters()
         before = StashedGradients.of(moving)
         self._is_reusing = True
@@ -275,16 +288,17 @@ class TwoPass:
         self._included = tuple(models)
         self._replay.state.include(models, objects)
 
-    def begin_micro_batch(self, *, is_first: bool) -> Start:
+    def begin_micro_batch(self, *, is_first: bool, generators: Iterable[Any] = ()) -> Start:
         """Note that a micro-batch of the first pass begins.
 
         Args:
             is_first: Whether it is the first of its window.
+            generators: Random generators that the loss function reads.
 
         Returns:
             What the second pass needs to repeat it.
         """
-        random = self._replay.begin_first() if is_first else self._replay.capture()
+        random = self._replay.begin_first(generators) if is_first else self._replay.capture(generators)
         return Start(random, self._replay.state.changes_between())
 
     def end_micro_batch(self) -> None:
@@ -371,7 +385,7 @@ class TwoPass:
                 "step() was given an ascent_closure, but the direction is the gradient that closure computes; use "
                 "direction=samopt.parts.ReusedGradient() to take it from another"
             )
-        start = self._replay.begin_first()
+        start = self._replay.begin_first(generators_of(closure))
         check = ClearingCheck(self._ascent.parameters())
         with torch.enable_grad(), self.first_pass():
             results.append(closure())
