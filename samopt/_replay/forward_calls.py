@@ -74,6 +74,9 @@ class ForwardCalls(PassFollower):
 
     Args:
         on_first_call: Called before the first call of each first pass.
+        on_first_trained: Called before the first one with gradients on, where others come before it: these may be of
+            an evaluation between two steps.
+        on_second_pass: Called before the first call of a second pass, if that has gradients on.
 
     Attributes:
         devices: Accelerators whose random streams the model may use.
@@ -81,13 +84,21 @@ class ForwardCalls(PassFollower):
         drew_others: Whether a call of the second pass drew numbers, and repeats no call that is known of the first.
     """
 
-    def __init__(self, on_first_call: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_first_call: Callable[[], None],
+        on_first_trained: Callable[[], None] = lambda: None,
+        on_second_pass: Callable[[], None] = lambda: None,
+    ) -> None:
         self.devices: tuple[torch.device, ...] = ()
         self.replaying = False
         self._on_first_call = on_first_call
+        self._on_first_trained = on_first_trained
+        self._on_second_pass = on_second_pass
         self._open: _Record | None = None
         self._unmatched: RngState | None = None
         self._records: list[_Record] = []
+        self._has_repeated = False
         self.clear()
 
     @property
@@ -108,6 +119,9 @@ class ForwardCalls(PassFollower):
             return
         inputs = tuple([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
         if self.replaying:
+            if not self._has_repeated and torch.is_grad_enabled():
+                self._on_second_pass()
+            self._has_repeated = True
             record = self._match(module, inputs)
             if record is not None:
                 record.state.restore()
@@ -120,6 +134,8 @@ class ForwardCalls(PassFollower):
             self._records.pop()
         if not self._records:
             self._on_first_call()
+        elif torch.is_grad_enabled() and not any([record.kind[1] for record in self._records]):
+            self._on_first_trained()
         if len(self._records) < _LIMIT:
             last = self._records[-1].state if self._records else None
             self._open = _Record(module, inputs, RngState.capture(self.devices, like=last))
@@ -154,6 +170,7 @@ class ForwardCalls(PassFollower):
         self.drew_others = False
         self._unmatched = None
         self._superseded = False
+        self._has_repeated = False
         self._records = []
         self._position = 0
         self._open = None

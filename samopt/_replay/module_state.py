@@ -89,6 +89,7 @@ class ModuleState:
         self._bound: _Found | None = None
         self._at_start: _Found | None = None
         self._at_end: _Found | None = None
+        self._to_later_start: Callable[[], None] | None = None
         self._copies: list[_Copy] = []
 
     def include(self, models: Iterable[nn.Module] = (), objects: Iterable[tuple[object, Collection[str]]] = ()) -> None:
@@ -112,7 +113,18 @@ class ModuleState:
                 self._known[id(tensor)] = (tensor, _mark(tensor))
                 self._samples.append((tensor, sample(tensor)))
         self._at_start = found
-        self._at_end = None
+        self._at_end = self._to_later_start = None
+
+    def note_later_start(self) -> None:
+        """Note what has changed since ``begin``, because the first pass may only begin now."""
+        if self._at_start is not None:
+            self._to_later_start = self._look().changes_since(self._at_start)
+
+    def bind_later_start(self) -> None:
+        """Have the second pass begin where ``note_later_start`` was called, if it was."""
+        change, self._to_later_start = self._to_later_start, None
+        if change is not None:
+            change()
 
     def end_micro_batch(self) -> None:
         """Note what names are bound to after a micro-batch of the first pass that another will follow."""
@@ -187,6 +199,7 @@ class ModuleState:
             return
         self.rewind()
         self._bound, self._at_start, self._at_end, self._copies = None, None, None, []
+        self._to_later_start = None
         self._known, self._samples = {}, []
 
     def rewind(self) -> None:

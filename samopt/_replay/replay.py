@@ -40,7 +40,7 @@ class Replay:
         self._accelerators = accelerators
         self.state = ModuleState(models)
         self._has_begun = False  # whether the start of the first pass was told by ``begin_first``
-        self._calls = ForwardCalls(self._at_first_call)
+        self._calls = ForwardCalls(self._at_first_call, self._at_first_trained, self.state.bind_later_start)
         self._followers: tuple[PassFollower, ...] = (self._calls, *followers)
         self._end: RngState | None = None
         self._is_blind = False
@@ -162,6 +162,11 @@ class Replay:
         """Note the start of a first pass, unless it was told already."""
         if not self._has_begun:
             self._begin()
+
+    def _at_first_trained(self) -> None:
+        """Note that the first pass may begin only now, after an evaluation, unless its start was told."""
+        if not self._has_begun:
+            self.state.note_later_start()
 
     def _begin(self) -> None:
         self._calls.devices = tuple(self._accelerators())
