@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from samopt._replay.module_state import ModuleState
 from samopt._replay.random_state import RngState
 from samopt._replay.unwrap import compiled_prefix, original
 from samopt.trust_region.arguments import named_arguments, without_labels
@@ -29,11 +30,14 @@ class Surroundings:
         random: The random streams.
         buffers: Copies of the module's buffers, by name.
         devices: Devices whose random streams the module may use.
+        state: Other state of the module, which the call and each repetition of it may change. It is saved when the call
+            is over, and restored when its distance is measured.
     """
 
     random: RngState
     buffers: dict[str, Tensor]
     devices: tuple[torch.device, ...]
+    state: ModuleState
 
     @classmethod
     def capture(cls, module: nn.Module, devices: Iterable[torch.device]) -> Surroundings:
@@ -45,7 +49,9 @@ class Surroundings:
         """
         devices = tuple(devices)
         buffers = {name: b.detach().clone() for name, b in original(module).named_buffers() if not is_lazy(b)}
-        return cls(RngState.capture(devices), buffers, devices)
+        state = ModuleState([original(module)])
+        state.begin()
+        return cls(RngState.capture(devices), buffers, devices, state)
 
 
 class ForwardCall:
@@ -117,9 +123,9 @@ class ForwardCall:
     ) -> Any:
         """Repeat the call without a graph, with its dropout masks and the buffers it began with.
 
-        Parameters, buffers, random streams, attributes and training mode of every module are afterwards as before,
-        also when the call raises. ``labels`` from which a Hugging Face model would compute nothing but a loss are left
-        out.
+        Names and random generators begin as the call's own did. Parameters, buffers, random streams, attributes and
+        training mode of every module are afterwards as before, also when the repetition raises. ``labels`` from which a
+        Hugging Face model would compute nothing but a loss are left out.
 
         Cost: one forward pass without a graph, and a copy of the buffers.
 
@@ -136,7 +142,7 @@ class ForwardCall:
         target, prefix = (self.module, "") if eager or prefix is None else (self._called, prefix)
         buffers = {name: buffer.clone() for name, buffer in self._start.buffers.items()}
         replaced = {prefix + name: tensor for name, tensor in {**(parameters or {}), **buffers}.items()}
-        with torch.no_grad(), _undisturbed(self.module, self._start):
+        with torch.no_grad(), _undisturbed(self._start):
             return functional_call(
                 target,
                 replaced,
@@ -157,17 +163,16 @@ class ForwardCall:
 
 
 @contextmanager
-def _undisturbed(module: nn.Module, start: Surroundings) -> Generator[None]:
-    """Begin at ``start``'s random streams; put streams, attributes and autocast's cache setting back afterwards."""
+def _undisturbed(start: Surroundings) -> Generator[None]:
+    """Begin at the surroundings of a call; put streams, state and autocast's cache setting back afterwards."""
     end = RngState.capture(start.devices)
-    attributes = [(each, dict(each.__dict__)) for each in module.modules()]
+    put_back_state = start.state.between()
     caching = torch.is_autocast_cache_enabled()
 
     def put_back() -> None:
         torch.set_autocast_cache_enabled(caching)
         end.restore()
-        for each, saved in attributes:
-            _put_back(each, saved)
+        put_back_state()
 
     try:
         try:
@@ -178,13 +183,3 @@ def _undisturbed(module: nn.Module, start: Surroundings) -> Generator[None]:
             put_back()
     finally:
         put_back()  # changes nothing unless an interrupt hit the first one
-
-
-def _put_back(module: nn.Module, saved: dict[str, Any]) -> None:
-    """Undo what a forward pass assigned to ``module``: a loss it left for the loop to read, its mode."""
-    now = module.__dict__
-    for name in now.keys() - saved.keys():
-        del now[name]
-    for name, value in saved.items():
-        if name not in now or now[name] is not value:
-            now[name] = value

@@ -86,7 +86,11 @@ class FirstPassWatch(PassFollower):
         if start is None or output is RAISED or output is None:
             return
         call = ForwardCall(module, args, kwargs, output, start, self._comparison, self._calls)
-        distance = torch.as_tensor(self._region.measure(call)).detach()
+        try:
+            start.state.save()  # from here, names are as before the call, for its repetitions
+            distance = torch.as_tensor(self._region.measure(call)).detach()
+        finally:
+            start.state.restore()
         weight = call.weight
         if isinstance(weight, Tensor):
             weight = weight.to(distance)
