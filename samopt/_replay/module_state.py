@@ -207,6 +207,20 @@ class ModuleState:
         if self._bound is None:
             return
         self._bound.bind(registries=True)
+        self._put_back_copies()
+
+    def between(self) -> Callable[[], None]:
+        """Return what puts everything back as it is now; call it after ``save``, before one of several repetitions."""
+        now = self._look()
+
+        def put_back() -> None:
+            now.bind(registries=True)
+            self._put_back_copies()
+
+        return put_back
+
+    def _put_back_copies(self) -> None:
+        """Give every tensor that was copied its memory and values back."""
         with torch.no_grad():
             places, values = [], []
             for copy in self._copies:
@@ -217,18 +231,6 @@ class ModuleState:
                     copy.tensor.data = copy.values.clone()
             if places:
                 torch._foreach_copy_(places, values)
-
-    def between(self) -> Callable[[], None]:
-        """Return what puts everything back as it is now; call it after ``save``, before one of several repetitions."""
-        now = self._look()
-
-        def put_back() -> None:
-            now.bind(registries=True)
-            with torch.no_grad():
-                for copy in self._copies:
-                    copy.put_back()
-
-        return put_back
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
