@@ -69,7 +69,8 @@ class TwoPasses:
             What ``once`` returned.
 
         Raises:
-            RuntimeError: If the gradients of a second pass wait for the step, or were changed inside a window.
+            RuntimeError: If the gradients of a second pass wait for the step, or others were there when a window began,
+                or were changed inside one.
         """
         passes = self.optimizer.two_passes
         if passes is None:  # no weight moves in one pass
@@ -83,6 +84,7 @@ class TwoPasses:
         passes.check_window()
         is_first = not passes.window
         if is_first:
+            passes.refuse_leftovers()
             passes.include(*self._kept())
         start = passes.begin_micro_batch(is_first=is_first)
         with self._unsynced() if self._per_rank and passes.keeps_on_rank([self._model]) else nullcontext():

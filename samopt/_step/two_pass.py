@@ -208,7 +208,7 @@ class TwoPass:
         self.check_window()
         if not self.window:
             self._refuse_waiting("backward()")
-            self._refuse_leftovers()
+            self.refuse_leftovers()
         if self._reuse is not None and self._ascent.may_move():
             return self._backward_through_one_trunk(self._reuse, compute_loss, is_whole=last and not self.window)
         # A static graph is learnt in the window's first backward, and the rest of the window goes the same way.
@@ -321,6 +321,20 @@ class TwoPass:
                 "term of the loss in the function that computes it, without a backward of its own"
             )
         self.gradients_cleared()
+
+    def refuse_leftovers(self) -> None:
+        """Raise if a window begins with gradients: they would turn the perturbation, and never reach the base.
+
+        Raises:
+            RuntimeError: If it does.
+        """
+        if self._ascent.may_move() and any_nonzero(self._ascent.base.param_groups):
+            raise RuntimeError(
+                "backward() found gradients that no call of backward() in this window made: the last step's, if the "
+                "loop does not clear them, or those of another loss. They would change the perturbation without "
+                "reaching the update. Call optimizer.zero_grad() before the first backward() of a step, and add up all "
+                "losses inside compute_loss"
+            )
 
     def _gradient_marks(self) -> list[tuple[int, int] | None]:
         """Return what changes when a gradient is written into, or replaced."""
@@ -580,16 +594,6 @@ class TwoPass:
                 "to them. Call optimizer.step() or optimizer.zero_grad() first. To accumulate over micro-batches, call "
                 "optimizer.backward(compute_loss, last=...) for each; or take all first backward passes, then all "
                 "second ones inside one 'with optimizer.perturbed():'"
-            )
-
-    def _refuse_leftovers(self) -> None:
-        """Raise if a window begins with gradients: they would turn the perturbation, and never reach the base."""
-        if self._ascent.may_move() and any_nonzero(self._ascent.base.param_groups):
-            raise RuntimeError(
-                "backward() found gradients that no call of backward() in this window made: the last step's, if the "
-                "loop does not clear them, or those of another loss. They would change the perturbation without "
-                "reaching the update. Call optimizer.zero_grad() before the first backward() of a step, and add up all "
-                "losses inside compute_loss"
             )
 
     def _warn_of_missing_gradients(self, second: SecondPass) -> None:

@@ -121,3 +121,22 @@ def test_gradients_changed_inside_a_window_are_an_error(loop, change):
     sam_step(expected, data[2:4])
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_gradients_from_before_a_window_are_an_error(loop):
+    """They would turn the perturbation, and the second pass would replace them."""
+    model, expected = network(), network()
+    micro_batch = LOOPS[loop](model)
+    data = batches()
+    (0.1 * model.weight.square().sum()).backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"found gradients that no call of backward\(\) in this window made"):
+        micro_batch(data[0], last=False)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), before, strict=True))
+    model.zero_grad()
+    micro_batch(data[1], last=False)
+    micro_batch(data[2], last=True)
+    sam_step(expected, data[1:3])
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
