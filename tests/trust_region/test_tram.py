@@ -320,3 +320,51 @@ def test_previous_with_lbfgs_is_the_evaluation_before() -> None:
     expected = [0.0] + [kl(p, q) for p, q in zip(points, points[1:], strict=False)]
     assert len(distances) >= 4
     assert distances == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+class Labelled(nn.Module):
+    """A regression that is given more than its input, and that first."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, labels: Tensor, loss_mask: Tensor, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_input_noise_leaves_labels_and_masks_alone(by_name: bool) -> None:
+    x, distances = batch(seed=0)[0], []
+    labels, mask = torch.randn(len(x), 3), torch.ones(len(x))
+    for is_labelled in (True, False):
+        model = Labelled(mlp()) if is_labelled else mlp()
+        optimizer = samopt.TRAM(
+            torch.optim.SGD(model.parameters(), lr=LR), model=model, trust_region=InputNoise(std=0.3), divergence="l2"
+        )
+
+        def loss(model=model, is_labelled=is_labelled) -> Tensor:
+            given = {"labels": labels, "loss_mask": mask, "x": x}
+            output = model(x) if not is_labelled else model(**given) if by_name else model(*given.values())
+            return nn.functional.mse_loss(output, labels)
+
+        optimizer.backward(loss)
+        distances.append(float(optimizer.last_step.distance))
+    assert distances[0] == distances[1] > 0
+
+
+def test_an_error_of_the_forward_is_the_models_own() -> None:
+    failures: list[Exception] = [ArithmeticError()]
+
+    class FailsOnce(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if failures:
+                raise failures.pop()
+            return x
+
+    model = nn.Sequential(mlp(), FailsOnce())
+    optimizer = samopt.TRAM(torch.optim.SGD(model.parameters(), lr=LR), model=model, trust_region=InputNoise(std=0.3))
+    with pytest.raises(ArithmeticError):
+        optimizer.backward(lambda: loss_of(model, batch(seed=0)))
+    optimizer.backward(lambda: loss_of(model, batch(seed=0)))
+    assert float(optimizer.last_step.distance) > 0

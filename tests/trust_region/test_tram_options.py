@@ -117,6 +117,8 @@ def test_misuse_is_explained(options: dict, error: type[Exception], message: str
     [
         (lambda: EMA(decay=1.0), r'decay must be between 0 and 1, got 1.0; for 0 use trust_region="previous"'),
         (lambda: InputNoise(std=0.0), "std must be > 0 and finite, got 0.0"),
+        (lambda: InputNoise(std=float("inf")), "std must be > 0 and finite, got inf"),
+        (lambda: InputNoise(std=float("nan")), "std must be > 0 and finite, got nan"),
         (lambda: InputNoise(kind="laplace"), 'kind must be "normal" or "uniform", got \'laplace\''),
         (lambda: PreviousStep(dtype=torch.float16), "torch.float32 or torch.bfloat16, got dtype=torch.float16"),
     ],
