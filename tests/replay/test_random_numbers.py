@@ -115,6 +115,26 @@ def test_both_passes_draw_the_same(compute, form):
         assert drawn[:half] == drawn[half:] and half
 
 
+def test_a_forward_that_raised_belongs_to_no_pass() -> None:
+    model, optimizer, drawn = make()
+    failures = [ArithmeticError()]
+
+    class Fails(nn.Module):
+        def forward(self, x):
+            if failures:
+                raise failures.pop()
+            return x
+
+    model.last = nn.Sequential(model.last, Fails())
+    x = data(0)
+    with pytest.raises(ArithmeticError):
+        model(x)
+    loss_of(model(x)).backward()
+    with optimizer.perturbed():
+        loss_of(model(x)).backward()
+    assert drawn[1] == drawn[2] != drawn[0]
+
+
 def test_modules_that_are_called_in_another_order_draw_what_they_drew() -> None:
     models, x = nn.ModuleList([Noisy(), Noisy()]), data(0)
     drawn = [[] for _ in models]
