@@ -445,3 +445,18 @@ def test_clipping_meets_what_the_base_gets_in_a_step_without_a_second_pass_too()
                 torch.testing.assert_close(p.detach(), w - 0.5 * g, rtol=1e-12, atol=1e-14)
         results.append(list(model.parameters()))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_the_model_cleared_begin_a_new_window(set_to_none):
+    model, twin = mlp(DOUBLE), mlp(DOUBLE)
+    trained = []
+    for each, is_left in ((model, True), (twin, False)):
+        optimizer = samopt.SAM(BASES["sgd"](each.parameters()), rho=0.3, model=each)
+        if is_left:
+            optimizer.backward(lambda each=each: loss_of(each, batch(DOUBLE, seed=7)), last=False)
+            each.zero_grad(set_to_none=set_to_none)
+        optimizer.backward(lambda each=each: loss_of(each, batch(DOUBLE, seed=8)))
+        optimizer.step()
+        trained.append(each)
+    assert same_bits(trained[0], bits(trained[1]))

@@ -144,6 +144,8 @@ def test_groups_state_and_defaults_stay_the_bases(
     assert "state" not in vars(optimizer)
     optimizer.param_groups[0]["lr"] = 0.0
     assert optimizer.base_optimizer.param_groups[0]["lr"] == 0.0
+    optimizer.defaults = optimizer.defaults | {"lr": 0.5}
+    assert optimizer.base_optimizer.defaults["lr"] == 0.5 and "defaults" not in vars(optimizer)
 
 
 def with_two_groups(state: dict[str, Any]) -> None:

@@ -218,3 +218,10 @@ def test_norms_are_those_of_the_gradients_also_where_something_is_made_of_them(k
         if second.is_needed:
             assert float(step.grad_norm) == pytest.approx(float(norm), rel=1e-12)
             assert float(step.perturbed_grad_norm) == pytest.approx(float(there.norm()), rel=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["gradient", "momentum"])
+def test_nothing_is_measured_before_the_first_step(direction):
+    model = mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    assert samopt.SAM(base, direction=direction, model=model).last_step.to_dict() == {}

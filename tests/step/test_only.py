@@ -579,3 +579,10 @@ def test_tram_moves_the_chosen_ones_by_the_distance_of_all():
     assert float(tram.last_step.distance) > 0
     assert same_bits(ours, bits(theirs))
     assert_same(tram.last_step.to_dict(), expected.last_step.to_dict())
+
+
+def test_frozen_parameters_are_not_among_those_that_move():
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 3))
+    model[0].weight.requires_grad_(False)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    assert names_of(model, optimizer.perturbed_parameters) == ["0.bias", "1.weight", "1.bias"]

@@ -260,9 +260,10 @@ def test_the_noise_has_the_scale_of_each_row():
     assert float(correlation.abs().max()) < 4 / math.sqrt(199 * 400)
 
 
-def test_metrics_of_the_noise_are_the_norms_asked_and_applied():
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+def test_metrics_of_the_noise_are_the_norms_asked_and_applied(backend):
     model = own()
-    optimizer = flat(model, rho=0.2)
+    optimizer = flat(model, rho=0.2, backend=backend)
     layers = own_layers(model)
     moves = adapters.noise(layers, [0.2, 0.2], 0, 0)
     expected = 0.2 * math.sqrt(sum(float(layer.merged().detach().square().sum()) for layer in layers))
@@ -274,9 +275,10 @@ def test_metrics_of_the_noise_are_the_norms_asked_and_applied():
     assert optimizer.last_step.loss is optimizer.last_step.sharpness is None
 
 
-def test_metrics_of_the_gradient_are_those_of_whole_weights():
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+def test_metrics_of_the_gradient_are_those_of_whole_weights(backend):
     model, theirs = own(), own()
-    optimizer, layers = flat(model, rho=0.2, perturbation="gradient"), own_layers(theirs)
+    optimizer, layers = flat(model, rho=0.2, perturbation="gradient", backend=backend), own_layers(theirs)
     moves = adapters.uphill(layers, [1.0, 1.0], lambda: loss_of(theirs, batch(DOUBLE)).backward())
     weights = [layer.weight for layer in layers]
     for weight in weights:
