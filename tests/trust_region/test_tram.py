@@ -368,3 +368,18 @@ def test_an_error_of_the_forward_is_the_models_own() -> None:
         optimizer.backward(lambda: loss_of(model, batch(seed=0)))
     optimizer.backward(lambda: loss_of(model, batch(seed=0)))
     assert float(optimizer.last_step.distance) > 0
+
+
+def test_without_a_scale_it_is_the_base_and_measures_no_distance() -> None:
+    model, stock = mlp(), mlp()
+    optimizer = samopt.TRAM(torch.optim.SGD(model.parameters(), lr=LR), model=model, scale=0.0)
+    plain = torch.optim.SGD(stock.parameters(), lr=LR)
+    for step in range(2):
+        optimizer.step(closure_of(optimizer, model, batch(seed=step)))
+        plain.step(closure_of(plain, stock, batch(seed=step)))
+        assert optimizer.last_step.distance is None
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), stock.parameters(), strict=True))
+    loss_of(model, batch(seed=2)).backward()
+    with optimizer.perturbed():
+        loss_of(model, batch(seed=2)).backward()
+    assert optimizer.last_step.distance is None and float(optimizer.last_step.radius) == 0.0
