@@ -57,8 +57,7 @@ class ScratchPool:
         key, known = id(owner), self._buffers
 
         def forget(reference: weakref.ref[Tensor]) -> None:
-            if key in known and known[key].owner is reference:
-                del known[key]
+            known.pop(key, None)
 
         return _Buffer(weakref.ref(owner, forget), kind, torch.empty_like(tensor, requires_grad=False))
 

@@ -16,7 +16,6 @@ __all__ = ["AdapterLayer", "Factors", "find_layers"]
 _PEFT_KINDS = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 _BESIDE = ("trainable_tokens",)  # rows of an embedding: an option of peft's LoraConfig
 _PLAIN_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PACKED = ("Params4bit", "Int8Params")  # of bitsandbytes: floating-point by their modules, integers in memory
 _QUANTISED_BY = ("qweight", "quant_state", "W_q", "codebooks")  # attributes of GPTQ, AWQ, bitsandbytes, HQQ and AQLM
 _WITHOUT = "or train the adapters with samopt.SAM, which perturbs the factors alone"
 
@@ -253,7 +252,6 @@ def _refuse_quantised(path: str, owner: nn.Module) -> None:
     weight: Any = owner._parameters.get("weight")
     marks = [mark for mark in _QUANTISED_BY if getattr(owner, mark, None) is not None or hasattr(weight, mark)]
     kind = type(weight).__name__ if weight is not None else type(owner).__name__
-    kinds = {each.__name__ for each in type(weight).__mro__} if weight is not None else set()
     if getattr(weight, "device_mesh", None) is not None:
         raise ValueError(
             f"the weight of {path} is a {kind}, a part of which is on each rank; whole weights are perturbed layer by "
@@ -261,7 +259,7 @@ def _refuse_quantised(path: str, owner: nn.Module) -> None:
         )
     is_packed = weight is not None and not (weight.is_floating_point() or weight.is_complex())
     is_other_kind = weight is not None and type(weight) is not nn.Parameter and not is_lazy(weight)
-    if marks or is_packed or is_other_kind or kinds.intersection(_PACKED):
+    if marks or is_packed or is_other_kind:
         dtype = "" if weight is None else f" of dtype {weight.dtype}"
         raise ValueError(
             f"the base weight of {path} is quantised ({type(owner).__name__} with {kind}{dtype}), and w + epsilon does "
