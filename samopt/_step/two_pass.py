@@ -84,6 +84,8 @@ class TwoPass:
         self.window: list[MicroBatch] = []
         self._variables = WindowVariables()
         self._stays_on_rank = False  # whether the first gradients of the window do
+        self._has_leaves: dict[Any, bool] = {}  # by code, whether its loss has leaves that are not the models'
+        self._leaves: list[Tensor] = []  # those of this window
         self._included: tuple[nn.Module, ...] = ()
         self._at_end: list[tuple[int, int] | None] = []  # of the gradients, after the latest micro-batch
         self._is_ready = False  # whether the gradients are a second pass's
@@ -214,12 +216,13 @@ class TwoPass:
         # A static graph is learnt in the window's first backward, and the rest of the window goes the same way.
         self._stays_on_rank = (self._stays_on_rank or not self.window) and self.keeps_on_rank(self._models)
         if not self.window:
-            self._variables = WindowVariables()
+            self._variables, self._leaves = WindowVariables(), []
         number = 0 if last and not self.window else self._variables.begin(compute_loss)
         start = self.begin_micro_batch(is_first=not self.window, generators=generators_of(compute_loss))
         with torch.enable_grad(), self._exchange(is_needed=last and not self._stays_on_rank):
             result = compute_loss()
             loss = differentiate(result)
+            self._note_leaves(loss, compute_loss)
         if not (last and not self.window):
             self._variables.end(compute_loss)
 
@@ -404,6 +407,8 @@ class TwoPass:
         with torch.enable_grad(), self.first_pass():
             results.append(closure())
         check.verify()
+        self._leaves = []
+        self._note_leaves(loss_in(results[-1]), closure)
         if not self._ascent.may_move():
             self._replay.forget()
             self.metrics = StepMetrics(loss=as_scalar(results[-1]), radius=torch.zeros(()))
@@ -514,6 +519,9 @@ class TwoPass:
                 )
         if has_gradients and (targets or ascent.may_move()):
             self._replay.check_first_pass()
+        if not may_lack_gradients:  # where samopt runs both passes, it has looked already
+            self._leaves = []
+            self._note_leaves(loss_in(first_loss), None)
         second = SecondPass(
             ascent,
             stashed,
@@ -614,7 +622,26 @@ class TwoPass:
             return StashedGradients([], [])
         owned = set(map(id, self._ascent.parameters()))
         others = [tensor for tensor in self._replay.state.parameters_with_gradients() if id(tensor) not in owned]
+        others += {id(leaf): leaf for leaf in self._leaves}.values()
         return StashedGradients(others, [parameter.grad for parameter in others])
+
+    def _note_leaves(self, loss: Tensor | None, function: Callable[[], Any] | None) -> None:
+        """Note leaves of a loss that belong to no model and got a gradient, such as an input's perturbation.
+
+        The second pass would add to it. Walking the graph is not free, so it is done once for each piece of code, and
+        each time where there are such leaves.
+
+        Args:
+            loss: The loss of the first pass, differentiated.
+            function: What computed it, if that is known.
+        """
+        code = getattr(function, "__code__", type(function))
+        if loss is None or not self._models or not self._has_leaves.get(code, True):
+            return
+        known = {id(p) for p in (*self._ascent.parameters(), *self._replay.state.parameters_with_gradients())}
+        found = [leaf for leaf in leaves_of([loss]) if leaf.grad is not None and id(leaf) not in known]
+        self._has_leaves[code] = bool(found)
+        self._leaves += found
 
     def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
         """Warn once where the loss has other trainable parameters, and no model tells which."""

@@ -198,3 +198,26 @@ def test_parameters_that_get_no_gradients_are_not_warned_of():
             loss_on(0)(model).backward(inputs=body)
     others = [p for p in model.parameters() if all(p is not mine for mine in body)]
     assert others and all(p.grad is None for p in others)
+
+
+@pytest.mark.parametrize("form", ["backward", "closure", "perturbed"])  # first_step is not told the loss
+@pytest.mark.parametrize("leaf", ["perturbation of the inputs", "tensor of a loss", "module outside model="])
+def test_leaves_that_belong_to_no_model_keep_the_gradient_of_the_first_pass(form, leaf):
+    """Free adversarial training reads the inputs' gradient; a learned temperature is a tensor of the loss."""
+    torch.manual_seed(0)
+    model, outside = nn.Linear(3, 2), nn.Linear(2, 2)
+    x, delta, scale = torch.randn(6, 3), torch.zeros(6, 3, requires_grad=True), torch.ones((), requires_grad=True)
+
+    def compute():
+        out = model(x + delta) * scale
+        return (outside(out) if leaf == "module outside model=" else out).square().mean()
+
+    leaves = [delta, scale, *(outside.parameters() if leaf == "module outside model=" else ())]
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+    for _ in range(2):
+        wanted = torch.autograd.grad(compute(), leaves)
+        for each in leaves:
+            each.grad = None
+        FORMS[form](optimizer, compute)
+        for each, gradient in zip(leaves, wanted, strict=True):
+            torch.testing.assert_close(each.grad, gradient, rtol=1e-6, atol=1e-8)
