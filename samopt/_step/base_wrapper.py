@@ -88,6 +88,26 @@ class GroupOptions:
             for name, key in self.keys.items():
                 self._check(key, group.get(key, self.defaults[name]), f" in param group {index}")
 
+    def refuse_rho(self, groups: Iterable[dict[str, Any]], first: int = 0) -> None:
+        """Raise if a group has a ``rho`` that nothing would read, since the radius is made from another number.
+
+        Args:
+            groups: Parameter groups, with what their user wrote.
+            first: Index of the first one, for the message.
+
+        Raises:
+            ValueError: If one has.
+        """
+        if "rho" in self.keys or "rho" in self.base.defaults:
+            return
+        for index, group in enumerate(groups, first):
+            if "rho" in group:
+                other = " or ".join(repr(key) for key in self.keys.values() if key not in ("eta", "perturb"))
+                raise ValueError(
+                    f"param group {index} has rho={group['rho']!r}, which this optimizer does not read: its radius is "
+                    f"made from {other}; write that into the group instead"
+                )
+
     def take_over(self) -> None:
         """Check every group, then write the constructor's values where the user wrote none into a group.
 
@@ -101,10 +121,11 @@ class GroupOptions:
             own.append(
                 {
                     key: group[key]
-                    for key in self.keys.values()
+                    for key in {**dict.fromkeys(self.keys.values()), "rho": None}
                     if key in group and not from_checkpoint and group[key] is not known.get(key, _NOTHING)
                 }
             )
+        self.refuse_rho(own)
         self.check(own)
         for group, values in zip(self.base.param_groups, own, strict=True):
             for key in [key for key in group if key.startswith(_CARRIED)]:
@@ -218,6 +239,7 @@ class OptimizerWrapper(Optimizer):
             ValueError: If one of its options is out of range; nothing is added then.
         """
         if "base_optimizer" in self.__dict__:
+            self._options.refuse_rho([param_group], len(self.base_optimizer.param_groups))
             self._options.check([param_group], len(self.base_optimizer.param_groups))
             self.base_optimizer.add_param_group(param_group)
             self._options.fill()

@@ -146,3 +146,27 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_moves() -> None:
     with refused(message, model, optimizer, RuntimeError):
         enter_again(optimizer)
     assert not optimizer.is_perturbed
+
+
+@pytest.mark.parametrize(("kind", "own"), [(samopt.TRAM, "scale"), (samopt.LESAM, "budget")])
+def test_a_rho_that_nothing_reads_is_refused_in_a_group(kind, own):
+    model, head = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+    base = torch.optim.SGD([{"params": model.parameters(), "rho": 0.3}], lr=0.1)
+    with pytest.raises(ValueError, match=f"group 0 has rho=0.3, which this optimizer does not read.*'{own}'"):
+        kind(base, model=model)
+    optimizer = kind(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    with pytest.raises(ValueError, match="group 1 has rho=0.2"):
+        optimizer.add_param_group({"params": head.parameters(), "rho": 0.2})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", [samopt.TRAM, samopt.LESAM])
+def test_a_rho_of_the_base_or_of_another_wrapper_is_no_mistake(kind):
+    model = torch.nn.Linear(3, 2)
+    assert kind(torch.optim.Adadelta(model.parameters()), model=model).param_groups[0]["rho"] == 0.9
+    wrapped_before = torch.optim.SGD(model.parameters(), lr=0.1)
+    saved = samopt.SAM(wrapped_before, rho=0.2, model=model).state_dict()
+    kind(wrapped_before, model=model)
+    loaded = torch.optim.SGD(model.parameters(), lr=0.1)
+    loaded.load_state_dict(saved)
+    kind(loaded, model=model)
