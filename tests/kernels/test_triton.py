@@ -74,7 +74,7 @@ def interpreter(monkeypatch):
 @pytest.mark.parametrize(
     ("numpy", "lack"),
     [
-        ("2.5.2", 'the interpreter of triton 3.6 cannot run with NumPy 2.5.2 .*"numpy<2.5", or "triton>=3.7"'),
+        ("2.4.6", 'the interpreter of triton 3.6 cannot run with NumPy 2.4.6 .*"numpy<2.4", or "triton>=3.7"'),
         ("3.0.0rc1", "the interpreter of triton 3.6 cannot run with NumPy 3.0.0rc1"),
         (None, "triton's interpreter needs NumPy, which is not installed"),
     ],
@@ -87,7 +87,7 @@ def test_an_interpreter_that_cannot_run_with_this_numpy_says_so(numpy, lack, int
         samopt.SAM([torch.nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, backend="triton")
 
 
-@pytest.mark.parametrize(("triton", "numpy"), [((3, 5), "2.4.6"), ((3, 6), "2.4.6"), ((3, 7), "2.5.2")], ids=str)
+@pytest.mark.parametrize(("triton", "numpy"), [((3, 5), "1.26.4"), ((3, 6), "2.3.5"), ((3, 7), "2.5.2")], ids=str)
 def test_an_interpreter_that_runs_with_this_numpy_is_used(triton, numpy, interpreter):
     interpreter(triton, numpy)
     assert availability.missing() is None and availability.unavailable(torch.device("cpu")) is None

@@ -17,8 +17,8 @@ __all__ = ["interprets", "missing", "unavailable"]
 
 _CAPABILITY = (8, 0)
 _VERSION = (3, 5)
-# A loop's bound is an array of one element in the interpreter, which NumPy 2.5 no longer turns into an int by itself.
-_INTERPRETER_FOR_NUMPY_2_5 = (3, 7)
+# A loop's bound is an array of one element in the interpreter, which NumPy 2.4 no longer turns into an int by itself.
+_INTERPRETER_FOR_NUMPY_2_4 = (3, 7)
 
 
 def missing() -> str | None:
@@ -68,10 +68,10 @@ def _unfit_numpy(version: tuple[int, ...]) -> str | None:
         numpy = importlib.metadata.version("numpy")
     except importlib.metadata.PackageNotFoundError:
         return "triton's interpreter needs NumPy, which is not installed (pip install numpy)"
-    if version < _INTERPRETER_FOR_NUMPY_2_5 and tuple(map(int, numpy.split(".")[:2])) >= (2, 5):
+    if version < _INTERPRETER_FOR_NUMPY_2_4 and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
         return (
             f"the interpreter of triton {_dotted(version)} cannot run with NumPy {numpy} "
-            f'(pip install "numpy<2.5", or "triton>={_dotted(_INTERPRETER_FOR_NUMPY_2_5)}")'
+            f'(pip install "numpy<2.4", or "triton>={_dotted(_INTERPRETER_FOR_NUMPY_2_4)}")'
         )
     return None
 
