@@ -9,6 +9,7 @@ import operator
 import random
 import sys
 import types
+import weakref
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -37,9 +38,13 @@ _CONTAINERS = (list, tuple, dict, set, deque)
 _DICTS = (dict, OrderedDict)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # Of the standard library: values that do not change, references, and loggers, whose handlers count nothing of a pass.
-_CONSTANTS = frozenset({"datetime", "decimal", "fractions", "ipaddress", "logging", "pathlib", "re", "uuid", "weakref"})
+_CONSTANTS = frozenset(
+    {"datetime", "decimal", "fractions", "ipaddress", "logging", "pathlib", "re", "typing", "uuid", "weakref"}
+)
 _ABSENT = object()
-_PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, frozenset, Tensor, nn.Parameter})
+# What a weak proxy stands for belongs to others, and may be gone: even isinstance raises then.
+_PROXIES = frozenset(weakref.ProxyTypes)
+_PLAIN_DATA = frozenset({*_VALUES, *_CONTAINERS, *_PROXIES, frozenset, Tensor, nn.Parameter})
 
 
 class ModuleState:
@@ -243,6 +248,8 @@ class ModuleState:
         self._look_at_modules(modules, found, pending)
         while pending:
             value = pending.pop()
+            if type(value) in _PROXIES:
+                continue
             if isinstance(value, Tensor):
                 if id(value) in seen or not value.is_leaf:
                     continue
@@ -456,7 +463,7 @@ def _look_into(value: Any, found: _Found, pending: list[Any]) -> None:
     elif _is_constant(value):
         pending.extend(_bound_to(value))
     elif _can_be_put_back(value):
-        attributes = getattr(value, "__dict__", None)
+        attributes = _attributes(value)
         if attributes is not None:
             _note_attributes(attributes, frozenset(), found, pending)
         slots = _slots(value)
@@ -480,10 +487,10 @@ def _can_be_put_back(value: Any) -> bool:
         if _is_constant(each):
             pending.extend(part for part in _bound_to(each) if type(part) not in _PLAIN_DATA)
             continue
-        has_attributes = hasattr(each, "__dict__") or bool(_slots(each))
-        if len(seen) > _OBJECTS or not has_attributes or isinstance(each, io.IOBase):
+        space, slots = _attributes(each), _slots(each)
+        if len(seen) > _OBJECTS or (space is None and not slots) or isinstance(each, io.IOBase):
             return False
-        attributes = [*getattr(each, "__dict__", {}).values(), *_slots(each).values()]
+        attributes = [*(space or {}).values(), *slots.values()]
         pending.extend([part for part in attributes if not (type(part) in _PLAIN_DATA or _is_state(part))])
     return True
 
@@ -496,7 +503,7 @@ def _is_constant(value: Any) -> bool:
     kind = type(value)
     origin = kind.__module__.partition(".")[0]
     return (
-        isinstance(value, nn.Module | type | enum.Enum | range | slice)
+        isinstance(value, nn.Module | type | types.GenericAlias | types.UnionType | enum.Enum | range | slice)
         or origin in _CONSTANTS
         or (origin in ("builtins", "functools", "torch") and callable(value))
     )
@@ -517,6 +524,12 @@ def _is_state(value: Any) -> bool:
 
 def _is_of_numpy(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] == "numpy"
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """Return the namespace of an object; None for one that has none, or a read-only one."""
+    space = getattr(value, "__dict__", None)
+    return space if isinstance(space, dict) else None
 
 
 def _slots(value: Any) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class GroupOptions:
                 self._check(key, group.get(key, self.defaults[name]), f" in param group {index}")
 
     def refuse_rho(self, groups: Iterable[dict[str, Any]], first: int = 0) -> None:
-        """Raise if a group has a ``rho`` that nothing would read, since the radius is made from another number.
+        """Raise if a group has a ``rho`` in place of the number that the radius is made from: nothing would read it.
 
         Args:
             groups: Parameter groups, with what their user wrote.
@@ -100,9 +100,10 @@ class GroupOptions:
         """
         if "rho" in self.keys or "rho" in self.base.defaults:
             return
+        numbers = [key for key in self.keys.values() if key not in ("eta", "perturb")]
         for index, group in enumerate(groups, first):
-            if "rho" in group:
-                other = " or ".join(repr(key) for key in self.keys.values() if key not in ("eta", "perturb"))
+            if "rho" in group and not any(key in group for key in numbers):
+                other = " or ".join(map(repr, numbers))
                 raise ValueError(
                     f"param group {index} has rho={group['rho']!r}, which this optimizer does not read: its radius is "
                     f"made from {other}; write that into the group instead"

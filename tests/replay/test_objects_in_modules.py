@@ -8,6 +8,7 @@ import functools
 import logging
 import threading
 import types
+import weakref
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from enum import Enum
 
@@ -43,6 +44,13 @@ class Tally:
     __call__ = hit
 
 
+OWNER = nn.Linear(1, 1)
+
+
+def _dead_proxy():
+    return weakref.proxy(nn.Linear(1, 1))
+
+
 BESIDE = {
     "a counter": lambda: {"counts": Counter()},
     "a defaultdict": lambda: {"counts": defaultdict(int)},
@@ -57,6 +65,9 @@ BESIDE = {
     "a date": lambda: {"began": datetime.datetime(2026, 1, 1)},
     "a logger": lambda: {"log": _logger()},
     "a range": lambda: {"layers": range(3)},
+    "a weak proxy": lambda: {"trainer": weakref.proxy(OWNER)},
+    "a weak proxy of nothing": lambda: {"trainer": _dead_proxy()},
+    "a generic alias": lambda: {"kind": list[int]},
     "an empty object": lambda: {"extra": types.SimpleNamespace()},
 }
 
@@ -193,3 +204,13 @@ def test_a_hook_with_state_counts_one_pass(form, kind, is_method):
     getattr(model[2], f"register_{kind}")(tally.hit if is_method else tally)
     step(model, form)
     assert tally.calls == 1
+
+
+@each_form
+@pytest.mark.parametrize("proxy", [lambda: weakref.proxy(OWNER), _dead_proxy], ids=["alive", "dead"])
+def test_a_weak_proxy_in_a_module_is_left_alone(form, proxy):
+    """Lightning gives modules proxies of their trainer and of each other."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    vars(model[0])["owner"] = proxy()  # as an attribute, torch would take it for a part
+    step(model, form)
+    assert type(vars(model[0])["owner"]) in weakref.ProxyTypes
