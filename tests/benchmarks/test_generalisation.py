@@ -39,7 +39,12 @@ def test_shrunk_images_are_the_digits_they_were_blown_up_from(mnist_file):
     torch.testing.assert_close(shrink_to_digits(pool.inputs), digits.inputs[:1100] * 240 / 255)
 
 
-@pytest.mark.parametrize("content", [None, b"1,2\n", b"a,b\n", gzip.compress(b"1,2\n"), gzip.compress(b"7\n" * 3)])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"1,2\n", b"a,b\n", gzip.compress(b"1,2\n"), gzip.compress(b"7\n" * 3)],
+    # Compressed bytes hold the time: names made of them would differ between the processes of one run.
+    ids=["no file", "numbers", "letters", "compressed", "one column"],
+)
 def test_what_is_no_such_file_is_explained(tmp_path, content):
     path = tmp_path / "mnist_5k.csv.gz"
     if content is not None:
