@@ -134,6 +134,10 @@ class Replay:
                 "all of them"
             )
 
+    def leave_streams(self) -> None:
+        """Do not put the random streams back at the end of the second pass: others have drawn from them since."""
+        self._end = None
+
     def gradients_cleared(self) -> None:
         """Note that gradients were cleared: a forward call from now on starts a new first pass."""
         if not self._calls.replaying:

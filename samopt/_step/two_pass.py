@@ -491,6 +491,9 @@ class TwoPass:
                 self._current = second
                 second.begin(self._replay, start, self._memory)
                 yield handle
+            except GeneratorExit:  # the optimizer was dropped before restore(), and is collected at any time
+                self._replay.leave_streams()
+                raise
             finally:
                 second.restore_weights()
             error = yield 0  # the type of the exception that ended the block, or None

@@ -167,8 +167,8 @@ def test_report_writes_the_tables_and_figures_of_a_folder(tmp_path, make_row, ca
         ("demo", "demo", "| sam | 2 | 93.6 ± 2.4 | +4.4 [-2.3, +11.0] |"),
         ("sharpness", "sharpness", "| largest Hessian eigenvalue | "),
         ("wordnet/tuned", "wordnet", "| sam:rho=0.02 | 5 | 34.3 ± 0.5 | +0.1 [-0.0, +0.2] |"),
-        ("shift", "shift", "| tram-noise | TRAM, noise on the inputs | scale=300 | 3 | 18.7 ± 0.6 | +0.2 ["),
-        ("interpolation", "interpolation", "| strong | 0.4 | 42.2 ± 0.5 | +1.1 ["),
+        ("shift", "shift", "| tram-noise | TRAM, noise on the inputs | scale=300 | 5 | 19.3 ± 1.4 | +0.1 ["),
+        ("interpolation", "interpolation", "| strong | 0.4 | 42.7 ± 1.6 | +2.3 ["),
     ],
 )
 def test_published_rows_stay_readable(tmp_path, folder, study, line, request):

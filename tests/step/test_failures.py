@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 import time
@@ -253,3 +254,18 @@ def test_real_signals_find_exact_weights_in_the_users_handler(given):
         signal.signal(signal.SIGALRM, previous)
     assert hits == 5000
     assert inexact == 0
+
+
+def test_an_optimizer_that_is_dropped_in_its_second_pass_leaves_the_random_streams_alone():
+    model, optimizer = make()
+    before = bits(model)
+    loss_on(model).backward()
+    optimizer.ascend()
+    assert not same_bits(model, before)
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    del optimizer
+    gc.collect()
+    assert torch.equal(torch.rand(3), expected)
+    assert same_bits(model, before)
