@@ -16,7 +16,7 @@ def to_device(values: Tensor, device: torch.device, dtype: torch.dtype | None = 
 
     Args:
         values: A tensor on any device.
-        device: Where to.
+        device: The device that computes with them next.
         dtype: The dtype there; None keeps it.
     """
     return values.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")

@@ -280,7 +280,7 @@ class ModuleState:
         """Note the registries and attributes of modules.
 
         Args:
-            modules: The modules.
+            modules: Those whose names are noted.
             found: Gets the names.
             pending: Gets what they are bound to.
         """
@@ -409,7 +409,7 @@ class _Copy:
     version: int
 
     def place(self) -> Tensor:
-        """Give the tensor its former memory, whatever a forward did to it; return where its values are to be copied."""
+        """Give the tensor its former memory, also if a forward replaced it; return where its values go."""
         tensor, memory, values = self.tensor, self.memory, self.values
         if (
             tensor.shape == values.shape

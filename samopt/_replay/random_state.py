@@ -80,7 +80,7 @@ def is_generator(value: Any) -> bool:
     """Return whether a value is a random generator of torch, Python or NumPy.
 
     Args:
-        value: Any object.
+        value: An object that a function or a module refers to.
     """
     if isinstance(value, torch.Generator | random.Random):
         return True

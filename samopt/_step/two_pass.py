@@ -139,6 +139,9 @@ class TwoPass:
         Raises:
             RuntimeError: If the gradients must not be applied.
         """
+        # A second pass's gradients that the model itself has cleared belong to no step that has no second pass.
+        if self._is_ready and not self.waits_for_step and not self._ascent.may_move():
+            self._is_ready, self._decoupled = False, None
         if self._is_ready:
             if stage is OptState.UNSCALED and not self._is_unscaled:
                 raise RuntimeError(

@@ -42,7 +42,7 @@ def data_parallel_modules(models: nn.Module | Sequence[nn.Module]) -> list[Distr
 
 
 def calling_data_parallel_module() -> DistributedDataParallel | None:
-    """Return the DDP module whose forward is running, whatever holds it; None outside such a call."""
+    """Return the DDP module whose forward is running, in whichever model it is; None outside such a call."""
     module: DistributedDataParallel | None = DistributedDataParallel._active_ddp_module
     return module
 

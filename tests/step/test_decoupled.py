@@ -191,3 +191,19 @@ def test_bases_without_one_learning_rate_a_step_are_refused_and_left_alone() -> 
 
     with pytest.raises(ValueError, match=r"a parameter group of Rateless has no 'lr'; use decouple=False"):
         samopt.SAM(Rateless(model.parameters()), combination=WeightedSharpness())
+
+
+@pytest.mark.parametrize("pause", ["rho=0", "is_paused"])
+def test_a_step_without_a_second_pass_takes_nothing_of_one_that_the_model_cleared(pause: str) -> None:
+    model, twin = mlp(DOUBLE), mlp(DOUBLE)
+    optimizer, plain = wsam(model), BASES["sgd"](twin.parameters())
+    two_passes(optimizer, model, seed=1)
+    model.zero_grad()  # the loop leaves this step out
+    if pause == "rho=0":
+        optimizer.rho = 0.0
+    else:
+        optimizer.is_paused = True
+    for each, trained in ((model, optimizer), (twin, plain)):
+        loss_of(each, batch(DOUBLE, seed=2)).backward()
+        trained.step()
+    assert same_bits(model, bits(twin))

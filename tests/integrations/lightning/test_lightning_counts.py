@@ -75,7 +75,7 @@ def run(folder, callback, **options):
 
 
 class Everything:
-    """Notes in a global variable, which nobody puts back: sees the second pass, too."""
+    """Notes in a global variable, which is not put back: it has the second pass, too."""
 
     def append(self, each):
         SEEN.append(each)
