@@ -156,9 +156,14 @@ def test_report_writes_the_tables_and_figures_of_a_folder(tmp_path, make_row, ca
     [
         ("digits", "train", "| asam | 8 | 91.9 ± 2.0 | +11.3 ["),
         ("frontier", "frontier", "| digits, 40% random labels (90.5 ± 2.6) | 1.25x | momentum-uphill:rho=0.1 | +5.8 ["),
-        ("frontier-again", "frontier", "| momentum-ahead:"),
+        pytest.param("frontier-again", "frontier", "| momentum-ahead:", marks=pytest.mark.slow),
         ("lightning", "lightning", "| 40% random labels | sgd+sam | 3 | 74.6 ± 1.5 | +0.7 ["),
-        ("performance", "optimizer", "| samopt-cpu | 11 | 24.95 (24.70 to 25.18) | 17.64 (17.41 to 18.00) | 1.11 ("),
+        pytest.param(
+            "performance",
+            "optimizer",
+            "| samopt-cpu | 11 | 24.95 (24.70 to 25.18) | 17.64 (17.41 to 18.00) | 1.11 (",
+            marks=pytest.mark.slow,
+        ),
         (
             "performance-again",
             "optimizer",
