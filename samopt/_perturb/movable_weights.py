@@ -31,7 +31,7 @@ class MovableWeights:
         self._weights = list(weights)
         self.origin = [weight.detach().clone() for weight in self._weights]
         with torch.no_grad():
-            self._saved = [SavedWeights.empty([w], [o]) for w, o in zip(self._weights, self.origin, strict=True)]
+            self._saved = [SavedWeights.of([w], [o]) for w, o in zip(self._weights, self.origin, strict=True)]
 
     def put(self, index: int, values: Tensor) -> None:
         """Write ``values`` into a weight.

@@ -246,15 +246,16 @@ def gradient_norm(parameters: Sequence[Tensor], backend: str = "auto") -> Tensor
 def _save(some: MovingBlock, memory: ScratchPool) -> SavedWeights:
     """Return the backup of one block."""
     weights, directions = some.block.weights, some.block.directions
-    if some.backend.backup is not None:
-        values = memory.like_all(some.parameters, weights)
-        saved = SavedWeights.empty(weights, values)
-        saved.kernel, saved.kernel_backup = some.backend, some.backend.backup(some.block, values)
-        return saved
-    if directions[0].is_sparse:  # all are, or none
-        rows = [split_sparse(direction)[0] for direction in directions]
-        return SavedWeights.save_rows(weights, rows)
-    return SavedWeights.save(weights, memory.like_all(some.parameters, weights))
+    make = some.backend.backup
+    if make is None and directions[0].is_sparse:  # all are, or none
+        return SavedWeights.save_rows(weights, [split_sparse(direction)[0] for direction in directions])
+    values = memory.like_all(some.parameters, weights)
+    saved = SavedWeights.of(weights, values)
+    if make is None:
+        torch._foreach_copy_(values, weights)
+    else:
+        saved.kernel, saved.kernel_backup = some.backend, make(some.block, values)
+    return saved
 
 
 def _as_parameter(parameter: Any, local: Tensor) -> Tensor:

@@ -66,21 +66,15 @@ class SavedWeights:
     kernel_backup: Any = None
 
     @classmethod
-    def empty(cls, weights: list[Tensor], values: list[Tensor]) -> SavedWeights:
-        """Return a backup whose ``values`` are filled later; autograd is off."""
+    def of(cls, weights: list[Tensor], values: list[Tensor]) -> SavedWeights:
+        """Return a backup of weights whose ``values`` the caller fills; autograd is off."""
         # detach() and not .data, which would have a version counter of its own
         return cls(weights, list(map(Tensor.detach, weights)), values, None, _addresses(weights), _layouts(weights))
 
     @classmethod
-    def save(cls, weights: list[Tensor], values: list[Tensor]) -> SavedWeights:
-        """Copy weights into ``values``; autograd is off."""
-        torch._foreach_copy_(values, weights)
-        return cls.empty(weights, values)
-
-    @classmethod
     def save_rows(cls, weights: list[Tensor], rows: list[Any]) -> SavedWeights:
         """Copy some rows of each weight; autograd is off."""
-        saved = cls.empty(weights, [weight.detach()[some] for weight, some in zip(weights, rows, strict=True)])
+        saved = cls.of(weights, [weight.detach()[some] for weight, some in zip(weights, rows, strict=True)])
         saved.rows = rows
         return saved
 

@@ -144,7 +144,7 @@ class _WatchedCall:
         module = self.module()
         assert module is not None
         call = self.inner or module._call_impl
-        if torch.compiler.is_compiling() or runs_step_as_forward(module):
+        if torch.compiler.is_compiling():
             return call(*args, **kwargs)
         outermost, resume, thread = [], [], get_ident()
         for watcher in self.watchers:
@@ -159,7 +159,9 @@ class _WatchedCall:
             finally:
                 for end_aside in resume:
                     end_aside()
-        return self._run(outermost, call, module, args, kwargs) if outermost else call(*args, **kwargs)
+        if not outermost or runs_step_as_forward(module):
+            return call(*args, **kwargs)
+        return self._run(outermost, call, module, args, kwargs)
 
     def _run(
         self,

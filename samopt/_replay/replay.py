@@ -41,12 +41,13 @@ class Replay:
         self.state = ModuleState(models)
         self._has_begun = False  # whether the start of the first pass was told by ``begin_first``
         self._calls = ForwardCalls(self._at_first_call, self._at_first_trained, self.state.bind_later_start)
-        self._followers: tuple[PassFollower, ...] = (self._calls, *followers)
+        self._others = tuple(followers)
+        self._followers: tuple[PassFollower, ...] = (self._calls, *self._others)
         self._end: RngState | None = None
         self._is_blind = False
         self._has_warned = False
         outermost = [outside_compile(model) for model in models[:1]]
-        self._stops = [watch(outermost, follower, only_these=True) for follower in self._followers[1:]]
+        self._stops = [watch(outermost, follower, only_these=True) for follower in self._others]
         self._stops.append(watch(models, self._calls))
 
     def detach(self) -> None:
@@ -154,12 +155,12 @@ class Replay:
 
     def check_first_pass(self) -> None:
         """Raise ``RuntimeError`` if a follower lacks what it needs of the first pass; changes nothing."""
-        for follower in self._followers:
+        for follower in self._others:
             follower.check_first_pass()
 
     def check_second_pass(self) -> None:
         """Raise ``RuntimeError`` if the second pass did not repeat the first in what a follower needs."""
-        for follower in self._followers:
+        for follower in self._others:
             follower.check_second_pass()
 
     def _at_first_call(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ _SMALL = 1 << 15  # elements; up to here calls cost more than joining the values
 _FEW = 1 << 17  # elements; up to here one sum in fp64 is faster than the calls that it takes to add up rows
 _ROW = 512  # elements summed in fp32; longer sums lose digits when all terms are equal
 _GEOMETRIES = {"adaptive"}
+# The values of several tensors as one vector, to be read only: that of one tensor shares its memory.
+_join: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
 
 
 def supports(block: Block) -> str | None:
@@ -150,12 +152,6 @@ def _join_scaled(block: Block, weights: list[Tensor], directions: list[Tensor]) 
     """Return ``T d`` of several tensors as one vector, to be read only."""
     joined = _join(directions)
     return joined if block.geometry is None else _join(weights).abs().add_(block.eta).mul_(joined)
-
-
-def _join(tensors: list[Tensor]) -> Tensor:
-    """Return the values of several tensors as one vector, to be read only: that of one tensor shares its memory."""
-    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)
-    return vector
 
 
 def _small_groups(block: Block, targets: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:

@@ -37,6 +37,7 @@ def run(root, environment, *words):
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.slow
 def test_the_quick_form_runs_every_step_where_nothing_else_is_installed(bare, tmp_path, request):
     out = tmp_path / "out"
     done = run(request.config.rootpath, bare, "--device", "cpu", "--quick", "--minutes", 8, "--out", out)

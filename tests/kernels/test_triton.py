@@ -15,6 +15,9 @@ import samopt
 from samopt.kernels.triton import availability
 from tests.helpers.apart import run_apart
 
+LAYOUTS = "triton and (agree_with_fp64 or every_bit_back)"
+SOME_TYPES = "(float32 or (bfloat16 and tiny))"  # each layout in one type, and one layout with rounding
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -22,10 +25,13 @@ from tests.helpers.apart import run_apart
         ["tests/kernels/test_triton_interpreted.py"],
         pytest.param(["tests/kernels/test_triton_memory.py"], marks=pytest.mark.slow),
         ["tests/kernels/test_triton_graphs.py"],
-        ["tests/kernels/test_kernels.py", "-k", "triton and (agree_with_fp64 or every_bit_back)"],
+        ["tests/kernels/test_kernels.py", "-k", f"{LAYOUTS} and {SOME_TYPES}"],
+        pytest.param(
+            ["tests/kernels/test_kernels.py", "-k", f"{LAYOUTS} and not {SOME_TYPES}"], marks=pytest.mark.slow
+        ),
         ["tests/kernels/test_kernels.py", "-k", "triton and not agree_with_fp64 and not every_bit_back"],
     ],
-    ids=["steps", "memory", "graphs", "layouts", "edges"],
+    ids=["steps", "memory", "graphs", "layouts", "other-types", "edges"],
 )
 def test_in_the_interpreter(arguments, monkeypatch):
     pytest.importorskip("triton", minversion="3.5")
