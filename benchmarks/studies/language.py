@@ -51,6 +51,7 @@ METHODS = {
         Method("adamw-slow", "the base with a third of its learning rate", values=(1 / 3,)),
         Method("sam", "SAM", "sam", thirds(0.1)),
         Method("asam", "ASAM", "asam", thirds(0.3)),
+        Method("momentum-ahead", "ahead along the momentum", "momentum-sam", thirds(0.3)),
         Method("r3f", "noise on the inputs, divergence in the loss", "benchmarks.harness.r3f:R3F", (0.1, 1.0, 10.0),
                setting="weight", options={"std": _NOISE}),
         *(
@@ -103,7 +104,7 @@ def study(
     wordnet: Path = DEBIAN_FOLDER,
     model: Path | None = None,
     parts: list[str] = list(METHODS),
-    seeds: list[NonNegativeInt] = [0, 1, 2],
+    seeds: list[NonNegativeInt] = [0, 1, 2, 3, 4],
     steps: PositiveInt = 480,
     fine_tune_steps: PositiveInt = 60,
     lora_steps: PositiveInt = 16,
