@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, hessian, jacrev
 
 import samopt
@@ -389,12 +391,96 @@ def test_attention_is_differentiated_twice():
     assert result.value == pytest.approx(exact, rel=1e-7)
 
 
-def test_an_operation_without_second_derivative_is_explained():
-    def distances(model, data):
-        return torch.cdist(model(data[0]), torch.zeros(1, 3)).mean()
+@torch.library.custom_op("samopt_tests::square", mutates_args=())
+def square(x: torch.Tensor) -> torch.Tensor:
+    return x * x
 
-    with pytest.raises(RuntimeError, match="curvature needs second derivatives.*_cdist_backward.*worst_case"):
-        sharpness.hessian_eigenvalues(mlp(), distances, [batch()])
+
+@torch.library.custom_op("samopt_tests::square_backward", mutates_args=())
+def square_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return 2 * gradient * x
+
+
+square.register_autograd(
+    lambda ctx, gradient: square_backward(gradient, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def ctc(outputs):
+    sizes = torch.tensor([len(outputs)]), torch.tensor([1])
+    return nn.functional.ctc_loss(outputs[:, None].log_softmax(2), torch.tensor([[1]]), *sizes)
+
+
+# Which of torch's own operations have a second derivative changes between its releases: torch 2.14 has one of cdist.
+ONCE = {
+    "custom": square,
+    "cdist": lambda outputs: torch.cdist(outputs, torch.zeros(1, 3, dtype=outputs.dtype)),
+    "pdist": torch.pdist,
+    "ctc": ctc,
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_an_operation_without_second_derivative_is_explained(name):
+    """Oracle: stock torch, which differentiates twice or refuses."""
+
+    def loss_fn(model, data):
+        return ONCE[name](model(data[0])).square().mean()
+
+    def flat(vector):
+        parts = vector.split([weight.numel() for weight in weights])
+        moved = {key: part.view_as(weight) for key, part, weight in zip(names, parts, weights, strict=True)}
+        return ONCE[name](functional_call(model, moved, (data[0],))).square().mean()
+
+    model, data = mlp().double(), batch(torch.float64)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    try:
+        expected = torch.autograd.functional.hessian(flat, torch.cat([w.detach().flatten() for w in weights]))
+    except RuntimeError as error:
+        reason = re.escape(str(error).splitlines()[0])
+        with pytest.raises(RuntimeError, match=f"curvature needs second derivatives.*{reason}.*worst_case"):
+            sharpness.hessian_eigenvalues(model, loss_fn, [data])
+    else:
+        assert name != "custom"
+        found = sharpness.hessian_eigenvalues(model, loss_fn, [data])
+        assert found.value == pytest.approx(float(torch.linalg.eigvalsh(expected)[-1]), rel=1e-3)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+class CubeOnce(Cube):
+    backward = staticmethod(once_differentiable(Cube.backward))
+
+
+@pytest.mark.parametrize("measure", [sharpness.hessian_eigenvalues, sharpness.gauss_newton_eigenvalues])
+def test_a_function_that_is_marked_once_differentiable_is_refused(measure):
+    """Torch differentiates it twice without an error, as if its derivative were constant."""
+
+    def loss_with(cube):
+        return lambda model, data: nn.functional.cross_entropy(cube(model(data[0])), data[1])
+
+    model = nn.Sequential(*mlp(), nn.Identity()).double()
+    model[-1].forward = Cube.apply
+    data = batch(torch.float64)
+    found = measure(model, nn.CrossEntropyLoss(), [data])
+    model[-1].forward = lambda x: x**3
+    assert found.value == pytest.approx(measure(model, nn.CrossEntropyLoss(), [data]).value, rel=1e-3)
+    model[-1].forward = CubeOnce.apply
+    with pytest.raises(RuntimeError, match="CubeOnce is marked once_differentiable.*worst_case"):
+        measure(model, nn.CrossEntropyLoss(), [data])
+    with pytest.raises(RuntimeError, match="CubeOnce is marked once_differentiable.*worst_case"):
+        measure(mlp().double(), loss_with(CubeOnce.apply), [data])
 
 
 @pytest.mark.parametrize(

@@ -283,12 +283,11 @@ def hessian_eigenvalues(
 
     The largest is ``max of v . H v over ||v||_2 = 1``: the curvature along the one worst direction. At a minimum
     the worst case is ``rho^2 / 2`` times it, to second order. The eigenvalues come from scipy's ARPACK, a restarted
-    Lanczos iteration. Attention kernels without second derivatives are replaced, RNN kernels without them are
-    reported.
+    Lanczos iteration. Attention kernels without second derivatives are replaced; RNN kernels without them, and a
+    custom ``autograd.Function`` that is marked ``once_differentiable``, are an error.
 
     Misleads: it changes when weights are rescaled, also where the function does not. Well into training
-    cross-entropy's Hessian shrinks towards 0 because the loss does, so models that fit better look flatter. A
-    custom ``autograd.Function`` marked ``once_differentiable`` counts as linear, silently: torch does not tell.
+    cross-entropy's Hessian shrinks towards 0 because the loss does, so models that fit better look flatter.
 
     Cost: about 3.5 gradients a batch for each matrix-vector product; the largest eigenvalue takes 20 to 60 of them,
     the smallest often more, and ``k > 1`` as many again to make sure that no eigenvalue which occurs twice was

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samopt._numerics.low_precision import widen
@@ -22,6 +23,8 @@ _NOT_FINITE = (
     "the curvature at the weights holds NaN or infinite numbers; measure a model that has not diverged, look at the "
     "batches, and at operations whose second derivative is infinite (sqrt or log at 0, say)"
 )
+# The wrapper that the decorator makes has the same code around every function.
+_MARKED_ONCE = once_differentiable(lambda ctx: None).__code__
 _COSTS = {
     "hessian": 3.5,  # measured 2.9 to 3.7 on small ConvNets, an MLP and a transformer
     "gauss_newton": 3.0,  # measured 2.6 to 3.8
@@ -160,6 +163,7 @@ class Hessian:
         measured = self._measured
         with torch.enable_grad():
             loss = measured.call(batch)
+        _refuse_once_differentiable(loss)
         gradient = measured.differentiate([loss], measured.weights, create_graph=True)
         return _pull_back(measured, gradient, vectors, measured.weights)
 
@@ -194,6 +198,7 @@ class GaussNewton:
                 loss = measured.call(batch)
         finally:
             handle.remove()
+        _refuse_once_differentiable(loss)
         if not outputs:
             raise ValueError(
                 "the Gauss-Newton matrix needs the model's outputs, but loss_fn did not call the model it was given; "
@@ -276,20 +281,35 @@ def _pull_back(
     )
 
 
-def _reaches(loss: Tensor, through: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Return whether a loss depends on other outputs in another way than through the given ones."""
-    stops = [output.grad_fn for output in through]
-    wanted = [other.grad_fn for other in others]  # kept, so that the same node is the same object below
-    pending, seen = [loss.grad_fn], set()
+def _refuse_once_differentiable(loss: Tensor) -> None:
+    """Raise an error if the loss went through such a function: torch silently takes its derivative as constant."""
+    for node in _nodes([loss.grad_fn]):
+        function: Any = getattr(node, "_forward_cls", None)
+        if getattr(getattr(function, "backward", None), "__code__", None) is _MARKED_ONCE:
+            raise RuntimeError(
+                f"curvature needs second derivatives, but {function.__name__} is marked once_differentiable; write its "
+                "backward with torch operations and take the mark off, or use a measure without curvature: "
+                "worst_case, average_case"
+            )
+
+
+def _nodes(start: Sequence[Any], stops: Sequence[Any] = ()) -> Generator[Any]:
+    """Yield every node of the graphs once; do not go through ``stops``."""
+    pending, seen = list(start), set()
     while pending:
         node = pending.pop()
         if node is None or node in seen or node in stops:
             continue
-        if node in wanted:
-            return True
         seen.add(node)
+        yield node
         pending.extend(following for following, _ in node.next_functions)
-    return False
+
+
+def _reaches(loss: Tensor, through: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Return whether a loss depends on other outputs in another way than through the given ones."""
+    stops = [output.grad_fn for output in through]
+    wanted = [other.grad_fn for other in others]  # kept, so that the same node is the same object below
+    return any(node in wanted for node in _nodes([loss.grad_fn], stops))
 
 
 def _inner_product(vectors: Sequence[Tensor], products: Sequence[Tensor | None]) -> float:
@@ -321,7 +341,9 @@ def _twice_differentiable() -> Generator[None]:
             yield
     except RuntimeError as error:
         text = str(error)
-        if not ("derivative for" in text and "not implemented" in text) and "ouble backward" not in text:
+        native = "derivative for" in text and "not implemented" in text
+        custom = "no autograd formula was registered" in text  # an operator of torch.library, called in a backward
+        if not (native or custom or "ouble backward" in text):
             raise
         raise RuntimeError(
             f"curvature needs second derivatives, but an operation of the model has none: {text.splitlines()[0]}. Use "
