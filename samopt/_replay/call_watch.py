@@ -8,6 +8,7 @@ of samopt. A ``finally`` around the call also runs at a ``KeyboardInterrupt``, w
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from threading import get_ident
@@ -141,10 +142,15 @@ class _WatchedCall:
         return type(None), ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.module()
+        module, is_compiling = self.module(), torch.compiler.is_compiling()
+        if not is_compiling:
+            caller = sys._getframe(1).f_locals.get("self")  # of nn.Module.__call__
+            if caller is not module and isinstance(caller, nn.Module) and vars(caller).get(_SLOT) is self:
+                # A copy of the attributes of another module, as meta-learning packages and DataParallel make them.
+                module = caller
         assert module is not None
         call = self.inner or module._call_impl
-        if torch.compiler.is_compiling():
+        if is_compiling:
             return call(*args, **kwargs)
         outermost, resume, thread = [], [], get_ident()
         for watcher in self.watchers:
