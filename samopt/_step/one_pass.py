@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
+from samopt._callers.cached_weights import clear_cached_weights
 from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import StashedGradients, any_nonzero
 from samopt._perturb.perturbation import Perturbation, gradient_norm
@@ -179,7 +180,7 @@ class OnePass:
             gradients.put_back()
             state.restore()
             random.restore()
-            torch.clear_autocast_cache()
+            clear_cached_weights()
 
     def backward(self, compute_loss: Callable[[], Any], *, last: bool) -> Any:
         """Run forward and backward at ``w + epsilon``.
@@ -366,7 +367,7 @@ class OnePass:
             if self._shards is not None:
                 self._shards.has_stale_copies = True
         self._moved = StepMetrics(radius=perturbation.radius(), applied_radius=applied)
-        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
+        clear_cached_weights()
 
     def _enter_forward(self) -> None:
         """Do ``_enter`` where a training forward of sharded modules begins."""
@@ -387,7 +388,7 @@ class OnePass:
         finally:
             self._backup.restore()  # does nothing unless an interrupt hit the first one
         self._backup = None
-        torch.clear_autocast_cache()
+        clear_cached_weights()
 
     def _be_exact(self) -> None:
         """Put every weight back, and have a forward that is about to begin gather exact shards."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from samopt._callers.cached_weights import clear_cached_weights
 from samopt._callers.compiled import never_compiled
 from samopt._perturb.gradients import StashedGradients, dense_gradients
 from samopt._perturb.perturbation import gradient_norm
@@ -105,7 +106,7 @@ class SecondPass:
             for model in replay.models:
                 reshard(model)
         perturbation.release_directions()
-        torch.clear_autocast_cache()  # autocast keeps low-precision copies of the weights, which are stale now
+        clear_cached_weights()
 
     @never_compiled
     def restore_weights(self) -> None:
@@ -130,7 +131,7 @@ class SecondPass:
         if failed:
             self._ascent.base.zero_grad()
         replay.end_second()
-        torch.clear_autocast_cache()
+        clear_cached_weights()
         self._others.put_back()
         if not self.is_needed and not failed:
             self._stashed.put_back()

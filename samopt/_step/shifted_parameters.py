@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from samopt._callers.cached_weights import clear_cached_parametrizations
 from samopt._callers.cuda_graphs import is_capturing
 from samopt._perturb.gradients import any_nonzero
 from samopt._replay.call_watch import RAISED, CallWatcher, is_compiled, watch
@@ -162,6 +163,7 @@ class ShiftedParameters(OtherWeights):
                         names[name] = tensor
             if isinstance(owner, nn.RNNBase):  # it keeps a list of its parameters, which it makes anew in the call
                 self._flat.append((owner, owner._flat_weights, owner._flat_weight_refs))
+        clear_cached_parametrizations()  # made of the exact weights
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Put the parameters back.
@@ -187,6 +189,8 @@ class ShiftedParameters(OtherWeights):
                     registry[name] = parameter  # type: ignore[assignment]  # it is the module's own
         for rnn, weights, references in self._flat:
             rnn._flat_weights, rnn._flat_weight_refs = weights, references
+        if self._replaced:
+            clear_cached_parametrizations()
         self._replaced, self._flat = {}, []
         if written is not None:
             raise RuntimeError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from samopt._callers.cached_weights import clear_cached_parametrizations
 from samopt._replay.module_state import ModuleState
 from samopt._replay.random_state import RngState
 from samopt._replay.unwrap import compiled_prefix, original
@@ -171,12 +172,14 @@ def _undisturbed(start: Surroundings) -> Generator[None]:
 
     def put_back() -> None:
         torch.set_autocast_cache_enabled(caching)
+        clear_cached_parametrizations()
         end.restore()
         put_back_state()
 
     try:
         try:
             torch.set_autocast_cache_enabled(False)  # a cast made without a graph must not serve the training passes
+            clear_cached_parametrizations()
             start.random.restore()
             yield
         finally:

@@ -23,7 +23,14 @@ from samopt.sharpness._measuring.losses import (
     modules_of,
     takes_labels,
 )
-from samopt.sharpness._measuring.optimizer_parts import MovableWeights, RngState, SavedState, leaves_of, unobserved
+from samopt.sharpness._measuring.optimizer_parts import (
+    MovableWeights,
+    RngState,
+    SavedState,
+    clear_cached_weights,
+    leaves_of,
+    unobserved,
+)
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness._measuring.weights import Selection, select, unwrap
@@ -277,7 +284,7 @@ class MeasuredModel:
 
     def _rewind(self) -> None:
         """Go back to the common starting state."""
-        torch.clear_autocast_cache()  # the weights may have moved
+        clear_cached_weights()
         self._start.restore()
         self._state.restore()
 
@@ -335,7 +342,7 @@ def measuring(
         stack.enter_context(_in_mode(model, mode))
         state = SavedState([model, *modules_of(compute_loss)], weights.values())
         stack.callback(state.restore)
-        stack.callback(torch.clear_autocast_cache)
+        stack.callback(clear_cached_weights)
         stack.enter_context(unobserved())
         if normalize_logits:
             stack.enter_context(normalized_logits(model, has_labels=takes_labels(compute_loss)))

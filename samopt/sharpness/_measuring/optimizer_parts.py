@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from samopt._callers.cached_weights import clear_cached_weights
 from samopt._numerics.vector_norm import vector_norm
 from samopt._perturb.movable_weights import MovableWeights
 from samopt._perturb.perturbation import Perturbation
@@ -22,6 +23,7 @@ __all__ = [
     "RngState",
     "SavedState",
     "Targets",
+    "clear_cached_weights",
     "leaves_of",
     "unobserved",
     "vector_norm",
