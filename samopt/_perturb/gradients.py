@@ -11,7 +11,14 @@ from torch import Tensor
 from samopt._numerics.devices import to_device
 from samopt.distributed import local_part
 
-__all__ = ["StashedGradients", "any_nonzero", "dense_gradients", "propagate_nonfinite"]
+__all__ = [
+    "GradientMarks",
+    "StashedGradients",
+    "any_nonzero",
+    "dense_gradients",
+    "in_flat_memory",
+    "propagate_nonfinite",
+]
 
 
 class StashedGradients(NamedTuple):
@@ -35,10 +42,85 @@ class StashedGradients(NamedTuple):
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
 
+    def copies(self) -> list[Tensor | None]:
+        """Return copies of the gradients."""
+        return [None if gradient is None else gradient.detach().clone() for gradient in self.gradients]
+
+    def write(self, values: Sequence[Tensor | None]) -> None:
+        """Write values into the gradients.
+
+        Args:
+            values: What ``copies`` returned; nothing is written where it is empty.
+        """
+        with torch.no_grad():
+            for gradient, value in zip(self.gradients, values, strict=False):
+                if gradient is not None and value is not None:
+                    gradient.copy_(value)
+
+    def fill(self) -> None:
+        """Write the present gradients of the parameters into the memory of these, and make them the gradients."""
+        with torch.no_grad():
+            for parameter, former in zip(self.parameters, self.gradients, strict=True):
+                present = parameter.grad
+                if former is None or present is former:
+                    continue
+                if present is None:
+                    former.zero_()
+                elif present.layout is torch.strided and present.data_ptr() == former.data_ptr():
+                    continue  # DistributedDataParallel gives its buckets out again
+                else:
+                    former.copy_(present)
+                parameter.grad = former
+
     def release(self) -> None:
         """Drop the references to the parameters and the gradients."""
         self.parameters.clear()
         self.gradients.clear()
+
+
+def in_flat_memory(parameters: Sequence[Tensor]) -> StashedGradients:
+    """Return the parameters whose gradient is a part of larger memory, such as a flat buffer of all gradients.
+
+    The user's code may read that memory, or divide or clip it as a whole, so gradients have to be there again in the
+    end. Those that autograd makes have memory of their own.
+
+    Args:
+        parameters: Any parameters.
+    """
+    found = StashedGradients([], [])
+    for parameter in parameters:
+        gradient = parameter.grad
+        if type(gradient) is Tensor and gradient.layout is torch.strided and gradient._is_view():
+            if gradient.untyped_storage().nbytes() > gradient.numel() * gradient.element_size():
+                found.parameters.append(parameter)
+                found.gradients.append(gradient)
+    return found
+
+
+class GradientMarks:
+    """Tells whether gradients were replaced or written into since it was made.
+
+    Args:
+        parameters: Parameters with a gradient.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._before = {p: (p.grad, -1 if p.grad is None else p.grad._version) for p in parameters}
+
+    def is_known(self, parameter: Tensor) -> bool:
+        """Return whether a parameter has the very gradient that it had then.
+
+        Args:
+            parameter: Any parameter that has a gradient now.
+        """
+        gradient = parameter.grad
+        before, version = self._before.get(parameter, (None, -1))
+        return gradient is not None and gradient is before and gradient._version == version
+
+    def changed(self) -> list[Tensor]:
+        """Return the parameters with another gradient than then that is not zero; may wait for the device."""
+        others = [p for p in self._before if p.grad is not None and not self.is_known(p)]
+        return [p for p in others if any_nonzero([{"params": [p]}])]
 
 
 def any_nonzero(groups: list[dict[str, Any]]) -> bool:

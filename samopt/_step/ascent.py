@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain, compress, islice, repeat
+from collections.abc import Collection, Sequence
+from itertools import chain, compress, filterfalse, islice, repeat
 from operator import attrgetter, is_not, itemgetter
 from typing import Any
 
@@ -114,8 +114,11 @@ class Ascent:
         """Return whether a cached direction must be taken, in a pass of its own, before this step's ascent."""
         return isinstance(self.direction, CachedDirection) and self.direction.is_due() and self.may_move()
 
-    def targets_from_gradients(self) -> tuple[StashedGradients, list[Targets]]:
+    def targets_from_gradients(self, frozen_since: Collection[int] = ()) -> tuple[StashedGradients, list[Targets]]:
         """Return every trainable parameter with its gradient, and those that move along a direction made of theirs.
+
+        Args:
+            frozen_since: Ids of parameters that were trainable in the first pass, and are not any more.
 
         Raises:
             ValueError: If a group's option is out of range.
@@ -128,6 +131,8 @@ class Ascent:
             self.radius.prepare()
         for group, (number, eta, perturb) in zip(self.base.param_groups, rows, strict=True):
             weights = list(filter(_IS_TRAINABLE, group["params"]))
+            if frozen_since:
+                weights = [p for p in group["params"] if p.requires_grad or id(p) in frozen_since]
             gradients = list(map(_GRADIENT, weights))
             stashed.parameters.extend(weights)
             stashed.gradients.extend(gradients)
@@ -208,6 +213,10 @@ class Ascent:
         """Return the parameters that move where the radius is not 0, in the order of the groups."""
         moving = [group for group, row in zip(self.base.param_groups, self.options.rows(), strict=True) if row[2]]
         return self.chosen(list(filter(_IS_TRAINABLE, chain.from_iterable(map(_PARAMS, moving)))))
+
+    def frozen_with_gradients(self) -> list[Tensor]:
+        """Return the parameters that have a gradient, and are not trainable now."""
+        return [p for p in filterfalse(_IS_TRAINABLE, self.parameters()) if p.grad is not None]
 
     def accelerators(self) -> list[torch.device]:
         """Return the devices of the parameters, except the CPU."""

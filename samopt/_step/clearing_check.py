@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from samopt._perturb.gradients import in_flat_memory
+
 __all__ = ["ClearingCheck"]
 
 
@@ -27,8 +29,13 @@ class ClearingCheck:
             self._parameter = min(dense, key=Tensor.numel)
             assert self._parameter.grad is not None
             self._before = self._parameter.grad
-            self._probe = torch.full_like(self._parameter.grad, torch.nan)
-            self._parameter.grad = self._probe
+            self._values: Tensor | None = None
+            if in_flat_memory([self._parameter]).parameters:  # which the closure may clear as a whole
+                self._probe, self._values = self._before, self._before.detach().clone()
+                self._probe.detach().fill_(torch.nan)
+            else:
+                self._probe = torch.full_like(self._parameter.grad, torch.nan)
+                self._parameter.grad = self._probe
 
     def verify(self) -> None:
         """Raise if the gradients were not cleared.
@@ -40,6 +47,8 @@ class ClearingCheck:
             return
         if not bool(self._probe.isnan().any()):
             return
+        if self._values is not None:
+            self._before.detach().copy_(self._values)
         self._parameter.grad = self._before
         raise RuntimeError(
             "the closure given to step() did not clear the gradients that were there, so the first pass would add to "

@@ -7,7 +7,7 @@ the second pass it runs on ``W + epsilon`` in memory of its own. So there is not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -158,13 +158,21 @@ class LayerAscent(Ascent):
         if self._gradients is not None:
             self._gradients.is_shared = True
 
-    def targets_from_gradients(self) -> tuple[StashedGradients, list[Targets]]:
+    def targets_from_gradients(self, frozen_since: Collection[int] = ()) -> tuple[StashedGradients, list[Targets]]:
         """Return every trainable parameter with its gradient, and the whole weights with theirs.
+
+        Args:
+            frozen_since: Must be empty.
 
         Raises:
             ValueError: If a group's option is out of range.
-            RuntimeError: If there are gradients, but none of a whole weight.
+            RuntimeError: If there are gradients, but none of a whole weight; if parameters were frozen since.
         """
+        if frozen_since:
+            raise RuntimeError(
+                f"FlatLoRA perturbs layers that are trainable when the second pass begins, but the closure froze "
+                f"{len(frozen_since)} parameters after its backward; freeze them after optimizer.step() instead"
+            )
         stashed, _ = super().targets_from_gradients()
         groups = groups_of_layers(self, self._layers)
         if self._gradients is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from samopt._callers.cached_weights import clear_cached_weights
 from samopt._callers.compiled import never_compiled
-from samopt._perturb.gradients import StashedGradients, dense_gradients
+from samopt._perturb.gradients import StashedGradients, dense_gradients, in_flat_memory
 from samopt._perturb.perturbation import gradient_norm
 from samopt._perturb.scratch_pool import ScratchPool
 from samopt._perturb.targets import Targets
@@ -66,6 +66,8 @@ class SecondPass:
         self._ascent = ascent
         self._stashed = stashed
         self._others = others
+        self._flat, self._flat_of_others = in_flat_memory(stashed.parameters), in_flat_memory(others.parameters)
+        self._values_of_others: list[Tensor | None] = []
         self._per_sample = [p for p in stashed.parameters if getattr(p, "grad_sample", None) is not None]
         self._perturbation = ascent.perturbation(targets)
         self._measures_norms = measure_grad_norms and not self._perturbation.is_empty
@@ -93,6 +95,10 @@ class SecondPass:
         perturbation = self._perturbation
         if self.is_needed:
             self._backup = perturbation.backup(memory)
+        # Flat memory of gradients may be cleared as a whole in the second pass.
+        self._values_of_others = self._flat_of_others.copies()
+        if self._flat.parameters and self.is_needed and self._ascent.combines:
+            self._stashed = StashedGradients(self._stashed.parameters, self._stashed.copies())
         self._stashed.clear()
         self._others.clear()
         for parameter in self._per_sample:  # filled by backward hooks, which would add the second pass's to the first's
@@ -130,11 +136,18 @@ class SecondPass:
                 reshard(model)
         if failed:
             self._ascent.base.zero_grad()
+            self._flat.fill()
         replay.end_second()
         clear_cached_weights()
         self._others.put_back()
+        self._flat_of_others.write(self._values_of_others)
         if not self.is_needed and not failed:
             self._stashed.put_back()
+
+    def fill_flat_memory(self) -> None:
+        """Move the base's gradients to where those of the first pass were, if that is a part of larger memory."""
+        if self.is_needed:
+            self._flat.fill()
 
     def combine(self, combination: Combination) -> DecoupledUpdate | None:
         """Make the base's gradients of both passes'; call it after ``end``.

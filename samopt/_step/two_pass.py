@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import OptState
 
 from samopt._callers.compiled import never_compiled
 from samopt._callers.user_warnings import warn_user
-from samopt._perturb.gradients import StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
+from samopt._perturb.gradients import GradientMarks, StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
 from samopt._replay.call_watch import PassFollower
 from samopt._replay.random_state import RngState
@@ -38,6 +38,12 @@ THREE_WAYS = (
     "'with optimizer.perturbed(): criterion(model(x), y).backward()' and 'optimizer.step()'; or "
     "'optimizer.step(closure)' with a closure that clears the gradients, computes the loss, calls backward and returns "
     "the loss"
+)
+
+_FROZEN = (
+    "{} parameters had gradients but requires_grad=False when the second pass began, so they were not perturbed, and "
+    "the loss trains them in each pass: it thaws them at its start and freezes them at its end. Freeze them after "
+    "optimizer.step() instead, or use optimizer.step(closure), which finds them"
 )
 
 
@@ -93,6 +99,8 @@ class TwoPass:
         # One parameter and its gradient of the second pass, by which they are known again.
         self._waiting: tuple[Tensor, Tensor] | None = None
         self._decoupled: DecoupledUpdate | None = None
+        self._frozen_marks = GradientMarks([])
+        self._frozen_since: Collection[int] = ()  # ids of parameters that only the first pass trained
         self._has_looked_for_others = False
         self._has_warned_of_missing = False
         self.metrics = StepMetrics()
@@ -407,9 +415,12 @@ class TwoPass:
             )
         start = self._replay.begin_first(generators_of(closure))
         check = ClearingCheck(self._ascent.parameters())
+        old = GradientMarks(self._ascent.frozen_with_gradients())
         with torch.enable_grad(), self.first_pass():
             results.append(closure())
         check.verify()
+        # A closure may thaw parameters at its start and freeze them at its end; it has cleared the gradients.
+        self._frozen_since = {id(p) for p in self._ascent.frozen_with_gradients() if not old.is_known(p)}
         self._leaves = []
         self._note_leaves(loss_in(results[-1]), closure)
         if not self._ascent.may_move():
@@ -514,10 +525,14 @@ class TwoPass:
     def _second_pass(self, first_loss: Any, may_lack_gradients: bool) -> SecondPass:
         """Return a second pass along the present gradients, with nothing changed yet."""
         ascent = self._ascent
-        stashed, targets = ascent.targets_from_gradients()
+        frozen_since, self._frozen_since = self._frozen_since, ()
+        stashed, targets = ascent.targets_from_gradients(frozen_since)
+        frozen = [p for p in ascent.frozen_with_gradients() if id(p) not in frozen_since]
         has_gradients = not all(map(operator.is_, stashed.gradients, repeat(None)))
         if not (may_lack_gradients or has_gradients or runs_on_several_ranks()):
             if ascent.may_move():
+                if frozen and any_nonzero([{"params": frozen}]):
+                    raise RuntimeError(_FROZEN.format(len(frozen)))
                 raise RuntimeError(
                     "perturbed() found no gradients at w, so there is no direction to perturb along. Either the first "
                     "backward is missing: call criterion(model(x), y).backward() before 'with optimizer.perturbed():'. "
@@ -536,6 +551,7 @@ class TwoPass:
             first_loss=first_loss,
             measure_grad_norms=self._measure_grad_norms,
         )
+        self._frozen_marks = GradientMarks(frozen)
         self._warn_of_unknown_parameters(first_loss)
         ascent.advance_rounding()
         self._is_ready = False
@@ -550,6 +566,7 @@ class TwoPass:
         try:
             if not failed and second.is_needed:
                 self._replay.check_second_pass()
+                self._refuse_thawed()
             second.end(self._replay, failed=failed)
             if not failed:
                 self._deliver(second)
@@ -558,6 +575,16 @@ class TwoPass:
             raise
         finally:
             self._current = None
+
+    def _refuse_thawed(self) -> None:
+        """Raise if the second pass trained a parameter that was frozen before it: it was not moved.
+
+        Raises:
+            RuntimeError: If it did.
+        """
+        changed = self._frozen_marks.changed()
+        if changed:
+            raise RuntimeError(_FROZEN.format(len(changed)))
 
     def _deliver(self, second: SecondPass) -> None:
         """Leave the base's gradients in place."""
@@ -573,6 +600,7 @@ class TwoPass:
         if flag is not None:
             propagate_nonfinite(flag, ascent.base.param_groups)
         self.metrics = second.measure() if metrics is None else metrics
+        second.fill_flat_memory()
         self._waiting = self._first_gradient()
         self._warn_of_missing_gradients(second)
         self._is_ready = True
