@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samopt import StepMetrics
+from samopt._replay.module_state import ModuleState
 from samopt._replay.random_state import RngState
 from samopt.sharpness import SharpnessMonitor
 from samopt.sharpness._measuring.batches import map_tensors
@@ -24,6 +26,7 @@ from samopt.sharpness.presets import DEFAULT, Measures, named_measures
 from .._logging.progress import with_bar
 from .._logging.step_metrics import free_metrics
 from .._second_pass.batch_copies import independent_copy
+from .own_state import own_state
 
 __all__ = ["SharpnessCallback"]
 
@@ -37,9 +40,10 @@ class SharpnessCallback(TrainerCallback):
     In a sharpness-aware Trainer it is one of the ``callbacks``; any other gets it by ``SharpnessCallback().attach(
     trainer)``, since only a Trainer can log. Every so many steps, or at each evaluation, it runs measures of
     ``samopt.sharpness`` on the same sample of the evaluation data. The model, its gradients and all random streams stay
-    as they are. In a run of several processes the first one measures. What the optimizer measured anyway is logged
-    beside the training loss. The last values are among the metrics of an evaluation, as ``eval_sharpness/...``, for
-    ``metric_for_best_model``.
+    as they are, and so does what a Trainer's own ``compute_loss`` collects or logs. In a run of several processes the
+    first one measures. What the optimizer measured anyway is logged beside the training loss. The last values are among
+    the metrics of an evaluation, as ``eval_sharpness/...``, for ``metric_for_best_model``. A ``log`` of a subclass is
+    passed by, since it may empty the averages that it adds to a row: the values go through ``Trainer.log``.
 
     Cost: the first measurement always happens, at the end of a run that is shorter than ``every``. Later ones take at
     most ``max_fraction`` of the training time; a measure that would take more is left out, which a warning says, and
@@ -222,7 +226,7 @@ class SharpnessCallback(TrainerCallback):
         if logs is not None and "loss" in logs and isinstance(step, StepMetrics):
             values = free_metrics(step) | self.take_averages()
             if values and not values.keys() <= logs.keys():
-                self._bound().log(values)
+                Trainer.log(self._bound(), values)
 
     def take_averages(self) -> dict[str, float]:
         """Return the optimizer's measurements averaged since the last call, for logs; nothing unless asked for."""
@@ -249,7 +253,7 @@ class SharpnessCallback(TrainerCallback):
             self._latest = {
                 name: values[name] for name in values if name.removeprefix("sharpness/") in record["measures"]
             }
-            trainer.log(values)
+            Trainer.log(trainer, values)  # a subclass's would add the averages it has collected, and clear them
             trainer.control.should_log = pending
         if record.get("step") == state.global_step:
             for name, reason in record.get("skipped", {}).items():
@@ -284,11 +288,34 @@ def _drawn(data: Any, count: int, seed: int) -> list[Any]:
 
 def _loss_of(trainer: Trainer) -> Callable[[nn.Module, Any], Tensor]:
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        with trainer.compute_loss_context_manager():
+        with _unnoticed(trainer), trainer.compute_loss_context_manager():
             value = trainer.compute_loss(model, independent_copy(batch))
         return value if isinstance(value, Tensor) else value[0]
 
     return loss
+
+
+@contextmanager
+def _unnoticed(trainer: Trainer) -> Generator[None]:
+    """Let a loss that is computed in this context add nothing to what the Trainer collects and logs."""
+    modules, objects = own_state(trainer)
+    state = ModuleState(modules)
+    state.include(objects=objects)
+    attributes = vars(trainer)
+    own_log = {"log": attributes["log"]} if "log" in attributes else {}
+    state.begin()
+    state.save()
+    try:
+        attributes["log"] = _ignore
+        yield
+    finally:
+        state.restore()
+        attributes.pop("log", None)
+        attributes.update(own_log)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a Trainer's ``log``."""
 
 
 def _innermost(optimizer: Any) -> Any:

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import samopt
-from samopt.integrations.transformers import SAMTrainer, make_sharpness_aware
+from samopt.integrations.transformers import SAMTrainer, SharpnessCallback, make_sharpness_aware
 from tests.helpers import hf
 
 pytestmark = pytest.mark.hf
@@ -214,7 +214,7 @@ class Counting(transformers.Trainer):
         self.newly = self.examples
         if self.examples % 4 == 0:
             self.log({"inside": loss.item(), "examples": self.examples})
-        return loss
+        return (loss, outputs) if options.get("return_outputs") else loss
 
     def log(self, logs, *args, **options):
         if "inside" not in logs:
@@ -286,6 +286,33 @@ def test_the_numbers_of_the_first_step_do_not_depend_on_the_radius(trainer, tmp_
         runs[name] = logged(run.state.log_history)
     assert runs["sam"][0] == runs["plain"][0]
     assert runs["sam"] != runs["plain"]
+
+
+@pytest.mark.parametrize("sam", [None, "sam"])
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_measuring_adds_nothing_to_what_a_trainer_collects_and_logs(trainer, sam, tmp_path):
+    """A measure calls ``compute_loss`` at perturbed weights, many times."""
+    runs = {}
+    for name in ("alone", "measured"):
+        run = TRAINERS[trainer](tmp_path / name, 1e-2)
+        if sam:
+            make_sharpness_aware(run, sam=sam, sam_rho=0.5)
+        run.eval_dataset = run.train_dataset
+        if name == "measured":
+            measures = {"worst_case": {"steps": 2}, "average_case": {"samples": 1}}
+            callback = SharpnessCallback(measures, every=1, examples=4, max_fraction=None)
+            callback.attach(run)
+        run.train()
+        run.evaluate()
+        runs[name] = run
+    alone, measured = runs["alone"], runs["measured"]
+    rows = [row for row in measured.state.log_history if "sharpness/worst_case" in row]
+    assert len(rows) == measured.state.global_step
+    of_every_row = {"epoch", "step", "num_input_tokens_seen"}
+    assert all(row.keys() <= {"sharpness/worst_case", "sharpness/average_case", *of_every_row} for row in rows)
+    others = [row for row in measured.state.log_history if row not in rows]
+    assert logged(others) == logged(alone.state.log_history)
+    assert getattr(measured, "numbers", None) == getattr(alone, "numbers", None)
 
 
 def test_a_long_list_of_data_is_not_looked_through(tmp_path, monkeypatch):
