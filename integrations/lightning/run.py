@@ -87,13 +87,15 @@ class Run:
     def install(self) -> None:
         """Take part in the trainer's steps."""
         self._strategy.training_step = self._run_once  # type: ignore[method-assign]  # restored by ``remove``
-        self._handle = self._optimizer.base_optimizer.register_step_pre_hook(self._before_step)
+        base = self._optimizer.base_optimizer
+        self._handles = [base.register_step_pre_hook(self._before_step), base.register_step_post_hook(self._after_step)]
 
     def remove(self) -> None:
         """Take no part in them any more."""
         self._until_backward_ends.close()
         vars(self._strategy).pop("training_step", None)
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._latest, self._window = None, []
 
     def gradients_cleared(self) -> None:
@@ -146,6 +148,17 @@ class Run:
         if not self._is_prepared:
             self._is_prepared = True
             self._optimizer.prepare_base_step()
+
+    def _after_step(self, *_: Any) -> None:
+        """Refuse a step of the base with a window's first gradients, for which no second pass ran."""
+        if self._window:
+            self._window = []
+            raise RuntimeError(
+                f"{type(self._module).__name__} stepped its optimizer in a way that Lightning does not see, so the "
+                "second pass was left out, and this step was made without the perturbation (and without clipping); "
+                "call optimizer.step(closure=closure) in optimizer_step on the optimizer that it is given, not on the "
+                "one inside"
+            )
 
     def _run_once(self, *args: Any, **kwargs: Any) -> Any:
         if self._passes is None:

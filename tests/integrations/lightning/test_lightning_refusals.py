@@ -98,3 +98,16 @@ def test_nothing_is_refused_outside_a_fit(tmp_path):
     assert not is_second_pass(trainer)
     assert callback.optimizer is None
     assert callback.state_dict() == {}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_past_lightning_is_an_error_and_no_step_without_the_second_pass(accumulate, tmp_path):
+    """Lightning runs the hooks of a step where its own wrapper of the optimizer is stepped."""
+
+    class Past(lit.Module):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure=None):
+            optimizer.optimizer.step(closure)
+
+    with pytest.raises(RuntimeError, match=r"Past stepped its optimizer.*second pass was left out.*optimizer\.step\(c"):
+        lit.fit(tmp_path, Past(), accumulate_grad_batches=accumulate)
+    lit.fit(tmp_path, Past(), SharpnessAwareTraining("momentum-sam"))  # nothing is left out there
