@@ -65,8 +65,7 @@ class RhoScheduler:
     def _initial_rhos(self) -> list[float]:
         """Return each group's ``rho``, without what an older schedule has made of it."""
         present = self.get_last_rho()
-        driver = _drivers.get(self.optimizer)
-        older = None if driver is None else driver()
+        older = schedule_of(self.optimizer)
         if older is None:
             return present
         pairs = zip(older.base_rhos, older._set, strict=True)
@@ -243,8 +242,7 @@ class RhoScheduler:
             RuntimeError: If a newer schedule drives the optimizer.
             ValueError: If the factor is negative or not finite; nothing has changed then.
         """
-        driver = _drivers.get(self.optimizer)
-        newer = None if driver is None else driver()
+        newer = schedule_of(self.optimizer)
         if newer is not None and newer is not self:
             raise RuntimeError(
                 "another RhoScheduler, made later, drives this optimizer, and both would set the same rho; "
@@ -296,6 +294,16 @@ class RhoScheduler:
         for group, rho in zip(self.optimizer.param_groups, self.base_rhos, strict=True):
             group[self._key] = rho * factor
         self._set = self.get_last_rho()
+
+
+def schedule_of(optimizer: SharpnessAwareOptimizer) -> RhoScheduler | None:
+    """Return the schedule that drives an optimizer's radius, or None.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    driver = _drivers.get(optimizer)
+    return None if driver is None else driver()
 
 
 # Module-level, with the optimizer as an argument, so that a copied or pickled schedule follows the copied optimizer.

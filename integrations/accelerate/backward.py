@@ -19,6 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from samopt import SharpnessAwareOptimizer
+from samopt.rho_scheduler import schedule_of
 
 from .._second_pass.accumulation import TwoPasses
 from .._second_pass.batch_copies import independent_copy
@@ -73,6 +74,7 @@ class SharpnessAwareBackward:
             )
         self.optimizer: SharpnessAwareOptimizer = inner
         """The optimizer inside the prepared one, for its ``last_step``."""
+        self._scheduled: int | None = None
         self._accelerator = accelerator
         self._passes = TwoPasses(
             accelerator,
@@ -95,6 +97,7 @@ class SharpnessAwareBackward:
             The first pass's loss, detached.
 
         Raises:
+            RuntimeError: If a ``RhoScheduler`` was stepped inside an accumulation window.
             TypeError: If gradients are accumulated and ``compute_loss`` is given no arguments, or it returns no tensor.
         """
         if self._accelerator.gradient_accumulation_steps > 1 and not args and not kwargs:
@@ -103,6 +106,7 @@ class SharpnessAwareBackward:
                 f"{self._accelerator.gradient_accumulation_steps} batches; it is called again after the last of them, "
                 "when the variables it looks up have changed: write backward(compute_loss, batch)"
             )
+        self._refuse_schedule_inside_window()
         copied_args, copied_kwargs = independent_copy(args), independent_copy(kwargs)
         losses: list[Tensor] = []
 
@@ -119,3 +123,16 @@ class SharpnessAwareBackward:
 
         self._passes.run(lambda: differentiate(args, kwargs), lambda: differentiate(copied_args, copied_kwargs))
         return losses[0]
+
+    def _refuse_schedule_inside_window(self) -> None:
+        """Raise if the radius's schedule counts micro-batches: accelerate holds back the learning rate's, not this."""
+        schedule, passes = schedule_of(self.optimizer), self.optimizer.two_passes
+        if schedule is None or passes is None:
+            return
+        if passes.window and schedule.last_step != self._scheduled:
+            raise RuntimeError(
+                "RhoScheduler.step() was called inside an accumulation window, so it would count micro-batches instead "
+                "of optimizer steps; accelerate holds back the learning-rate schedulers that it has prepared, but not "
+                "this one: write 'if accelerator.sync_gradients: rho_scheduler.step()'"
+            )
+        self._scheduled = schedule.last_step

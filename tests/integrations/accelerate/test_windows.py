@@ -140,3 +140,36 @@ def test_gradients_from_before_a_window_are_an_error(loop):
     sam_step(expected, data[1:3])
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def scheduled(inside):
+    """A run with a schedule of the radius, stepped with the optimizer, or also inside a window."""
+    accelerator, model = Accelerator(cpu=True, gradient_accumulation_steps=2), network()
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.6, model=model)
+    schedule = samopt.RhoScheduler(optimizer, lambda step: 0.5 if step else 1.0)
+    prepared, wrapped, same = accelerator.prepare(model, optimizer, schedule)
+    assert same is schedule
+    backward = SharpnessAwareBackward(accelerator, prepared, wrapped)
+    for number, batch in enumerate(batches()):
+        with accelerator.accumulate(prepared):
+            backward(lambda x, y: nn.functional.cross_entropy(prepared(x), y), *batch)
+            wrapped.step()
+            if inside or accelerator.sync_gradients:
+                schedule.step()
+            wrapped.zero_grad()
+            if number == 1:  # the second window has the radius of ``sam_step``
+                with torch.no_grad():
+                    model.load_state_dict(network().state_dict())
+    return model
+
+
+def test_a_schedule_of_the_radius_is_stepped_with_the_optimizer():
+    model, expected = scheduled(inside=False), network()
+    sam_step(expected, batches()[2:])
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+def test_a_schedule_of_the_radius_that_counts_micro_batches_is_an_error():
+    with pytest.raises(RuntimeError, match=r"inside an accumulation window.*if accelerator\.sync_gradients: rho_sch"):
+        scheduled(inside=True)
