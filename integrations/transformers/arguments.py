@@ -38,6 +38,7 @@ _OPTIONS = {
     "sam_trust_region": "trust_region",
     "sam_divergence": "divergence",
 }
+_NUMBERS = ("sam_rho", "sam_eta", "sam_scale", "sam_max_radius", "sam_ema_decay", "sam_noise_std")
 _RESERVED = ("model", "seed", "stochastic_rounding", "sync_perturbation")
 """Options of every optimizer that are set from elsewhere, and so may not be among ``sam_options``."""
 
@@ -152,6 +153,8 @@ class SAMArguments:
         """Whether an optimizer, or "none", was chosen, and not left to the default."""
         self.sam = self.sam or "none"
         self._check_choices()
+        for name in _NUMBERS:
+            setattr(self, name, _number(name, getattr(self, name)))
         self.sam_options = _parsed(self.sam_options)
         for name in ("sam_rho", "sam_eta", "sam_scale"):
             value = getattr(self, name)
@@ -311,6 +314,16 @@ class SAMArguments:
             try_options(self.sam, self._options(0))
         except TypeError as error:
             raise ValueError(str(error)) from error
+
+
+def _number(name: str, value: Any) -> Any:
+    """Return a number that YAML gave as text: 5e-2 without a point is text for it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, got {value!r}; leave it out for the default") from None
 
 
 def _parsed(options: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -58,6 +58,14 @@ def test_arguments_are_parsed(source, tmp_path):
     assert arguments.sam_rho is None
 
 
+def test_a_number_without_a_point_in_yaml_is_a_number(tmp_path):
+    file = tmp_path / "arguments.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nsam: asam\nsam_rho: 5e-1\nsam_eta: 1e-2\n")
+    assert yaml.safe_load(file.read_text())["sam_rho"] == "5e-1"
+    (arguments,) = transformers.HfArgumentParser(SAMTrainingArguments).parse_yaml_file(str(file))
+    assert (arguments.sam_rho, arguments.sam_eta) == (0.5, 0.01)
+
+
 def test_the_command_line_lists_the_choices(capsys):
     parser = transformers.HfArgumentParser(SAMTrainingArguments)
     with pytest.raises(SystemExit):
@@ -84,6 +92,7 @@ def test_arguments_are_kept_with_the_run(tmp_path):
         ({"sam": "tram", "sam_divergence": "js"}, "sam_divergence must be one of kl, .*, got 'js'"),
         ({"sam": "sam", "sam_rho": -0.1}, "sam_rho must be >= 0 and finite, got -0.1; leave it out"),
         ({"sam": "sam", "sam_rho": float("nan")}, "sam_rho must be >= 0 and finite, got nan"),
+        ({"sam": "sam", "sam_rho": "large"}, "sam_rho must be a number, got 'large'; leave it out for the default"),
         ({"sam": "asam", "sam_eta": -1.0}, "sam_eta must be >= 0"),
         ({"sam": "tram", "sam_max_radius": 0.0}, "sam_max_radius must be > 0, got 0.0"),
         ({"sam": "sam", "sam_late": "first 10 %"}, 'sam_late must be a share .* "last 25 %" or 0.25; got .first 10 %'),
