@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from samopt.sharpness._measuring.optimizer_parts import RngState
 
@@ -33,7 +34,7 @@ def read_batches(
         at_most: How many batches to read; None for all.
 
     Raises:
-        TypeError: If ``batches`` is one batch rather than several, or a batch cannot be cut.
+        TypeError: If ``batches`` is one batch or a data set rather than several batches, or a batch cannot be cut.
         ValueError: If there are no batches, or ``m`` is out of range.
     """
     if isinstance(batches, Tensor | Mapping) or (
@@ -42,6 +43,13 @@ def read_batches(
         kind = "tensors" if isinstance(batches, tuple) else type(batches).__name__
         raise TypeError(
             f"batches must be an iterable of batches, got a single batch ({kind}); put it into a list: [batch]"
+        )
+    given: Any = batches
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        raise TypeError(
+            f"batches must be an iterable of batches, got the data set {type(batches).__name__}, whose entries are "
+            "single examples; put it into a loader: DataLoader(dataset, batch_size=64), or batch_size=None if its "
+            "entries are batches"
         )
     before = RngState.capture()
     own = [(generator, generator.get_state()) for generator in _generators(batches)]

@@ -33,7 +33,7 @@ from samopt.sharpness._measuring.optimizer_parts import (
 )
 from samopt.sharpness._measuring.progress import Progress, ProgressOption
 from samopt.sharpness._measuring.results import mean_and_error
-from samopt.sharpness._measuring.weights import Selection, select, unwrap
+from samopt.sharpness._measuring.weights import Selection, refuse_without_values, select, unwrap
 
 __all__ = ["FORWARD", "GRADIENT", "MODES", "MeasuredModel", "accuracy_for", "measuring"]
 
@@ -333,6 +333,7 @@ def measuring(
         raise ValueError(f'mode must be "eval", "train" or "keep", got {mode!r}')
     compute_loss = as_loss_fn(loss_fn)
     model = unwrap(model)
+    refuse_without_values(model)
     weights = select(model, parameters, frozen=frozen)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

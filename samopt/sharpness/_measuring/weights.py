@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Selection", "select", "trainable_layers", "unwrap"]
+__all__ = ["Selection", "refuse_without_values", "select", "trainable_layers", "unwrap"]
 
 Selection = str | Iterable[str] | None
 """Parameter names, module names or patterns such as "layers.*.weight"; None is every trainable parameter."""
@@ -87,11 +87,37 @@ def select(model: nn.Module, selection: Selection = None, *, frozen: bool = Fals
 def trainable_layers(model: nn.Module) -> list[str]:
     """Return the names of the modules that hold trainable parameters themselves, in the model's order.
 
+    Those that the model itself holds (a class token, say) are named one by one.
+
     Args:
         model: The module.
     """
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in select(model))
-    return [name for name in owners if name]
+    return list(dict.fromkeys(name.rpartition(".")[0] or name for name in select(model)))
+
+
+def refuse_without_values(model: nn.Module) -> None:
+    """Refuse a model whose tensors hold no numbers, or cannot be written into.
+
+    Args:
+        model: The module.
+
+    Raises:
+        ValueError: If a parameter or buffer is on the meta device or not initialised yet, or a parameter was made in
+            inference mode.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            found = "has no shape yet", "run one forward pass first"
+        elif tensor.is_meta:
+            found = "is on the meta device and holds no numbers", "load the weights before measuring"
+        elif isinstance(tensor, nn.Parameter) and tensor.is_inference():
+            found = (
+                "was made under torch.inference_mode(), so it cannot be moved or differentiated",
+                "build the model outside of it, or measure copy.deepcopy(model)",
+            )
+        else:
+            continue
+        raise ValueError(f"{name!r} of {type(model).__name__} {found[0]}; {found[1]}")
 
 
 def _refuse_overlaps(parameters: dict[str, nn.Parameter]) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samopt._numerics.low_precision import widen
 from samopt.sharpness._measuring.measured_model import MeasuredModel
 from samopt.sharpness._measuring.results import mean_and_error
+from samopt.sharpness.curvature.custom_functions import custom_functions_checked
 
 __all__ = ["Curvature", "GaussNewton", "Hessian", "curvature", "dot", "product_cost"]
 
@@ -23,8 +23,14 @@ _NOT_FINITE = (
     "the curvature at the weights holds NaN or infinite numbers; measure a model that has not diverged, look at the "
     "batches, and at operations whose second derivative is infinite (sqrt or log at 0, say)"
 )
-# The wrapper that the decorator makes has the same code around every function.
-_MARKED_ONCE = once_differentiable(lambda ctx: None).__code__
+_NO_SECOND_DERIVATIVE = (
+    "is not implemented",  # "derivative for aten::... is not implemented"
+    "no autograd formula was registered",  # an operator of torch.library, called in a backward
+    "ouble backward",  # of cuDNN, of torch.compile
+    "requires create_graph=False",  # of a compiled part
+    "don't support automatic differentiation",  # a backward that writes with out=
+    "once_differentiable",
+)
 _COSTS = {
     "hessian": 3.5,  # measured 2.9 to 3.7 on small ConvNets, an MLP and a transformer
     "gauss_newton": 3.0,  # measured 2.6 to 3.8
@@ -157,14 +163,16 @@ class Hessian:
 
     def __init__(self, measured: MeasuredModel) -> None:
         self._measured = measured
+        self._is_checked = False
 
     def __call__(self, batch: Any, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """Return the product; None for weights on which the gradient does not depend."""
         measured = self._measured
         with torch.enable_grad():
             loss = measured.call(batch)
-        _refuse_once_differentiable(loss)
-        gradient = measured.differentiate([loss], measured.weights, create_graph=True)
+        with nullcontext() if self._is_checked else custom_functions_checked([loss]):
+            gradient = measured.differentiate([loss], measured.weights, create_graph=True)
+        self._is_checked = True
         return _pull_back(measured, gradient, vectors, measured.weights)
 
 
@@ -198,21 +206,22 @@ class GaussNewton:
                 loss = measured.call(batch)
         finally:
             handle.remove()
-        _refuse_once_differentiable(loss)
         if not outputs:
             raise ValueError(
                 "the Gauss-Newton matrix needs the model's outputs, but loss_fn did not call the model it was given; "
                 "call model(...) in it, or use hessian_eigenvalues"
             )
-        slope = measured.differentiate([loss], outputs, create_graph=True)
-        if not self._is_checked:
-            self._check(loss, outputs, others, slope)
-            self._is_checked = True
-        pushed = self._push_forward(outputs, vectors)
+        is_first, self._is_checked = not self._is_checked, True
+        with custom_functions_checked([loss]) if is_first else nullcontext():
+            slope = measured.differentiate([loss], outputs, create_graph=True)
+            if is_first:
+                self._check(loss, outputs, others, slope)
+            pushed = self._push_forward(outputs, vectors)
         bent = _pull_back(measured, slope, pushed, outputs, retain_graph=True)
-        return measured.differentiate(
+        product = measured.differentiate(
             outputs, measured.weights, grad_outputs=[_or_zeros(b, z) for b, z in zip(bent, outputs, strict=True)]
         )
+        return [None if part is None else _dense(part) for part in product]
 
     def _check(
         self, loss: Tensor, outputs: Sequence[Tensor], others: Sequence[Tensor], slope: Sequence[Tensor | None]
@@ -273,48 +282,40 @@ def _pull_back(
     **options: Any,
 ) -> Sequence[Tensor | None]:
     """Return the gradient of ``sum outputs . cotangents``, None everywhere where no output has a graph."""
+    outputs = [None if o is None else _dense(o) for o in outputs]
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     if not pairs:
         return [None] * len(inputs)
-    return measured.differentiate(
+    found = measured.differentiate(
         [o for o, _ in pairs], inputs, grad_outputs=[c.to(o.dtype) for o, c in pairs], **options
     )
-
-
-def _refuse_once_differentiable(loss: Tensor) -> None:
-    """Raise an error if the loss went through such a function: torch silently takes its derivative as constant."""
-    for node in _nodes([loss.grad_fn]):
-        function: Any = getattr(node, "_forward_cls", None)
-        if getattr(getattr(function, "backward", None), "__code__", None) is _MARKED_ONCE:
-            raise RuntimeError(
-                f"curvature needs second derivatives, but {function.__name__} is marked once_differentiable; write its "
-                "backward with torch operations and take the mark off, or use a measure without curvature: "
-                "worst_case, average_case"
-            )
-
-
-def _nodes(start: Sequence[Any], stops: Sequence[Any] = ()) -> Generator[Any]:
-    """Yield every node of the graphs once; do not go through ``stops``."""
-    pending, seen = list(start), set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen or node in stops:
-            continue
-        seen.add(node)
-        yield node
-        pending.extend(following for following, _ in node.next_functions)
+    return [None if part is None else _dense(part) for part in found]
 
 
 def _reaches(loss: Tensor, through: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Return whether a loss depends on other outputs in another way than through the given ones."""
     stops = [output.grad_fn for output in through]
     wanted = [other.grad_fn for other in others]  # kept, so that the same node is the same object below
-    return any(node in wanted for node in _nodes([loss.grad_fn], stops))
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen or node in stops:
+            continue
+        if node in wanted:
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _inner_product(vectors: Sequence[Tensor], products: Sequence[Tensor | None]) -> float:
     pairs = [(v, p.detach()) for v, p in zip(vectors, products, strict=True) if p is not None]
     return math.fsum(dot(v.reshape(-1), p.reshape(-1).to(v)) for v, p in pairs)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return a gradient as a dense tensor: that of an ``nn.Embedding(sparse=True)`` has no inner products."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def _or_zeros(value: Tensor | None, like: Tensor) -> Tensor:
@@ -341,12 +342,10 @@ def _twice_differentiable() -> Generator[None]:
             yield
     except RuntimeError as error:
         text = str(error)
-        native = "derivative for" in text and "not implemented" in text
-        custom = "no autograd formula was registered" in text  # an operator of torch.library, called in a backward
-        if not (native or custom or "ouble backward" in text):
+        if not any(phrase in text for phrase in _NO_SECOND_DERIVATIVE):
             raise
         raise RuntimeError(
             f"curvature needs second derivatives, but an operation of the model has none: {text.splitlines()[0]}. Use "
-            "another implementation of it (attn_implementation='eager' for a Hugging Face model, cuDNN off for an RNN) "
-            "or a measure without curvature: worst_case, average_case"
+            "another implementation of it (attn_implementation='eager' for a Hugging Face model, cuDNN off for an RNN, "
+            "the module inside torch.compile) or a measure without curvature: worst_case, average_case"
         ) from error

@@ -75,7 +75,7 @@ def per_layer(
         batches: Batches; read once.
         measure: Any measure of this package that takes ``parameters``.
         layers: Module names, parameter names or patterns, one for each "layer"; None for every module that holds
-            trainable parameters itself.
+            trainable parameters itself, and each parameter that the model itself holds.
         progress: See ``ProgressOption``.
         **options: The measure's own arguments.
 

@@ -197,6 +197,7 @@ class _Line:
         # What is about to move cannot also be where the line starts.
         self._start = {name: t.clone() if _is_among(t, own.values()) else t for name, t in start.items()}
         self._end = {name: t.clone() if _is_among(t, own.values()) else t for name, t in end.items()}
+        self._refuse_other_codes()
         buffers = dict(measured.model.named_buffers())
         self._start |= {name: self._start[name].clone() for name in buffers if name in self._start}
         self._end |= {name: self._end[name].clone() for name in buffers if name in self._end}
@@ -225,9 +226,25 @@ class _Line:
                 losses.append(measured.mean_loss())
         return losses
 
+    def _refuse_other_codes(self) -> None:
+        """Refuse parameters of whole numbers (quantised weights) that differ: there is nothing between two codes."""
+        for name, weight in zip(self._measured.names, self._measured.weights, strict=True):
+            start, end = (state[name].to(weight.device) for state in (self._start, self._end))
+            if not _is_continuous(weight) and not torch.equal(start, end):
+                raise ValueError(
+                    f"{name!r} holds {weight.dtype} numbers that differ between the two ends, and nothing lies between "
+                    "them; convert both models to floating point (dequantize them) before interpolating"
+                )
+
     def _between(self, name: str, like: Tensor, position: float) -> Tensor:
+        if not _is_continuous(like):
+            return self._start[name]
         start, end = (widen(state[name].to(like.device)) for state in (self._start, self._end))
         return torch.lerp(start, end.to(start.dtype), position)  # exact at 0 and at 1
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_among(tensor: Tensor, parameters: Iterable[Tensor]) -> bool:
