@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness.errors import choose
 from benchmarks.harness.language import ByteRuns, LoraRuns, Pretrained
-from benchmarks.harness.report import Table, colour, figure, legend, machines, publish
+from benchmarks.harness.report import Table, figure, machines, publish
 from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.statistics import gain, over
 from benchmarks.harness.texts import DEBIAN_NOVELS, read_texts
@@ -89,7 +89,7 @@ _TABLES = {
         ("glosses", "Definitions"),
         ("python", "Python"),
     ),
-    "The same, twice as long: trust regions": (
+    "SmolLM2-135M with LoRA, twice as long": (
         "regions",
         ("loss", "Austen"),
         ("glosses", "Definitions"),
@@ -219,24 +219,24 @@ def _trials(rows: Sequence[Row]) -> list[Table]:
 
 
 def _plot(parts: dict[str, dict[str, list[Row]]]) -> Figure:
-    """Return the difference from the base of every loss, with its interval."""
+    """Return the difference from the base of every loss, with its interval: a line for each method of a part."""
     shown = [(title, part, measured) for title, (part, *measured) in _TABLES.items() if part in parts]
-    drawn, axes = figure(len(shown), 1, width=8.0, height=3.0)
-    names = list(dict.fromkeys(method.name for methods in METHODS.values() for method in methods[1:]))
-    for ax, (title, part, measured) in zip(axes[:, 0], shown, strict=True):
-        for index, name in enumerate(names):
-            found = [gain(parts[part].get(name, []), parts[part]["adamw"], metric) for metric, _ in measured]
-            points = [(place, won) for place, won in enumerate(found) if won is not None]
-            ax.errorbar(
-                [place + 0.1 * (index - len(names) / 2) for place, _ in points],
-                [won.mean for _, won in points],
-                [0.0 if won.n < 2 else won.half_width() for _, won in points],
-                fmt="o",
-                color=colour(index),
-                label=name if points else None,
-            )
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_xticks(range(len(measured)), [heading for _, heading in measured])
-        ax.set(title=title, ylabel="nats less AdamW's")
-    legend(drawn)
+    drawn, axes = figure(len(shown), max(len(measured) for *_, measured in shown), width=2.4, height=2.6)
+    for panels, (title, part, measured) in zip(axes, shown, strict=True):
+        names = [name for name in parts[part] if name != "adamw"]
+        panels[0].set_title(title, loc="left").set_in_layout(False)  # it is wider than its panel
+        for ax in panels[len(measured) :]:
+            ax.remove()
+        for ax, (metric, heading) in zip(panels, measured, strict=False):
+            for line, name in enumerate(names):
+                won = gain(parts[part][name], parts[part]["adamw"], metric)
+                if won is not None:
+                    wide = 0.0 if won.n < 2 else won.half_width()
+                    ax.errorbar(won.mean, line, xerr=wide, fmt="o", color="black" if abs(won.mean) > wide else "0.65")
+            ax.axvline(0, color="black", linewidth=0.8)
+            ax.set_yticks(range(len(names)), names if ax is panels[0] else [])
+            ax.invert_yaxis()
+            ax.locator_params(axis="x", nbins=4)
+            ax.set_xlabel(f"{heading}, nats")
+    drawn.suptitle("loss less AdamW's (left is better); grey: the 95 % interval contains 0", fontsize=11)
     return drawn
