@@ -224,10 +224,11 @@ def _plot(parts: dict[str, dict[str, list[Row]]]) -> Figure:
     drawn, axes = figure(len(shown), max(len(measured) for *_, measured in shown), width=2.4, height=2.6)
     for panels, (title, part, measured) in zip(axes, shown, strict=True):
         names = [name for name in parts[part] if name != "adamw"]
-        panels[0].set_title(title, loc="left").set_in_layout(False)  # it is wider than its panel
+        panels[0].set_title(" ")  # room for the title, which is wider than its panel
+        panels[0].text(0, 1.05, title, transform=panels[0].transAxes, fontsize="large").set_in_layout(False)
         for ax in panels[len(measured) :]:
             ax.remove()
-        for ax, (metric, heading) in zip(panels, measured, strict=False):
+        for ax, (metric, label) in zip(panels, measured, strict=False):
             for line, name in enumerate(names):
                 won = gain(parts[part][name], parts[part]["adamw"], metric)
                 if won is not None:
@@ -237,6 +238,6 @@ def _plot(parts: dict[str, dict[str, list[Row]]]) -> Figure:
             ax.set_yticks(range(len(names)), names if ax is panels[0] else [])
             ax.invert_yaxis()
             ax.locator_params(axis="x", nbins=4)
-            ax.set_xlabel(f"{heading}, nats")
+            ax.set_xlabel(f"{label}, nats")
     drawn.suptitle("loss less AdamW's (left is better); grey: the 95 % interval contains 0", fontsize=11)
     return drawn
