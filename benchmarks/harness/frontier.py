@@ -293,14 +293,15 @@ def _draw(ax: Axes, scene: Scene, costs: Mapping[str, Cost]) -> None:
             color=colour(0 if outcome is base else 1),
             elinewidth=1.0,
         )
-        # Names stand below and above the bars in turn, since neighbours have nearly the same cost.
+        # The points rise from left to right, so there is room for names right below them and left above them, in turn.
         above = bool(index % 2)
-        place = {"textcoords": "offset points", "ha": "center", "va": "bottom" if above else "top", "fontsize": 9}
-        end = (cost.ratio, mean + sd if above else mean - sd)
-        ax.annotate(outcome.method, end, (0, 4 if above else -4), **place, bbox=_BEHIND_NAMES)
+        place = {"ha": "right", "va": "bottom"} if above else {"ha": "left", "va": "top"}
+        aside = (-6, 4) if above else (6, -4)
+        point = (cost.ratio, mean)
+        ax.annotate(outcome.method, point, aside, textcoords="offset points", fontsize=9, bbox=_BEHIND_NAMES, **place)
     ax.axhline(100 * base.accuracy.mean, color="black", linewidth=0.8, linestyle=":")
     ax.set_title(f"{scene.title} ({len(timed) - 1} methods tried)")
-    ax.set_xlim(0.8, max(1.9, 0.3 + max(each.cost for each in chosen)))
+    ax.set_xlim(0.7, max(1.9, 0.3 + max(each.cost for each in chosen)))
     ax.margins(y=0.2)
 
 
