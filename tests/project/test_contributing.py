@@ -1,5 +1,6 @@
 """What a contributor and a release rely on agrees with the package: versions, pins, workflows."""
 
+import ast
 import importlib.metadata
 import re
 import sys
@@ -43,6 +44,43 @@ def test_the_hooks_run_the_pinned_linter():
 def test_the_tests_run_on_the_oldest_and_the_newest_python():
     matrix = load(REPOSITORY / ".github" / "workflows" / "ci.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"]
     assert [PYTHONS[0], PYTHONS[-1]] == matrix
+
+
+def imports_of(path):
+    """The names that a file imports when it is loaded, up to the line that skips it where a package is missing."""
+    names = set()
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign | ast.Expr) and "pytest.importorskip" in ast.unparse(statement):
+            break
+        if isinstance(statement, ast.Import):
+            names |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            names |= {f"{statement.module}.{alias.name}" for alias in statement.names}
+    return names
+
+
+def test_what_runs_on_the_oldest_torch_imports_no_other_package():
+    """One file that does would end the whole run before its first test."""
+    commands = [
+        step.get("run", "") for step in load(REPOSITORY / ".github" / "workflows" / "ci.yml")["jobs"]["oldest"]["steps"]
+    ]
+    folders = re.findall(r"\btests/\w+", " ".join(commands))
+    assert len(folders) == len(set(folders)) > 5
+    pending = [file for folder in folders for file in sorted((REPOSITORY / folder).glob("test_*.py"))]
+    assert len(pending) > 50
+    allowed = {"numpy", "pytest", "samopt", "torch", *sys.stdlib_module_names}
+    met, others = set(), {}
+    while pending:
+        path = pending.pop()
+        met.add(path)
+        for name in imports_of(path):
+            if name.startswith("tests."):
+                parts = name.split(".")
+                files = [REPOSITORY.joinpath(*parts[:end]).with_suffix(".py") for end in (3, len(parts))]
+                pending += [file for file in files if file.exists() and file not in met]
+            elif name.split(".")[0] not in allowed or name.startswith("samopt.integrations"):
+                others[name] = path.name
+    assert others == {}
 
 
 def requirements_of(package, extras):

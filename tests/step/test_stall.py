@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import samopt
@@ -20,7 +19,7 @@ REMEDY = r"(?s)still at its starting level.*smaller rho.*linear_warmup.*warn_on_
 
 @pytest.fixture(scope="module")
 def digits():
-    data = load_digits()
+    data = pytest.importorskip("sklearn.datasets").load_digits()
     return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
 
 

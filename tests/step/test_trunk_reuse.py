@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import samopt
-from samopt.integrations.lightning import SharpnessAwareTraining
 from samopt.parts import Friendly, Momentum, SurrogateGap
 from tests.helpers.cases import BASES, assert_same, batch, loss_of, norms
 
@@ -389,12 +388,10 @@ def test_options_that_do_not_go_with_it(kind, options, error, message):
         make(kind, reuse_trunk=True, **({"only": "head"} | options))
 
 
-def test_tram_and_trainers_do_not_take_it():
+def test_tram_does_not_take_it():
     model = norms()
     with pytest.raises(TypeError, match="TRAM sets reuse_trunk= itself"):
         samopt.TRAM(BASES["sgd"](model.parameters()), model=model, only="head", reuse_trunk=True)
-    with pytest.raises(ValueError, match="a trainer runs the two passes itself"):
-        SharpnessAwareTraining("sam", only="head", reuse_trunk=True)
 
 
 def test_friendly_directions_are_made_of_the_heads_gradients():

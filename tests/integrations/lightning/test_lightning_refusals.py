@@ -23,6 +23,7 @@ pytestmark = pytest.mark.lightning
         (("tram",), {"rho": 0.1}, TypeError, "takes no rho.*use scale="),
         (("tram",), {"trust_region": "nearest"}, ValueError, "nearest"),
         (("sam",), {"radius": 0.1}, TypeError, "radius"),
+        (("sam",), {"only": "head", "reuse_trunk": True}, ValueError, "a trainer runs the two passes itself"),
         (("gsam",), {"sigma": 0.1}, TypeError, 'variant "gsam" takes no sigma.*alpha.*friendly-sam would'),
         (("fisher-sam",), {"adaptive": True}, TypeError, 'variant "fisher-sam" takes no adaptive'),
         (("momentum-sam",), {"direction": "momentum"}, TypeError, 'variant "momentum-sam" takes no direction'),
