@@ -159,6 +159,8 @@ class _WatchedCall:
                     outermost.append(watcher)
             elif watcher.steps_aside and (end_aside := watcher.step_aside(module)) is not None:
                 resume.append(end_aside)
+        if outermost and _runs_on_fake_tensors():
+            outermost = []
         if resume:
             try:
                 return self._run(outermost, call, module, args, kwargs)
@@ -191,6 +193,11 @@ class _WatchedCall:
         finally:
             if outermost:  # an interrupt hit the first one
                 _end(outermost, module, args, kwargs, output)
+
+
+def _runs_on_fake_tensors() -> bool:
+    """Return whether the call only finds out shapes: ``torch.export`` of torch 2.4 makes one that does not compile."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _end(
