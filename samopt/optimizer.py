@@ -239,7 +239,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         key = self.option_key(self.radius.option)
         check_nonnegative(key, value)
         for group in self.base_optimizer.param_groups:
-            group[key] = value
+            self.set_option(group, self.radius.option, value)
 
     @property
     def last_step(self) -> StepMetrics:

@@ -55,7 +55,6 @@ class RhoScheduler:
             )
         self.optimizer = optimizer
         self._factor = factor
-        self._key = optimizer.option_key(optimizer.radius.option)
         self.base_rhos = self._initial_rhos()
         self.last_step = 0
         self._set: list[float] = []
@@ -292,7 +291,7 @@ class RhoScheduler:
         self.last_step = step
         self.base_rhos = base_rhos + self.get_last_rho()[len(base_rhos) :]
         for group, rho in zip(self.optimizer.param_groups, self.base_rhos, strict=True):
-            group[self._key] = rho * factor
+            self.optimizer.set_option(group, self.optimizer.radius.option, rho * factor)
         self._set = self.get_last_rho()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import chain
@@ -16,15 +15,12 @@ from torch.optim import Optimizer
 
 __all__ = ["GroupOptions", "OptimizerWrapper", "with_step_hooks"]
 
-_CARRIED = "samopt_"  # begins the names of counters in saved groups
+_CARRIED = "samopt_"  # begins the names of counters in saved groups, and of the marks in groups
+_FILLED = "samopt_filled_"  # begins the names of marks: the value of an option that a wrapper wrote into that group
 _NOTHING = object()
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _W = TypeVar("_W", bound="OptimizerWrapper")
-
-
-_filled: weakref.WeakKeyDictionary[Optimizer, list[tuple[dict[str, Any], dict[str, Any]]]] = weakref.WeakKeyDictionary()
-"""For each base, the groups that a wrapper has written options into, and what it wrote."""
 
 
 class GroupOptions:
@@ -112,41 +108,51 @@ class GroupOptions:
     def take_over(self) -> None:
         """Check every group, then write the constructor's values where the user wrote none into a group.
 
-        What another wrapper or a checkpoint left in a group is not the user's.
+        What another wrapper or a checkpoint left in a group is not the user's. A mark in the group tells so, also in
+        copies of the base, in its own checkpoints, and after a schedule has changed the value.
         """
-        left = {id(group): values for group, values in _filled.get(self.base, ())}
         own = []
         for group in self.base.param_groups:
-            from_checkpoint = any(key.startswith(_CARRIED) for key in group)
-            known = left.get(id(group), {})
-            own.append(
-                {
-                    key: group[key]
-                    for key in {**dict.fromkeys(self.keys.values()), "rho": None}
-                    if key in group and not from_checkpoint and group[key] is not known.get(key, _NOTHING)
-                }
-            )
+            from_checkpoint = any(key.startswith(_CARRIED) and not key.startswith(_FILLED) for key in group)
+            keys = [] if from_checkpoint else [key for key in {**dict.fromkeys(self.keys.values()), "rho": None}]
+            own.append({key: group[key] for key in keys if key in group and not _is_filled(group, key)})
         self.refuse_rho(own)
         self.check(own)
         for group, values in zip(self.base.param_groups, own, strict=True):
-            for key in [key for key in group if key.startswith(_CARRIED)]:
+            for key in [key for key in group if key.startswith(_CARRIED) and not key.startswith(_FILLED)]:
                 del group[key]
             for name, key in self.keys.items():
-                group[key] = values.get(key, self.defaults[name])
-        self._remember(own)
+                if key in values:
+                    group.pop(_FILLED + key, None)
+                else:
+                    _fill(group, key, self.defaults[name])
 
     def fill(self) -> None:
         """Write the defaults into groups that have none."""
         for group in self.base.param_groups:
             for name, key in self.keys.items():
-                group.setdefault(key, self.defaults[name])
+                if key not in group:
+                    _fill(group, key, self.defaults[name])
 
-    def _remember(self, own: list[dict[str, Any]]) -> None:
-        """Note what was written, so that another wrapper does not take it for the user's."""
-        _filled[self.base] = [
-            (group, {key: group[key] for key in self.keys.values() if key not in values})
-            for group, values in zip(self.base.param_groups, own, strict=True)
-        ]
+    def assign(self, group: dict[str, Any], name: str, value: Any) -> None:
+        """Set an option of a group; where it is a wrapper's, it stays one.
+
+        Args:
+            group: A parameter group.
+            name: The option.
+            value: The value.
+        """
+        key = self.keys[name]
+        if key in group and not _is_filled(group, key):
+            group[key] = value
+        else:
+            _fill(group, key, value)
+
+    def fill_from_checkpoint(self) -> None:
+        """Note that the present options came from a checkpoint, and not from the user."""
+        for group in self.base.param_groups:
+            for key in self.keys.values():
+                _fill(group, key, group[key])
 
 
 class OptimizerWrapper(Optimizer):
@@ -230,6 +236,18 @@ class OptimizerWrapper(Optimizer):
         """
         return self._options.get(group, name)
 
+    def set_option(self, group: dict[str, Any], name: str, value: Any) -> None:
+        """Set an option of a parameter group, as a schedule does.
+
+        Unlike a value that you write into the group, it is not kept where another optimizer is made of this base later.
+
+        Args:
+            group: One of ``param_groups``.
+            name: The option ("rho", say).
+            value: The value, which is checked in the next step.
+        """
+        self._options.assign(group, name, value)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; it may have its own ``rho``, ``eta`` or ``perturb``.
 
@@ -301,6 +319,7 @@ class OptimizerWrapper(Optimizer):
                 for key, value in options.items():
                     group.setdefault(key, value)
             self._options.check(base.param_groups)
+            self._options.fill_from_checkpoint()
             self._load_own_state(own)
         except BaseException:
             undo()
@@ -342,12 +361,26 @@ def _has_groups(state_dict: dict[str, Any]) -> bool:
     return isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
 
 
+def _fill(group: dict[str, Any], key: str, value: Any) -> None:
+    """Write a wrapper's option into a group, with the mark that it is one."""
+    group[key] = group[_FILLED + key] = value
+
+
+def _is_filled(group: dict[str, Any], key: str) -> bool:
+    """Return whether an option of a group is a wrapper's: its mark is there, and the user has not changed the value."""
+    value, mark = group[key], group.get(_FILLED + key, _NOTHING)
+    if isinstance(value, Tensor) or isinstance(mark, Tensor):
+        return mark is value
+    return bool(mark == value)
+
+
 def _split(groups: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Separate the counters that saved groups carry from the groups."""
     carried: dict[str, Any] = {}
     plain = []
     for group in groups:
-        carried |= {key.removeprefix(_CARRIED): value for key, value in group.items() if key.startswith(_CARRIED)}
+        counters = [key for key in group if key.startswith(_CARRIED) and not key.startswith(_FILLED)]
+        carried |= {key.removeprefix(_CARRIED): group[key] for key in counters}
         plain.append({key: value for key, value in group.items() if not key.startswith(_CARRIED)})
     return carried, plain
 

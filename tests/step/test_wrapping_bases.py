@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -320,6 +321,80 @@ def test_the_constructors_options_win_over_a_checkpoints() -> None:
     assert samopt.ASAM(again.base_optimizer, model=model).param_groups[0]["eta"] == 0.01
     base.param_groups[0]["rho"] = 0.7  # the user's own group option
     assert samopt.SAM(base, rho=0.1).rho == 0.7
+
+
+def of_a_copy(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return copy.deepcopy(base)
+
+
+def of_a_pickle(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return pickle.loads(pickle.dumps(base))
+
+
+def of_its_own_checkpoint(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    fresh = type(base)([{"params": list(group["params"])} for group in base.param_groups], lr=0.1)
+    fresh.load_state_dict(base.state_dict())
+    return fresh
+
+
+def of_its_groups(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(base.param_groups, lr=0.1)
+
+
+def reloaded(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    base.load_state_dict(base.state_dict())
+    return base
+
+
+def grown(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    base.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    return base
+
+
+SOURCES = [of_a_copy, of_a_pickle, of_its_own_checkpoint, of_its_groups, reloaded, grown]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("change", ["nothing", "schedule", "setter", "added group", "loaded"])
+def test_what_an_older_wrapper_left_in_a_group_is_not_the_users(change: str, source: Any) -> None:
+    model = mlp(DOUBLE)
+    own, plain = [*model.parameters()][:2], [*model.parameters()][2:]
+    base = torch.optim.AdamW([{"params": own, "rho": 0.4, "perturb": False}, {"params": plain}], lr=1e-3)
+    older = samopt.ASAM(base, rho=0.9, eta=0.5, model=model)
+    if change == "schedule":
+        samopt.RhoScheduler.linear_warmup(older, steps=5)
+    elif change == "setter":
+        older.rho = 0.05
+    elif change == "added group":
+        older.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    elif change == "loaded":
+        older.load_state_dict(samopt.ASAM(copy.deepcopy(base), rho=0.8, eta=0.3).state_dict())
+
+    again = samopt.ASAM(source(base), rho=0.2, eta=0.03)
+    groups = again.param_groups
+    assert [group["rho"] for group in groups[1:]] == [0.2] * (len(groups) - 1)
+    assert [group["eta"] for group in groups] == [0.03] * len(groups)
+    if change != "loaded":  # what the user wrote into a group goes along, as a schedule has left it
+        assert groups[0]["rho"] == {"schedule": 0.0, "setter": 0.05}.get(change, 0.4)
+        assert [group["perturb"] for group in groups] == [False] + [True] * (len(groups) - 1)
+    groups[1]["rho"] = 0.7  # and now the user writes
+    assert samopt.SAM(again.base_optimizer, rho=0.1).param_groups[1]["rho"] == 0.7
+
+
+@pytest.mark.parametrize("source", SOURCES[:-1])
+def test_options_of_another_kind_of_wrapper_are_not_the_users(source: Any) -> None:
+    base = torch.optim.AdamW(mlp(DOUBLE).parameters(), lr=1e-3)
+    samopt.LESAM(base, budget=0.9)
+    middle = samopt.SAM(source(base), rho=0.3)
+    assert middle.rho == 0.3
+    assert samopt.LESAM(source(middle.base_optimizer), budget=0.2).param_groups[0]["budget"] == 0.2
+
+
+def test_a_base_keeps_a_rho_of_its_own_through_all_of_this() -> None:
+    base = torch.optim.Adadelta(mlp(DOUBLE).parameters(), rho=0.8)
+    samopt.SAM(base, rho=0.05)
+    again = samopt.SAM(copy.deepcopy(base), rho=0.2)
+    assert (again.param_groups[0]["rho"], again.param_groups[0]["sam_rho"]) == (0.8, 0.2)
 
 
 @pytest.mark.parametrize("kind", ["samopt", "a script's"])
