@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from samopt._replay.class_state import ClassAttributes, generators_of_code, users_classes
 from samopt._replay.random_state import is_generator, put_back_later
 from samopt._replay.slots import slot_names
 from samopt.distributed import is_fully_sharded
@@ -87,6 +88,7 @@ class ModuleState:
         self._others: list[tuple[object, frozenset[str]]] = [(each, frozenset()) for each in others]
         self._ignored = _ALWAYS_IGNORED.union(ignored)
         self._ignored_of: dict[type, frozenset[str]] = {}
+        self._classes: dict[type, ClassAttributes] = {}
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
         self._moved: set[int] = set()  # ids of what the last second pass moved, and the next one will, most likely
@@ -229,7 +231,11 @@ class ModuleState:
         with torch.no_grad():
             places, values = [], []
             for copy in self._copies:
-                if copy.tensor.layout is torch.strided:
+                if copy.tensor.is_nested:
+                    copy.tensor.copy_(copy.values)
+                elif copy.tensor.is_conj() or copy.tensor.is_neg():  # which the function for many tensors refuses
+                    copy.place().copy_(copy.values)
+                elif copy.tensor.layout is torch.strided:
                     places.append(copy.place())
                     values.append(copy.values)
                 else:
@@ -286,7 +292,16 @@ class ModuleState:
         """
         # FSDP registers shards and gathered parameters in turn, and frees the memory of the latter itself.
         is_sharded = is_fully_sharded(modules)
+        for kind in users_classes(map(type, modules)):
+            shared = self._classes.setdefault(kind, ClassAttributes(kind))
+            attributes = shared.present()
+            found.namespaces.append((shared, attributes, self._ignored))
+            pending.extend(attributes.values())
+            pending.extend(generators_of_code(kind))
         for module in modules:
+            if isinstance(module, torch.jit.ScriptModule):
+                _note_scripted(module, found, pending)
+                continue
             parameters, buffers, inside = module._parameters, module._buffers, module._modules
             for registry in (buffers,) if is_sharded else (parameters, buffers):
                 if registry:
@@ -327,8 +342,8 @@ class _Found:
     Attributes:
         tensors: Every tensor that a forward may write into, once.
         registries: Of parameters, of buffers and of modules, with their content.
-        namespaces: Attributes of modules and of other objects, with those to keep and the names of those to ignore;
-            registries of buffers.
+        namespaces: Attributes of modules, of their classes and of other objects, with those to keep and the names of
+            those to ignore; registries of buffers.
         containers: Lists, dicts, sets and deques in attributes, with their content.
         generators: Functions that put random generators back to their positions.
         arrays: Functions that put back what no name is bound to: arrays of NumPy and of Python, attributes in slots.
@@ -336,7 +351,7 @@ class _Found:
 
     tensors: list[Tensor]
     registries: list[tuple[Any, Any]]
-    namespaces: list[tuple[dict[str, Any], dict[str, Any], frozenset[str]]]
+    namespaces: list[tuple[dict[str, Any] | ClassAttributes, dict[str, Any], frozenset[str]]]
     containers: list[tuple[Any, Any]]
     generators: list[Callable[[], Any]]
     arrays: list[Callable[[], Any]]
@@ -422,6 +437,21 @@ class _Copy:
         return memory
 
 
+def _note_scripted(module: torch.jit.ScriptModule, found: _Found, pending: list[Any]) -> None:
+    """Note the tensors of a scripted module, whose registries are no dicts; it has them all in its own memory."""
+    names = [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
+    tensors = {name: getattr(module, name) for name in names}
+    found.arrays.append(functools.partial(_put_back_attributes, module, tensors))
+    pending.extend(tensors.values())
+
+
+def _put_back_attributes(value: Any, attributes: dict[str, Any]) -> None:
+    """Bind attributes of an object that has no namespace of its own, where they are bound to something else."""
+    for name, content in attributes.items():
+        if getattr(value, name) is not content:
+            setattr(value, name, content)
+
+
 def _objects_behind_hooks(module: nn.Module) -> list[Any]:
     """Return the objects that were registered as hooks, or whose methods were; those of torch's own are no state."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *module._backward_hooks.values()]
@@ -504,7 +534,7 @@ def _is_constant(value: Any) -> bool:
     origin = kind.__module__.partition(".")[0]
     return (
         isinstance(value, nn.Module | type | types.GenericAlias | types.UnionType | enum.Enum | range | slice)
-        or origin in _CONSTANTS
+        or (origin in _CONSTANTS and not isinstance(value, weakref.WeakKeyDictionary | weakref.WeakValueDictionary))
         or (origin in ("builtins", "functools", "torch") and callable(value))
     )
 
@@ -575,9 +605,11 @@ def sample(tensor: Tensor) -> Tensor:
     """
     with torch.no_grad():
         values = tensor.detach()
-        if type(values) is not Tensor or values.layout is not torch.strided or not values.is_contiguous():
+        if type(values) is not Tensor or values.layout is not torch.strided or values.is_quantized:
             return torch.empty(0)
         step = values.numel() // _SAMPLES
+        if not values.is_contiguous():  # channels_last, say
+            return values.take(torch.arange(0, values.numel(), step + 1 - step % 2, device=values.device))
         return values.view(-1)[:: step + 1 - step % 2].clone()  # an odd stride meets every column of a matrix
 
 
