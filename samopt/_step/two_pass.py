@@ -536,7 +536,9 @@ class TwoPass:
                 raise RuntimeError(
                     "perturbed() found no gradients at w, so there is no direction to perturb along. Either the first "
                     "backward is missing: call criterion(model(x), y).backward() before 'with optimizer.perturbed():'. "
-                    'Or the one-pass loop was meant: make the optimizer with direction="momentum"'
+                    'Or the one-pass loop was meant: make the optimizer with direction="momentum". Or a second pass of '
+                    "another optimizer is running, which has set aside the gradients of every module in its model=: "
+                    "enter both with model= set to the modules that each one trains"
                 )
         if has_gradients and (targets or ascent.may_move()):
             self._replay.check_first_pass()
