@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -599,16 +600,20 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         self._options.check(self.base_optimizer.param_groups)
         results: list[Any] = []
 
-        def oracle() -> Any:
-            loss = self._passes.run(closure, results, ascent_closure)
-            self._ascent.advance()
-            return loss
-
-        self._step_base(oracle)
+        self._step_base(functools.partial(self._run_passes, closure, results, ascent_closure))
         self._passes.reset()
         if not self.is_one_pass:
             self._watch_for_stall()
         return results[0] if results else None
+
+    @never_compiled  # the base's step, which calls it, may be compiled
+    def _run_passes(
+        self, closure: Callable[[], Any], results: list[Any], ascent_closure: Callable[[], Any] | None
+    ) -> Any:
+        """Run the passes of one evaluation of the base, and return its loss."""
+        loss = self._passes.run(closure, results, ascent_closure)
+        self._ascent.advance()
+        return loss
 
     def _step_after(self, closure: Callable[[], Any]) -> Any:
         """Step the base with a closure of Lightning's Trainer, which is called once and makes no second pass itself."""

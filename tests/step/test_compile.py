@@ -164,6 +164,28 @@ def test_an_eager_model_gets_no_such_warning(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("kind", [samopt.SAM, samopt.MomentumSAM])
+def test_a_compiled_step_of_the_base_calls_the_closure_uncompiled(kind):
+    weights = []
+    for is_compiled in (True, False):
+        model = build(dropout=True).double()
+        optimizer = kind(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.3, model=model)
+        if is_compiled:
+            base = optimizer.base_optimizer
+            base.step = torch.compile(base.step, backend="eager")
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = loss_of(model, data(0).double())
+            loss.backward()
+            return loss
+
+        torch.manual_seed(0)
+        losses = [optimizer.step(closure).item() for _ in range(3)]
+        weights.append((losses, [p.detach() for p in model.parameters()], torch.get_rng_state()))
+    cases.assert_same(*weights)
+
+
 FORMS_OF_A_STEP = ["perturbed", "backward", "closure"]
 
 
