@@ -66,6 +66,18 @@ PROJECT = """
 
     def empty():
         return []
+
+
+    def pair():
+        return next(batches())
+
+
+    def mapping():
+        return dict(zip(("inputs", "labels"), pair()))
+
+
+    def data_set():
+        return torch.utils.data.TensorDataset(*pair())
 """
 
 
@@ -94,6 +106,7 @@ def project(tmp_path, monkeypatch):
     torch.save({"2.weight": torch.zeros(3, 12)}, "half.pt")
     torch.save({k: v[:2] for k, v in state.items()}, "shapes.pt")
     torch.save([1, 2], "list.pt")
+    torch.save({"optimizer_states": [{"state": {}, "param_groups": []}] * 2}, "two_states.pt")
     torch.save({k: v * 0.1 for k, v in state.items()}, "other.pt")
     (tmp_path / "text.safetensors").write_text("not at all")
     (tmp_path / "text.pt").write_text("not at all")
@@ -153,6 +166,68 @@ def test_a_key_chooses_among_several_weights(project):
             parameter.mul_(0.5)
     expected = sharpness.worst_case(project, sharpness.cross_entropy, data(), steps=3)
     assert results()["results"]["two"]["worst_case"]["value"] == expected.value
+
+
+def modules(state):
+    """A checkpoint of a module that holds two networks of the same shape, the second one all zeros."""
+    student = {f"student.{name}": tensor for name, tensor in state.items()}
+    return {"state_dict": student | {f"teacher.{name}": tensor * 0 for name, tensor in state.items()}}
+
+
+def test_a_prefix_chooses_among_several_networks(project, capsys):
+    """The shorter prefix was taken, and nothing said so."""
+    torch.save(modules(project.state_dict()), "distilled.ckpt")
+    assert run("measure", "--weights", "distilled.ckpt", *QUICK) == 2
+    places = "2 sets of weights that fit, at state_dict.student, state_dict.teacher; choose with --key"
+    assert places in capsys.readouterr().err
+    assert run("measure", "--weights", "distilled.ckpt", "--key", "state_dict.student", *QUICK) == 0
+    expected = sharpness.worst_case(project, sharpness.cross_entropy, data(), steps=3)
+    assert results()["results"]["distilled"]["worst_case"]["value"] == expected.value
+    assert run("measure", "--weights", "distilled.ckpt", "--key", "state_dict.nobody", *QUICK) == 2
+    assert "has no 'state_dict.nobody'; it has the keys student.0.weight" in capsys.readouterr().err
+
+
+def test_of_prefixes_those_count_whose_shapes_fit_and_equal_weights_are_one(project):
+    state = project.state_dict()
+    wider = {f"backbone.{name}": torch.zeros(5, 5) for name in state}
+    alias = {f"{name}.{key}": tensor for name in ("net", "module.net") for key, tensor in state.items()}
+    torch.save({"state_dict": wider | alias}, "aliases.ckpt")
+    assert run("measure", "--weights", "aliases.ckpt", *QUICK) == 0
+    expected = sharpness.worst_case(project, sharpness.cross_entropy, data(), steps=3)
+    assert results()["results"]["aliases"]["worst_case"]["value"] == expected.value
+
+
+def test_a_whole_pickled_model_has_buffers_that_no_state_dict_has(project):
+    project.register_buffer("scratch", torch.zeros(3), persistent=False)
+    torch.save(project, "scratch.pt")
+    assert run("measure", "--weights", "scratch.pt", *QUICK) == 0
+    expected = sharpness.worst_case(project, sharpness.cross_entropy, data(), steps=3)
+    assert results()["results"]["scratch"]["worst_case"]["value"] == expected.value
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda tensor: (tensor * 100).to(torch.int8), "torch.int8"),
+        (lambda tensor: tensor.to(torch.complex64) * 1j, "torch.complex64"),
+    ],
+)
+def test_numbers_that_a_copy_would_change_are_refused(project, capsys, change, found):
+    torch.save({name: change(tensor) for name, tensor in project.state_dict().items()}, "codes.pt")
+    assert run("measure", "--weights", "codes.pt", *QUICK) == 2
+    assert f"'0.weight' holds {found} numbers, and the model's are torch.float32. Give deq" in capsys.readouterr().err
+
+
+def test_files_of_one_folder_that_disagree_are_refused(project, capsys):
+    from safetensors.torch import save_file
+
+    state = project.state_dict()
+    save_file(state, "folder/model.safetensors")
+    save_file({"0.bias": state["0.bias"], "0.weight": state["0.weight"]}, "folder/model-00001-of-00002.safetensors")
+    assert run("measure", "--weights", "folder", *QUICK) == 0
+    save_file({"0.bias": state["0.bias"] + 1}, "folder/model-00001-of-00002.safetensors")
+    assert run("measure", "--weights", "folder", *QUICK) == 2
+    assert "the files of the folder 'folder' hold different weights under 0.bias" in capsys.readouterr().err
 
 
 @pytest.mark.lightning
@@ -232,6 +307,12 @@ def test_a_folder_of_transformers(tmp_path, monkeypatch, kind):
     for where in (["--weights", "saved"], ["--model", "saved"], ["--model", "saved", "--weights", "saved"]):
         assert main(["measure", *where, *arguments]) == 0
         assert results()["results"]["saved"]["worst_case"]["value"] == pytest.approx(expected, rel=1e-6)
+    if kind == "text":
+        assert main(["measure", "--weights", "saved", "--model_args", "{dtype: float64}", *arguments]) == 0
+        wide = sharpness.worst_case(model.double(), sharpness.hf_loss, hf_project.text(), steps=3).value
+        assert results()["results"]["saved"]["worst_case"]["value"] == wide != expected
+        model.float()
+    assert main(["measure", "--weights", "saved", "--model_args", "{widths: 3}", *arguments]) == 2
     torch.save({"state_dict": {f"model.{k}": v * 0 for k, v in model.state_dict().items()}}, "zero.ckpt")
     assert main(["measure", "--model", "saved", "--weights", "zero.ckpt", *arguments]) == 0
     os.remove("saved/model.safetensors")
@@ -368,6 +449,7 @@ def test_a_loss_of_ones_own(project):
     assert results()["results"]["weights"]["worst_case"]["value"] == expected
 
 
+ADAM = ["--measures", "preconditioned_eigenvalues", "--optimizer", "Adam", "--optimizer_state"]
 BAD = [
     (["--weights", "weights.pth"], "there is no file 'weights.pth'"),
     (["--weights", "weights.pt", "weights.pt"], "the same weights are given twice"),
@@ -397,6 +479,22 @@ BAD = [
         "must return an iterable of batches, got None",
     ),
     (["--weights", "weights.pt", "--data", "sharpness_project:empty"], "gave no batch"),
+    (
+        ["--weights", "weights.pt", "--data", "sharpness_project:pair"],
+        "got a single batch .tensors.; put it into a list",
+    ),
+    (["--weights", "weights.pt", "--data", "sharpness_project:mapping"], "got a single batch .dict.; put it into"),
+    (["--weights", "weights.pt", "--data", "sharpness_project:data_set"], "got the data set TensorDataset, whose entr"),
+    (
+        ["--weights", "weights.pt", "--data", "sharpness_project:LIST", "--data_args.size", "3"],
+        "--data sharpness_project:LIST is list, no function, so --data_args would do nothing",
+    ),
+    (
+        ["--weights", "weights.pt", "--model", "sharpness_project:MODEL", "--model_args.width", "3"],
+        "is a Classifier that is built already, so --model_args would do nothing",
+    ),
+    (["--weights", "weights.pt", *ADAM, "two_states.pt"], "'two_states.pt' holds 2 state dicts of an optimizer"),
+    (["--weights", "weights.pt", *ADAM, "weights.pt"], "'weights.pt' holds no state dict of an optimizer"),
     (["--weights", "weights.pt", "--measures", "worst_cas"], "unknown measure 'worst_cas'; did you mean 'worst_case'"),
     (["--weights", "weights.pt", "--measures", "{worst_case: {step: 3}}"], "unknown argument .*did you mean 'steps'"),
     (["--weights", "weights.pt", "--measures", "{worst_case: {steps: x}}"], "worst_case: .*steps.*[Ee]xpected"),
@@ -459,6 +557,8 @@ def test_bad_input_is_one_line(project, capsys, arguments, message):
             ["find_rho", *COMMON, "--weights", "weights.pt", "--optimizer", "SGD", "--optimizer_args.l", "1"],
             "SGD cannot",
         ),
+        (["find_rho", *COMMON, "--weights", "weights.pt", "--optimizer", "SGD", "--mode", "train"], "mode"),
+        (["find_rho", *COMMON, "--weights", "weights.pt", "--optimizer", "SGD", "--elsewhere", "x:y"], "elsewhere"),
         (["compare", *COMMON, "--weights", "weights.pt", "other.pt", "--measures", "x"], "a measure must be one of"),
         (["compare", *COMMON, "--weights", "weights.pt", "other.pt", "--measures", "trace", "trace"], "twice"),
     ],

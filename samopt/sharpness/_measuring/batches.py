@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from samopt.sharpness._measuring.optimizer_parts import RngState
 
-__all__ = ["LABEL_KEYS", "batch_size", "fresh", "label_key", "map_tensors", "read_batches"]
+__all__ = ["LABEL_KEYS", "batch_size", "fresh", "label_key", "map_tensors", "read_batches", "refuse_no_batches"]
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 """Where a batch that is a mapping may have its labels."""
@@ -37,20 +37,7 @@ def read_batches(
         TypeError: If ``batches`` is one batch or a data set rather than several batches, or a batch cannot be cut.
         ValueError: If there are no batches, or ``m`` is out of range.
     """
-    if isinstance(batches, Tensor | Mapping) or (
-        isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches)
-    ):
-        kind = "tensors" if isinstance(batches, tuple) else type(batches).__name__
-        raise TypeError(
-            f"batches must be an iterable of batches, got a single batch ({kind}); put it into a list: [batch]"
-        )
-    given: Any = batches
-    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
-        raise TypeError(
-            f"batches must be an iterable of batches, got the data set {type(batches).__name__}, whose entries are "
-            "single examples; put it into a loader: DataLoader(dataset, batch_size=64), or batch_size=None if its "
-            "entries are batches"
-        )
+    refuse_no_batches(batches)
     before = RngState.capture()
     own = [(generator, generator.get_state()) for generator in _generators(batches)]
     try:
@@ -70,6 +57,30 @@ def read_batches(
             + "; an iterator can be read only once, so give a list or a DataLoader"
         )
     return read
+
+
+def refuse_no_batches(batches: Any) -> None:
+    """Refuse a single batch, and a data set, whose entries are examples.
+
+    Args:
+        batches: What should be an iterable of batches.
+
+    Raises:
+        TypeError: If it is one of these.
+    """
+    if isinstance(batches, Tensor | Mapping) or (
+        isinstance(batches, tuple) and batches and all(isinstance(part, Tensor) for part in batches)
+    ):
+        kind = "tensors" if isinstance(batches, tuple) else type(batches).__name__
+        raise TypeError(
+            f"batches must be an iterable of batches, got a single batch ({kind}); put it into a list: [batch]"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise TypeError(
+            f"batches must be an iterable of batches, got the data set {type(batches).__name__}, whose entries are "
+            "single examples; put it into a loader: DataLoader(dataset, batch_size=64), or batch_size=None if its "
+            "entries are batches"
+        )
 
 
 def map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

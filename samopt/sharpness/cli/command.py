@@ -102,7 +102,12 @@ def _formatter(jsonargparse: Any) -> Any:
 def _add_common(parser: Any) -> None:
     add = parser.add_argument
     add("--model", type=str | None, help="module:Class, module:function, or a folder that transformers saved")
-    add("--model_args", type=dict[str, Any], default={}, help="keyword arguments of the class or function")
+    add(
+        "--model_args",
+        type=dict[str, Any],
+        default={},
+        help="keyword arguments of the class or function, or of from_pretrained for a folder: {dtype: float32}",
+    )
     add(
         "--weights",
         nargs="*",
@@ -112,7 +117,7 @@ def _add_common(parser: Any) -> None:
     )
     add("--as_built", type=bool, default=False, help="measure the model as it is built, without loading weights")
     add("--names", nargs="+", type=str, default=None, help="of the models; by default the names of the files")
-    add("--key", type=str | None, help="where in the files the weights are; by default they are looked for")
+    add("--key", type=str | None, help="where in the files the weights are, as in state_dict.teacher; else looked for")
     add("--data", type=str, required=True, help="module:function that returns batches, or module:name of batches")
     add("--data_args", type=dict[str, Any], default={}, help="keyword arguments of that function")
     add("--batches", type=int, default=8, help="use the first so many batches")
@@ -126,11 +131,15 @@ def _add_common(parser: Any) -> None:
     add("--device", type=str, default="cpu", help="as torch names it")
     add("--output", type=str, default="results/sharpness", help="folder for the results")
     add("--plots", type=bool, default=True, help="draw figures")
-    add("--elsewhere", type=str | None, help="module:function of other data, for forgetting")
-    add("--mode", type=str, default="eval", help="eval, train or keep")
+
+
+def _add_state(parser: Any) -> None:
+    parser.add_argument("--elsewhere", type=str | None, help="module:function of other data, for forgetting")
+    parser.add_argument("--mode", type=str, default="eval", help="eval, train or keep")
 
 
 def _add_measure(parser: Any) -> None:
+    _add_state(parser)
     parser.add_argument(
         "--measures",
         nargs="+",
@@ -154,6 +163,7 @@ def _add_find_rho(parser: Any) -> None:
 
 
 def _add_compare(parser: Any) -> None:
+    _add_state(parser)
     parser.add_argument(
         "--measures",
         nargs="+",
@@ -172,7 +182,7 @@ class _Loaded:
         self.output = Path(options.output)
         make_folder(self.output)
         self.batches = load_batches("--data", options.data, options.data_args, options.batches)
-        other = options.elsewhere
+        other = options.get("elsewhere")
         self.elsewhere = None if other is None else load_batches("--elsewhere", other, {}, options.batches)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from samopt.sharpness._measuring.batches import refuse_no_batches
 from samopt.sharpness._measuring.losses import LossFn, as_loss_fn, cross_entropy, hf_loss, split_batch
-from samopt.sharpness.cli.errors import CommandError
+from samopt.sharpness.cli.errors import CommandError, explained
 from samopt.sharpness.cli.names import called, named_object
 
 __all__ = ["inputs_and_labels", "load_batches", "load_loss"]
@@ -34,7 +35,14 @@ def load_batches(option: str, text: str, arguments: Mapping[str, Any], count: in
     if count < 1:
         raise CommandError(f"--batches must be at least 1, got {count}")
     found = named_object(option, text)
+    if arguments and not callable(found):
+        raise CommandError(
+            f"{option} {text} is {type(found).__name__}, no function, so {option}_args would do nothing; name a "
+            "function, or leave them out"
+        )
     produced = called(option, text, found, arguments) if callable(found) else found
+    with explained(f"{option} {text}"):
+        refuse_no_batches(produced)
     try:
         iterator = iter(produced)
     except TypeError as error:

@@ -33,7 +33,7 @@ def load_models(
     Args:
         model: ``module:name`` of a class or function, or a folder that transformers wrote; None where the weights are
             such folders.
-        arguments: For the class or function.
+        arguments: For the class or function, or for ``from_pretrained``.
         weights: Files, or folders that transformers wrote.
         names: Of the models; None for the names of the files.
         key: Where in the files the state dicts are.
@@ -65,7 +65,7 @@ def load_models(
 def _one(model: str | None, arguments: Mapping[str, Any], source: Path | None, key: str | None) -> Any:
     folder = next((path for path in (Path(model) if model else None, source) if path and _is_saved_model(path)), None)
     if folder is not None and (model is None or Path(model) == folder):
-        built = _from_transformers(folder)
+        built = _from_transformers(folder, arguments)
         if source is not None and source != folder:
             load_weights(built, source, key)
         return built
@@ -75,6 +75,11 @@ def _one(model: str | None, arguments: Mapping[str, Any], source: Path | None, k
             "model, as in --model my_project:build_model"
         )
     found = named_object("--model", model)
+    if arguments and isinstance(found, nn.Module):
+        raise CommandError(
+            f"--model {model} is a {type(found).__name__} that is built already, so --model_args would do nothing; "
+            "name its class or a function, or leave them out"
+        )
     built = copy.deepcopy(found) if isinstance(found, nn.Module) else called("--model", model, found, arguments)
     if source is not None and isinstance(built, nn.Module):
         load_weights(built, source, key)
@@ -92,7 +97,7 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _from_transformers(folder: Path) -> nn.Module:
+def _from_transformers(folder: Path, arguments: Mapping[str, Any]) -> nn.Module:
     """Return the model of a folder, from safetensors or weights alone; code in the folder is not run."""
     try:
         transformers = require("transformers", f"loading the folder {folder}")
@@ -109,8 +114,8 @@ def _from_transformers(folder: Path) -> nn.Module:
                 f"the config.json of {quoted(folder)} names {names or 'no architecture'}, which transformers does not "
                 "have; give the class with --model module:Class"
             )
-        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise CommandError(f"{quoted(folder)} cannot be loaded by transformers: {first_line(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])

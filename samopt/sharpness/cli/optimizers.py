@@ -41,11 +41,14 @@ def optimizer_maker(
         except (TypeError, ValueError) as error:
             raise CommandError(f"--optimizer {name} cannot be made: {first_line(error)}") from error
         if state is not None:
-            found = next(_optimizer_states(read_file(Path(state))), None)
-            if found is None:
-                raise CommandError(f"{state!r} holds no state dict of an optimizer")
+            found = list(_optimizer_states(read_file(Path(state))))
+            if len(found) != 1:
+                raise CommandError(
+                    f"{state!r} holds {len(found) or 'no'} state dict{'s' if found else ''} of an optimizer; save the "
+                    "one that is meant alone: torch.save(optimizer.state_dict(), FILE)"
+                )
             try:
-                optimizer.load_state_dict(found)
+                optimizer.load_state_dict(found[0])
             except (ValueError, KeyError) as error:
                 raise CommandError(f"{state!r} does not fit {name}: {first_line(error)}") from error
         return optimizer

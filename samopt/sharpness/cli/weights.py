@@ -32,22 +32,24 @@ def load_weights(model: nn.Module, path: Path, key: str | None) -> None:
     Args:
         model: The model.
         path: A file, or a folder of safetensors or .bin files.
-        key: Where in the file the state dict is, as in "state_dict" or "model.ema"; None to look for it.
+        key: Where in the file the weights are, as in "state_dict", "model.ema" or, for a prefix of names in a state
+            dict, "state_dict.teacher"; None to look for them.
 
     Raises:
-        CommandError: If there is none that fits.
+        CommandError: If there are none that fit, or several.
     """
     content = read_file(path)
     if key is not None:
-        for name in [key] if isinstance(content, Mapping) and key in content else key.split("."):
-            if not isinstance(content, Mapping) or name not in content:
-                raise CommandError(f"{quoted(path)} has no {key!r}; it has {_keys(content)}")
-            content = content[name]
+        content = _inside(content, key, path)
     candidates = {place: _clean(tensors) for place, tensors in _state_dicts(content)}
     if not candidates:
         raise CommandError(f"{quoted(path)} holds no state dict, but {_keys(content)}; say where with --key")
     wanted = _wanted(model)
-    fitting = {place: fitted for place, found in candidates.items() if (fitted := _fitted(found, wanted)) is not None}
+    fitting = {
+        ".".join(part for part in (place, prefix.removesuffix(".")) if part): fitted
+        for place, found in candidates.items()
+        for prefix, fitted in _fitted(found, wanted).items()
+    }
     if len(fitting) > 1 and "" in fitting:
         fitting = {"": fitting[""]}
     if len(fitting) > 1:
@@ -56,6 +58,22 @@ def load_weights(model: nn.Module, path: Path, key: str | None) -> None:
         )
     chosen = next(iter(fitting.values())) if fitting else max(candidates.values(), key=len)
     _load(model, chosen, wanted, path)
+
+
+def _inside(content: Any, key: str, path: Path) -> Any:
+    """Return what is at a key: of a mapping, of one in another, or the tensors behind a prefix of their names."""
+    names = [key] if isinstance(content, Mapping) and key in content else key.split(".")
+    for number, name in enumerate(names):
+        if isinstance(content, Mapping) and name in content:
+            content = content[name]
+            continue
+        prefix = ".".join(names[number:]) + "."
+        tensors = content.items() if isinstance(content, Mapping) else ()
+        behind = {each[len(prefix) :]: value for each, value in tensors if str(each).startswith(prefix)}
+        if not behind:
+            raise CommandError(f"{quoted(path)} has no {key!r}; it has {_keys(content)}")
+        return behind
+    return content
 
 
 def read_file(path: Path) -> Any:
@@ -84,7 +102,14 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
         if files := sorted(path.glob(pattern)):
             merged: dict[str, Tensor] = {}
             for file in files:
-                merged |= read_file(file)
+                content = read_file(file)
+                twice = [name for name in merged if name in content and not _same(merged[name], content[name])]
+                if twice:
+                    raise CommandError(
+                        f"the files of the folder {quoted(path)} hold different weights under {_some(twice)}; take the "
+                        "older files away, or give one file"
+                    )
+                merged |= content
             return merged
     raise CommandError(f"the folder {quoted(path)} holds neither safetensors nor .bin files")
 
@@ -150,6 +175,8 @@ class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
+        if (module, name) in (("builtins", "set"), ("__builtin__", "set")):
+            return set
         if module == "torch._utils" and name in _REBUILDERS:
             return getattr(torch._utils, name)
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
@@ -179,9 +206,10 @@ def _state_dicts(content: Any, place: str = "", depth: int = _DEPTH) -> Iterator
 
 
 def _pickled_module(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    unsaved = content.get("_non_persistent_buffers_set", ())  # which no state dict has
     for kind in ("_parameters", "_buffers"):
         for name, tensor in content.get(kind, {}).items():
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and name not in unsaved:
                 yield prefix + name, tensor
     for name, module in content.get("_modules", {}).items():
         if isinstance(module, Mapping):
@@ -202,18 +230,46 @@ def _wanted(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
-def _fitted(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the tensors under the model's names, if all are there behind one prefix; None otherwise."""
+def _fitted(found: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors under the model's names, for each prefix behind which all of them are.
+
+    Without a prefix they are the whole file. Of several prefixes those count whose shapes fit, and of equal weights
+    under several names (a module that has two) one.
+    """
     needed = _needed(wanted, found)
     first = next(iter(wanted), None)
     if first is None:
-        return None
-    prefixes = sorted({name[: -len(first)] for name in found if name == first or name.endswith(f".{first}")}, key=len)
+        return {}
+    found_first = [name for name in found if name == first or name.endswith(f".{first}")]
+    prefixes = sorted((name[: -len(first)] for name in found_first), key=len)  # of equal length: as in the file
+    fitting: dict[str, dict[str, Tensor]] = {}
     for prefix in prefixes:
         inside = {name[len(prefix) :]: tensor for name, tensor in found.items() if name.startswith(prefix)}
-        if all(name in inside for name in _needed(wanted, inside)):
-            return inside if not prefix else {name: inside[name] for name in inside if name in wanted or name in needed}
-    return None
+        if not all(name in inside for name in _needed(wanted, inside)):
+            continue
+        if not prefix:
+            return {"": inside}
+        fitting[prefix] = {name: inside[name] for name in inside if name in wanted or name in needed}
+    of_its_shape = {
+        prefix: tensors
+        for prefix, tensors in fitting.items()
+        if all(tensor.shape == wanted[name].shape for name, tensor in tensors.items() if name in wanted)
+    }
+    kept: dict[str, dict[str, Tensor]] = {}
+    for prefix, tensors in (of_its_shape or fitting).items():
+        if not any(_all_same(tensors, other) for other in kept.values()):
+            kept[prefix] = tensors
+    return kept if of_its_shape else dict(list(kept.items())[:1])  # one whose shapes do not fit is named by the load
+
+
+def _all_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(_same(tensor, other[name]) for name, tensor in one.items())
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return one is other
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _needed(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -222,7 +278,28 @@ def _needed(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[s
     return [name for name, tensor in wanted.items() if name in found or tensor.data_ptr() not in stored]
 
 
+def _refuse_other_kinds(
+    model: nn.Module, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path
+) -> None:
+    """Refuse numbers that a copy would turn into others: codes of quantised weights, complex numbers, fractions."""
+    for name, own in wanted.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype is torch.bool:
+            continue
+        into_whole = not (own.is_floating_point() or own.is_complex())
+        if into_whole:
+            is_kept = not tensor.is_complex() and torch.equal(tensor, tensor.round())
+        else:
+            is_kept = tensor.is_floating_point() or (tensor.is_complex() and own.is_complex())
+        if not is_kept:
+            raise CommandError(
+                f"{quoted(path)} does not fit {type(model).__name__}: {name!r} holds {tensor.dtype} numbers, and the "
+                f"model's are {own.dtype}. Give dequantized weights, or the model that was saved"
+            )
+
+
 def _load(model: nn.Module, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    _refuse_other_kinds(model, tensors, wanted, path)
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
