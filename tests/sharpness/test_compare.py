@@ -197,3 +197,15 @@ def test_measures_by_name():
     for wrong, kind in (("worst_case", TypeError), ([], ValueError), (["sharp"], ValueError), ([3], TypeError)):
         with pytest.raises(kind):
             named_measures(wrong)
+
+
+def test_models_with_other_trainable_weights_are_cautioned_about():
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    frozen = copy.deepcopy(whole)
+    frozen[0].requires_grad_(False)
+    data = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(3)]
+    options = {"loss_fn": nn.CrossEntropyLoss(), "batches": data, "measures": ["worst_case_plain"]}
+    verdict = sharpness.compare({"whole": whole, "frozen": frozen}, **options).verdict
+    assert "Careful: 83 weights move in whole and 27 in frozen" in verdict
+    assert "Careful" not in sharpness.compare({"one": whole, "other": copy.deepcopy(whole)}, **options).verdict

@@ -154,3 +154,13 @@ def test_a_function_without_a_slope_adds_no_curvature():
         result = sharpness.hessian_eigenvalues(model(), loss, batches())
     expected = sharpness.hessian_eigenvalues(model(), by_hand, batches())
     assert result.value == pytest.approx(expected.value, rel=1e-9)
+
+
+def test_hooks_around_a_module_are_no_function_of_the_users():
+    hooked = model()
+    hooked[1].register_full_backward_hook(lambda module, inner, outer: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = sharpness.hessian_eigenvalues(hooked, nn.CrossEntropyLoss(), batches())
+    expected = sharpness.hessian_eigenvalues(model(), nn.CrossEntropyLoss(), batches())
+    assert result.value == pytest.approx(expected.value, rel=1e-9)

@@ -107,9 +107,25 @@ NO_CURVATURE = [
 
 @pytest.mark.parametrize("measure", NO_CURVATURE)
 def test_curvature_that_is_not_finite_is_an_error(measure):
-    data = batches()
-    data[1][0][0, 0] = math.nan
+    def loss(model, batch):
+        return cross_entropy(model, batch) + model[2].bias.abs().pow(1.5).sum()
+
+    model = mlp()
+    nn.init.zeros_(model[2].bias)
     with pytest.raises(ValueError, match="holds NaN or infinite"):
+        measure(model, loss, batches())
+
+
+@pytest.mark.parametrize("measure", NO_CURVATURE)
+@pytest.mark.parametrize("kind", ["an input that is no number", "no label that counts"])
+def test_curvature_of_a_loss_that_is_no_number_is_an_error(measure, kind):
+    """Without a label that counts the gradient is 0, which lowered the mean over the batches."""
+    data = batches()
+    if kind == "no label that counts":
+        data[1] = (data[1][0], torch.full_like(data[1][1], -100))
+    else:
+        data[1][0][0, 0] = math.nan
+    with pytest.raises(ValueError, match="the loss of batch 1 is nan at the weights themselves"):
         measure(mlp(), nn.CrossEntropyLoss(), data)
 
 

@@ -223,6 +223,7 @@ def compare(
         for label, row in results.items()
     }
     norms = {name: _weight_norm(model) for name, model in models.items()}
+    counts = {name: sum(w.numel() for w in select(unwrap(model)).values()) for name, model in models.items()}
     return Comparison(
         models=names,
         results=results,
@@ -234,6 +235,7 @@ def compare(
                 {label: (row[names[0]], row[name], differences[label][name]) for label, row in results.items()},
                 (norms[names[0]], norms[name]),
                 (results["loss"][names[0]].value, results["loss"][name].value),
+                (counts[names[0]], counts[name]),
             )
             for name in names[1:]
         ),

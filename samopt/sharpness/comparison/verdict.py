@@ -26,6 +26,7 @@ def verdict(
     rows: Mapping[str, tuple[Result, Result, Difference]],
     norms: Sequence[float],
     losses: Sequence[float],
+    counts: Sequence[int],
 ) -> str:
     """Return what the measures say about two models.
 
@@ -34,6 +35,7 @@ def verdict(
         rows: For each measure both results, and the second less the first.
         norms: The l2 norm of the weights of both.
         losses: The mean loss of both.
+        counts: How many trainable weights both have.
     """
     first, second = names
     sharpness = {label: row for label, row in rows.items() if _is_sharpness(row[0])}
@@ -60,6 +62,11 @@ def verdict(
         ]
     if unclear and any(flatter.values()):
         said.append(f"Within the error: {_listed(unclear)}.")
+    if counts[0] != counts[1]:
+        said.append(
+            f"Careful: {counts[0]:,} weights move in {first} and {counts[1]:,} in {second}, those that are trainable. "
+            "Fewer weights that move look flatter: give both models the same requires_grad before you compare them."
+        )
     said += _caution_about_the_loss(names, flatter, sharpness, losses)
     said += _survival(names, rows)
     said.append("Flatter is not yet better: which model is better on new data, only held-out examples tell.")

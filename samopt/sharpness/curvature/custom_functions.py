@@ -21,6 +21,7 @@ from samopt.sharpness._measuring.seeds import stream
 
 __all__ = ["custom_functions_checked"]
 
+_IDENTITY = "BackwardHookFunction"  # what torch puts around a module with backward hooks
 # The wrapper that the decorator makes has the same code around every function. Where the gradient that comes in is a
 # constant, torch takes such a backward for one, too, and raises nothing.
 _MARKED_ONCE = once_differentiable(lambda ctx: None).__code__
@@ -100,7 +101,7 @@ def _custom_nodes(outputs: Sequence[Tensor]) -> list[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
+        if isinstance(node, BackwardCFunction) and _name_of(node) != _IDENTITY:
             found.append(node)
         pending.extend(following for following, _ in node.next_functions)
     return found

@@ -170,6 +170,7 @@ class Hessian:
         measured = self._measured
         with torch.enable_grad():
             loss = measured.call(batch)
+        _check_loss(measured, loss, batch)
         with nullcontext() if self._is_checked else custom_functions_checked([loss]):
             gradient = measured.differentiate([loss], measured.weights, create_graph=True)
         self._is_checked = True
@@ -206,6 +207,7 @@ class GaussNewton:
                 loss = measured.call(batch)
         finally:
             handle.remove()
+        _check_loss(measured, loss, batch)
         if not outputs:
             raise ValueError(
                 "the Gauss-Newton matrix needs the model's outputs, but loss_fn did not call the model it was given; "
@@ -306,6 +308,12 @@ def _reaches(loss: Tensor, through: Sequence[Tensor], others: Sequence[Tensor]) 
         seen.add(node)
         pending.extend(following for following, _ in node.next_functions)
     return False
+
+
+def _check_loss(measured: MeasuredModel, loss: Tensor, batch: Any) -> None:
+    """Refuse a loss that is no number: cross-entropy without a label that counts is one, with a gradient of 0."""
+    number = next((number for number, each in enumerate(measured.batches) if each is batch), 0)
+    measured.checked(loss.detach(), number)
 
 
 def _inner_product(vectors: Sequence[Tensor], products: Sequence[Tensor | None]) -> float:
