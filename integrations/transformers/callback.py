@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]  # accelerate ships no types
+from accelerate.utils import broadcast_object_list  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -138,6 +139,9 @@ class SharpnessCallback(TrainerCallback):
             ValueError: If there is no evaluation data.
         """
         trainer = self._bound()
+        self._latest, self._last_evaluation = {}, None  # of an earlier run
+        if self._means is not None:
+            self._means.take()
         if not state.is_world_process_zero:
             return
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -152,7 +156,6 @@ class SharpnessCallback(TrainerCallback):
             name: with_bar(name, measure, disable=args.disable_tqdm) for name, measure in monitor.measures.items()
         }
         self.monitor = monitor
-        self._last_evaluation = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where ``every`` says so.
@@ -175,21 +178,28 @@ class SharpnessCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure where ``every`` is None, and add the last values to the evaluation's metrics.
 
+        Where ``metric_for_best_model`` is one of them and none has been measured yet, this measures, too.
+
         Args:
-            args: Not used.
+            args: The run's arguments.
             state: The run's state.
             control: Not used.
             **kwargs: Not used.
         """
-        if self.monitor is None or not self._bound().is_in_train:
+        trainer = self._bound()
+        if not trainer.is_in_train:
             return
         is_first = self._last_evaluation != state.global_step  # several data sets are evaluated one after the other
         self._last_evaluation = state.global_step
-        if is_first and self.every is None:
+        is_awaited = _is_followed(args) and not self._latest
+        if self.monitor is not None and is_first and (self.every is None or is_awaited):
             self._log(self.monitor.measure(within_budget=True, step=state.global_step), state)
+        latest = self._latest
+        if trainer.accelerator.num_processes > 1:  # each of them looks for the best model
+            (latest,) = broadcast_object_list([latest])
         metrics = kwargs.get("metrics")
         if isinstance(metrics, dict):
-            metrics.update({f"eval_{name}": value for name, value in self._latest.items()})
+            metrics.update({f"eval_{name}": value for name, value in latest.items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -276,6 +286,11 @@ class SharpnessCallback(TrainerCallback):
             before.restore()
         size = trainer.args.per_device_eval_batch_size
         return [loader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _is_followed(args: TrainingArguments) -> bool:
+    """Return whether the best model is chosen by a measure."""
+    return str(args.metric_for_best_model or "").removeprefix("eval_").startswith("sharpness/")
 
 
 def _drawn(data: Any, count: int, seed: int) -> list[Any]:

@@ -238,6 +238,21 @@ def test_a_measure_may_choose_the_best_model(tmp_path):
     assert trainer.state.best_metric == min(values)
 
 
+def test_a_measure_is_there_for_an_evaluation_that_comes_before_the_first_measurement(tmp_path):
+    """Also after a checkpoint, and for the callback's second run, which starts without the first one's values."""
+    options = evaluated(save_strategy="steps", save_steps=2, load_best_model_at_end=True, num_train_epochs=1)
+    options |= {"metric_for_best_model": "sharpness/worst", "greater_is_better": False}
+    callback = make_callback(every=100)
+    values = []
+    for checkpoint in (None, tmp_path / "checkpoint-4", None):
+        trainer = hf.make_trainer(tmp_path, hf.norms(), hf.points(), callbacks=[callback], **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        rows = [row for row in trainer.state.log_history if "sharpness/worst" in row]
+        values.append({row["step"]: row["sharpness/worst"] for row in rows})
+    assert [list(steps) for steps in values] == [[2], [2, 6], [2]]
+    assert values[2] == values[0]
+
+
 @pytest.mark.parametrize("silent", [False, True])
 def test_progress_is_shown_where_the_trainer_shows_its_own(silent, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("samopt.integrations._logging.progress._DELAY", 0.0)

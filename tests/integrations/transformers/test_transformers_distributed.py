@@ -36,7 +36,13 @@ SCENARIOS = {
     },
     "without sam": {"sam": "none"},
     "per-rank, one without gradients": {"kind": "SilentOnOneRank"},
-    "measured on the first rank": {"eval_steps": 2},
+    "measured on the first rank": {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "metric_for_best_model": "eval_sharpness/one_step",
+        "greater_is_better": False,
+        "trainer_options": {"eval_dataset": hf.language(8, seed=2)},
+    },
 }
 SCALED = {"inf on one rank": {(2, False), (2, True)}, "inf on one rank's second pass": {(1, True), (3, True)}}
 
@@ -63,10 +69,10 @@ def train(rank, folder):
         )
         assert trainer.accelerator.num_processes == RANKS
         if "eval_steps" in options:
-            trainer.eval_dataset = hf.language(8, seed=2)
-            trainer.add_callback(SharpnessCallback(["one_step"], every=2, max_fraction=None))
+            trainer.add_callback(SharpnessCallback(["one_step"], every=3, max_fraction=None))
         trainer.train()
         result = {name: hf.logged(trainer, name) for name in ("loss", "sharpness/one_step")}
+        result["best"] = trainer.state.best_metric
         torch.save(result | {"weights": cases.bits(model)}, folder / f"{name}-{rank}.pt")
     for name, overflow in SCALED.items():
         AcceleratorState._reset_state(True)
@@ -183,5 +189,7 @@ def test_per_rank_and_synced_differ(results):
 
 def test_the_first_rank_measures(results):
     first, second = results["measured on the first rank"]
-    assert len(first["sharpness/one_step"]) == 4
+    values = first["sharpness/one_step"]  # at step 2, for the evaluation that awaits one, and at steps 3 and 6
+    assert len(values) == 3
     assert second["sharpness/one_step"] == []
+    assert first["best"] == second["best"] == min(values)
