@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from samopt.sharpness._measuring.batches import read_batches
+from samopt.sharpness._measuring.batches import fresh, read_batches
 from samopt.sharpness._measuring.losses import Loss
 from samopt.sharpness._measuring.results import plain, to_json
 from samopt.sharpness._measuring.step_means import StepMeans, log_keys
@@ -49,7 +49,7 @@ class SharpnessMonitor:
     Args:
         model: The model in training; compiled and data-parallel wrappers are looked into.
         loss_fn: ``loss_fn(model, batch) -> scalar``; or a torch loss such as ``nn.CrossEntropyLoss()``.
-        batches: What to measure on, the same ones every time; read once, here, and kept. A few hundred examples do.
+        batches: What to measure on, the same ones every time; copied once, here. A few hundred examples do.
         every: Steps between measurements, >= 1; None measures at the end and where ``measure()`` is called.
         measures: Names out of "worst_case" and "average_case" (adaptive sharpness), "worst_case_plain", "one_step"
             (SAM's own), "per_layer", "lambda_max", "trace", "quantization" and "weight_noise"; functions of
@@ -108,7 +108,7 @@ class SharpnessMonitor:
             )
         self.model = model
         self.loss_fn = loss_fn
-        self.batches = read_batches(batches)
+        self.batches = [fresh(batch) for batch in read_batches(batches)]  # a loop may write into its own
         self.every = every
         self.measures = named_measures(measures, warm=True)
         self.optimizer = optimizer

@@ -145,3 +145,31 @@ def test_a_path_leaves_weights_of_whole_numbers_where_they_are():
     with pytest.raises(ValueError, match=r"'codes' holds torch.int8 numbers that differ .* \(dequantize them\)"):
         sharpness.interpolate(start, LOSS, [points()], end, points=3)
     assert start.codes.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dict"])
+def test_a_stream_that_gives_every_batch_in_the_same_memory(kind):
+    """As loaders with a buffer do; all batches were the last one."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [(torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(3)]
+
+    def stream():
+        x, y = torch.empty(8, 6), torch.empty(8, dtype=torch.long)
+        for inputs, labels in parts:
+            x.copy_(inputs)
+            y.copy_(labels)
+            yield (x, y) if kind == "tensors" else {"input": x, "labels": y}
+
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    expected = sharpness.worst_case(model, LOSS, parts, steps=2)
+    assert sharpness.worst_case(model, LOSS, stream(), steps=2).per_batch == expected.per_batch
+
+
+def test_a_monitor_measures_on_what_it_was_given_whatever_the_loop_writes_into_it():
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(6, 3), points()
+    monitor = sharpness.SharpnessMonitor(model, LOSS, [(x, y)], every=1, measures=["worst_case"], max_fraction=None)
+    before = monitor.step()
+    x.zero_()
+    assert monitor.step() == before

@@ -41,7 +41,9 @@ def read_batches(
     before = RngState.capture()
     own = [(generator, generator.get_state()) for generator in _generators(batches)]
     try:
-        read = [map_tensors(batch, _usable_in_a_graph) for batch in itertools.islice(batches, at_most)]
+        # A list holds all of its batches at once. Anything else may give the same memory again, with the next batch.
+        own_memory = _usable_in_a_graph if isinstance(batches, list | tuple) else _copied
+        read = [map_tensors(batch, own_memory) for batch in itertools.islice(batches, at_most)]
     finally:
         before.restore()  # a DataLoader draws its workers' seed, and perhaps its order
         for generator, state in own:
@@ -114,7 +116,8 @@ def fresh(batch: Any) -> Any:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    copied = tensor.clone()
+    with torch.inference_mode(False):
+        copied = tensor.clone()
     # Under no_grad the copy lost that; a loss may differentiate in its inputs all the same, as those of PDEs do.
     return copied.requires_grad_() if tensor.requires_grad and not copied.requires_grad else copied
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samopt.sharpness._measuring.batches import refuse_no_batches
+from samopt.sharpness._measuring.batches import fresh, refuse_no_batches
 from samopt.sharpness._measuring.losses import LossFn, as_loss_fn, cross_entropy, hf_loss, split_batch
 from samopt.sharpness.cli.errors import CommandError, explained
 from samopt.sharpness.cli.names import called, named_object
@@ -49,7 +49,7 @@ def load_batches(option: str, text: str, arguments: Mapping[str, Any], count: in
         raise CommandError(
             f"{option} {text} must return an iterable of batches, got {type(produced).__name__}"
         ) from error
-    batches = list(itertools.islice(iterator, count))
+    batches = [fresh(batch) for batch in itertools.islice(iterator, count)]  # one memory may serve them all
     if not batches:
         raise CommandError(f"{option} {text} gave no batch")
     return batches
