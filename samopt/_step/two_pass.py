@@ -99,7 +99,7 @@ class TwoPass:
         # One parameter and its gradient of the second pass, by which they are known again.
         self._waiting: tuple[Tensor, Tensor] | None = None
         self._decoupled: DecoupledUpdate | None = None
-        self._frozen_marks = GradientMarks([])
+        self._frozen_marks: GradientMarks | None = None
         self._frozen_since: Collection[int] = ()  # ids of parameters that only the first pass trained
         self._has_looked_for_others = False
         self._has_warned_of_missing = False
@@ -553,7 +553,7 @@ class TwoPass:
             first_loss=first_loss,
             measure_grad_norms=self._measure_grad_norms,
         )
-        self._frozen_marks = GradientMarks(frozen)
+        self._frozen_marks = GradientMarks(frozen) if frozen else None
         self._warn_of_unknown_parameters(first_loss)
         ascent.advance_rounding()
         self._is_ready = False
@@ -584,7 +584,7 @@ class TwoPass:
         Raises:
             RuntimeError: If it did.
         """
-        changed = self._frozen_marks.changed()
+        changed = [] if self._frozen_marks is None else self._frozen_marks.changed()
         if changed:
             raise RuntimeError(_FROZEN.format(len(changed)))
 
