@@ -108,3 +108,40 @@ def test_the_number_of_examples(batch, size):
 def test_what_cannot_be_cut_into_pieces_is_refused(other):
     with pytest.raises(TypeError, match="m=2 asks for pieces.*cannot be cut"):
         read_batches([(other, torch.zeros(8))], 2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        ((8, 3), (8,)),
+        ((3,), ()),
+        ((4, 3, 5, 5), (4, 5, 5)),
+        ((4, 5, 3), (4, 5)),
+    ],
+)
+def test_accuracy_is_the_share_of_largest_logits_on_their_class(logits, labels):
+    outputs, classes = torch.randn(logits), torch.randint(3, labels)
+    found = sharpness.accuracy(nn.Identity(), (outputs, classes))
+    axis = 1 if len(logits) == 4 else -1
+    hits = [
+        float(row.argmax()) == float(label)
+        for row, label in zip(outputs.movedim(axis, -1).reshape(-1, 3), classes.reshape(-1), strict=True)
+    ]
+    assert float(found) == pytest.approx(sum(hits) / len(hits))
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (torch.randn(8, 1), torch.randint(2, (8,)), "the largest of two logits or more, got logits of shape .8, 1."),
+        (torch.randn(8), torch.randint(2, (8,)), "for one output an example write accuracy_fn"),
+        (torch.randn(8, 3), torch.randint(3, (8, 1)), "a whole number for each prediction, .* labels of shape .8, 1."),
+        (torch.randn(8, 8), torch.rand(8, 8), "a whole number for each prediction.*torch.float32"),
+        (torch.randn(8, 8), torch.eye(8, dtype=torch.long), "a whole number for each prediction"),
+        (torch.randn(8, 3), torch.rand(8), "dtype torch.float32; write accuracy_fn"),
+    ],
+)
+def test_accuracy_refuses_labels_that_are_no_classes_of_the_logits(logits, labels, message):
+    """Broadcasting, or the one logit that is always the largest, gave a number."""
+    with pytest.raises(ValueError, match=message):
+        sharpness.accuracy(nn.Identity(), (logits, labels))

@@ -120,3 +120,13 @@ def test_find_rho_goes_by_the_accuracy_of_a_classifier_and_by_the_loss_of_a_lang
     tokens = [{"input_ids": batch["input_ids"], "labels": batch["input_ids"]} for batch in data]
     # The model itself compares each output with the next token, so outputs and labels as they stand tell no accuracy.
     assert search(transformers.GPT2LMHeadModel(config), tokens).score == "loss"
+
+
+def test_accuracy_refuses_a_model_that_shifts_its_labels():
+    """It would tell how often the model repeats a token."""
+    from tests.helpers import hf
+
+    tokens = torch.arange(16).reshape(2, 8)
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel predicts the next one; write accuracy_fn.*labels\[:, 1:\]"):
+        sharpness.accuracy(hf.gpt2(), {"input_ids": tokens, "labels": tokens})
+    assert 0 <= float(sharpness.accuracy(hf.t5(), {"input_ids": tokens, "labels": tokens})) <= 1  # its decoder shifts

@@ -181,17 +181,44 @@ def accuracy(model: nn.Module, batch: Any) -> Tensor:
     Args:
         model: Returns logits, or an output with ``logits``, whose classes are the last dimension (the second one where
             the labels say so, as in segmentation).
-        batch: ``(inputs, labels)``, or a mapping with labels.
+        batch: ``(inputs, labels)``, or a mapping with labels: a whole number for each prediction.
 
     Raises:
         TypeError: If the batch is neither.
+        ValueError: If the labels are no classes of the logits, or the model is one that shifts its labels itself.
     """
     logits, labels = _logits_and_labels(model, batch)
-    predictions = logits.argmax(-1 if logits.shape[:-1] == labels.shape else 1)
+    axis = -1 if logits.shape[:-1] == labels.shape else 1
+    _check_classes(model, logits, labels, axis)
+    predictions = logits.argmax(axis)
     counted = labels != _IGNORED
     hits: Tensor = (predictions == labels) & counted
     fraction: Tensor = hits.sum() / counted.sum()
     return fraction
+
+
+def _check_classes(model: nn.Module, logits: Tensor, labels: Tensor, axis: int) -> None:
+    """Refuse what ``argmax`` would compare with something else than its class."""
+    shapes = f"logits of shape {list(logits.shape)} and labels of shape {list(labels.shape)}"
+    rest = list(logits.shape)
+    classes = rest.pop(axis) if logits.dim() > max(axis, 0) else 1
+    if classes < 2:
+        raise ValueError(
+            f"accuracy takes the largest of two logits or more, got {shapes}; for one output an example write "
+            "accuracy_fn(model, batch) with a threshold"
+        )
+    if labels.is_floating_point() or rest != list(labels.shape):
+        raise ValueError(
+            f"accuracy needs a whole number for each prediction, got {shapes} and dtype {labels.dtype}; write "
+            "accuracy_fn(model, batch) for other labels"
+        )
+    can_generate = getattr(model, "can_generate", None)
+    shifts = callable(can_generate) and can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+    if shifts and labels.dim() > 1:
+        raise ValueError(
+            f"accuracy would compare each token's logits with that token, but {type(model).__name__} predicts the next "
+            "one; write accuracy_fn(model, batch) with logits[:, :-1] and labels[:, 1:]"
+        )
 
 
 def has_one_class_each(model: nn.Module, batch: Any) -> bool:
