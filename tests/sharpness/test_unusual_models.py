@@ -173,3 +173,27 @@ def test_a_monitor_measures_on_what_it_was_given_whatever_the_loop_writes_into_i
     before = monitor.step()
     x.zero_()
     assert monitor.step() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: (tensor * 100).to(torch.int8), "'weight' holds torch.int8 numbers .* torch.float32 ones"),
+        (lambda tensor: tensor.to(torch.complex64), "'weight' holds torch.complex64 numbers in the weights"),
+        (lambda tensor: tensor.to("meta"), "'weight' of the weights is on the meta device and holds no numbers"),
+    ],
+)
+def test_a_path_to_numbers_of_another_kind_is_refused(change, message):
+    model = nn.Linear(6, 3)
+    end = {name: change(tensor) for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        sharpness.interpolate(model, LOSS, [points()], end)
+
+
+def test_a_path_to_weights_with_more_than_the_model_has_is_warned_about():
+    model = nn.Linear(6, 3)
+    end = model.state_dict() | {"lora_A.weight": torch.zeros(2)}
+    with pytest.warns(
+        UserWarning, match="1 of the weights are none of Linear's, and are not used: lora_A.weight; check"
+    ):
+        sharpness.interpolate(model, LOSS, [points()], end, points=3)
