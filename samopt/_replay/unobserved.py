@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -22,8 +23,16 @@ def is_observed() -> bool:
 
 
 def is_unobserved() -> bool:
-    """Return whether a forward call that runs now is inside ``unobserved``."""
-    return _depth > 0
+    """Return whether a forward call that runs now is inside ``unobserved``, or is recorded as a graph.
+
+    What ``torch.jit.trace`` and ``make_fx`` record is to be the model itself, also where it is in train mode.
+    """
+    return _depth > 0 or torch.jit.is_tracing() or _is_recorded_by_fx()
+
+
+def _is_recorded_by_fx() -> bool:
+    get_mode = getattr(sys.modules.get("torch.fx.experimental.proxy_tensor"), "get_proxy_mode", None)
+    return get_mode is not None and get_mode() is not None
 
 
 def outside_transforms() -> AbstractContextManager[object]:

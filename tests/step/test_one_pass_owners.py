@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacrev, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import samopt
 from samopt.parts.direction import Momentum
@@ -343,6 +344,26 @@ def test_a_call_with_fake_tensors_belongs_to_no_pass() -> None:
         step_once(model, optimizer, step)
         step_once(other, untouched, step)
     assert same_bits(model, bits(other))
+
+
+@pytest.mark.parametrize("recorder", ["trace", "make_fx"])
+@pytest.mark.parametrize("kind", [samopt.MomentumSAM, samopt.FlatLoRA])
+def test_what_is_recorded_in_training_is_the_exact_model_and_leaves_the_run_alone(kind, recorder) -> None:
+    models = []
+    for looks in (True, False):
+        model = mlp(DOUBLE)
+        optimizer = kind(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.3, model=model)
+        for step in range(4):
+            if looks and step == 2:
+                x = batch(DOUBLE)[0]
+                want = copy.deepcopy(model)(x)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)
+                    recorded = torch.jit.trace(model, x) if recorder == "trace" else make_fx(model)(x)
+                torch.testing.assert_close(recorded(x), want, rtol=0, atol=0)
+            step_once(model, optimizer, step)
+        models.append(model)
+    assert same_bits(models[0], bits(models[1]))
 
 
 def test_a_scripted_part_is_left_at_the_exact_weights() -> None:
