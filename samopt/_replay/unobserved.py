@@ -27,7 +27,7 @@ def is_unobserved() -> bool:
 
     What ``torch.jit.trace`` and ``make_fx`` record is to be the model itself, also where it is in train mode.
     """
-    return _depth > 0 or torch.jit.is_tracing() or _is_recorded_by_fx()
+    return _depth > 0 or torch._C._is_tracing() or _is_recorded_by_fx()
 
 
 def _is_recorded_by_fx() -> bool:
