@@ -233,14 +233,32 @@ def _adapter_layer(path: str, module: Any) -> AdapterLayer:
 
 
 def _plain_layer(path: str, module: nn.Module, owned: set[int]) -> AdapterLayer | None:
-    """Return the layer of a plain module; None where its weight is not the base's."""
+    """Return the layer of a plain module; None where its weight is not the base's.
+
+    Raises:
+        ValueError: If its weight is trained, and cannot be perturbed.
+    """
     kinds = {(each.__module__.partition(".")[0], each.__name__) for each in type(module).__mro__}
     is_transposed = ("transformers", "Conv1D") in kinds
-    weight = module._parameters.get("weight")
-    if not (isinstance(module, _PLAIN_KINDS) or is_transposed) or weight is None or id(weight) not in owned:
+    if not (isinstance(module, _PLAIN_KINDS) or is_transposed):
         return None
+    weight = module._parameters.get("weight")
+    # Without one, trained matrices in the layer are what its weight is made of in the forward.
+    if not any(id(p) in owned for p in ([weight] if weight is not None else _matrices_in(module))):
+        return None
+    if weight is None:
+        raise ValueError(
+            f"the weight of {path}, a {type(module).__name__}, is made in the forward, by a parametrization or pruning "
+            "say, so it cannot be replaced by a perturbed one; remove that, or use samopt.SAM, which perturbs what the "
+            "weight is made of"
+        )
     _refuse_quantised(path, module)
     return AdapterLayer(path, module, _checked_weight(path, module), None, is_transposed)
+
+
+def _matrices_in(module: nn.Module) -> list[Tensor]:
+    """Return the parameters in a module that are no vectors."""
+    return [parameter for parameter in module.parameters() if not is_lazy(parameter) and parameter.dim() > 1]
 
 
 def _refuse_quantised(path: str, owner: nn.Module) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import samopt
@@ -695,6 +696,23 @@ def with_base(weight: nn.Parameter | None, **attributes: Any) -> nn.Module:
 )
 def test_a_quantised_base_is_refused(layer):
     refused(nn.Sequential(layer), r"the base weight of 0 is quantised \(Linear with .*load the base in bf16")
+
+
+def made_by_pruning(layer):
+    prune.random_unstructured(layer, "weight", 0.3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, made_by_pruning],
+    ids=lambda make: make.__name__,
+)
+def test_a_plain_layer_whose_weight_is_made_in_the_forward_is_refused(make):
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
+    make(model[0])
+    with pytest.raises(ValueError, match=r"the weight of 0, a \w*Linear, is made in the forward"):
+        samopt.FlatLoRA(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    samopt.FlatLoRA(torch.optim.SGD(model[2].parameters(), lr=0.1), model=model)  # one that is not trained may be there
 
 
 def test_layers_that_cannot_be_perturbed_are_refused_by_name():
