@@ -293,6 +293,7 @@ class Momentum(KnownDirection):
         self.decay = decay
         self._average: dict[Tensor, Tensor] = {}
         self._stepped: set[Tensor] = set()
+        self._kept: set[Tensor] = set()  # whose momentum was found once; if it is missing later, the state was reset
 
     @property
     def sign(self) -> int:  # type: ignore[override]  # a constant elsewhere
@@ -331,7 +332,7 @@ class Momentum(KnownDirection):
             state = base.state.get(parameter)
             momentum = _first_tensor(state, names) if state else None
             if momentum is None:
-                if state or parameter in self._stepped:
+                if state or (parameter in self._stepped and parameter not in self._kept):
                     raise ValueError(self._missing(base, f"keeps {sorted(map(str, state or ()))}"))
             elif momentum.shape != parameter.shape or not (momentum.is_floating_point() or momentum.is_complex()):
                 found = f"keeps {momentum.dtype} of shape {tuple(momentum.shape)} for one of {tuple(parameter.shape)}"
@@ -339,6 +340,8 @@ class Momentum(KnownDirection):
             elif self.preconditioned:
                 momentum = _preconditioned(momentum, state, group, base)
             momenta.append(momentum)
+        if len(self._kept) < len(self._stepped):
+            self._kept.update([p for p, momentum in zip(parameters, momenta, strict=True) if momentum is not None])
         return momenta
 
     def advance(self, parameters: Sequence[Tensor]) -> None:
@@ -373,7 +376,7 @@ class Momentum(KnownDirection):
             state: What ``state_dict`` returned.
             parameters: Every parameter, in the order of the groups.
         """
-        self._stepped = set()
+        self._stepped, self._kept = set(), set()
         self._average = by_parameter(state.get("average", []), parameters)
 
     @property
@@ -390,7 +393,7 @@ class Momentum(KnownDirection):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to other parameters; it learns again which ones were stepped.
-        return vars(self) | {"_stepped": set()}
+        return vars(self) | {"_stepped": set(), "_kept": set()}
 
 
 def _first_tensor(state: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:

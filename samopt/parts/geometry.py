@@ -155,6 +155,7 @@ class Preconditioned(Geometry):
             check_nonnegative("damping", damping)
         self.damping = damping
         self._stepped: set[Tensor] = set()
+        self._kept: set[Tensor] = set()  # whose state was found once; if it is missing later, the state was reset
 
     def check(self, base: Optimizer) -> None:
         """Raise if the base is known to keep no second moment of each parameter.
@@ -210,10 +211,12 @@ class Preconditioned(Geometry):
             state = base.state.get(parameter)
             if state:
                 scales.append(partial(_scale, parameter, *_second_moment(parameter, state, group, base), damping))
-            elif parameter in self._stepped:
+            elif parameter in self._stepped and parameter not in self._kept:
                 raise ValueError(_missing(base, "has stepped a parameter on this rank and keeps no state of it"))
             else:
                 scales.append(None)
+        if len(self._kept) < len(self._stepped):
+            self._kept.update([p for p, scale in zip(parameters, scales, strict=True) if scale is not None])
         return scales
 
     def advance(self, parameters: Sequence[Tensor]) -> None:
@@ -232,11 +235,11 @@ class Preconditioned(Geometry):
             state: Nothing: the second moments are in the base's state.
             parameters: Every parameter.
         """
-        self._stepped = set()
+        self._stepped, self._kept = set(), set()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to other parameters; it learns again which ones were stepped.
-        return vars(self) | {"_stepped": set()}
+        return vars(self) | {"_stepped": set(), "_kept": set()}
 
 
 def _second_moment(

@@ -154,6 +154,23 @@ def test_the_first_step_costs_one_pass_and_is_the_bases() -> None:
     assert (len(forwards), float(optimizer.last_step.applied_radius)) == (3, pytest.approx(RHO))
 
 
+def test_a_base_whose_state_was_reset_begins_again() -> None:
+    model = mlp()
+    optimizer = samopt.PreconditionedSAM(BASES["adamw"](model.parameters()), rho=RHO, model=model)
+    for seed in range(2):
+        optimizer.step(closure_of(optimizer, model, batch(seed=seed)))
+    optimizer.state.clear()
+    expected = mlp()
+    expected.load_state_dict(model.state_dict())
+    stock = BASES["adamw"](expected.parameters())
+    optimizer.step(closure_of(optimizer, model, batch(seed=2)))
+    stock.step(closure_of(stock, expected, batch(seed=2)))
+    assert float(optimizer.last_step.radius) == 0.0
+    assert same_bits(model, bits(expected))
+    optimizer.step(closure_of(optimizer, model, batch(seed=3)))
+    assert float(optimizer.last_step.applied_radius) == pytest.approx(RHO)
+
+
 def test_entries_that_never_had_a_gradient_stay() -> None:
     """Adam's ``eps`` alone would give the embedding of a token's first occurrence all of the perturbation."""
     table, expected = nn.Embedding(6, 3, dtype=DOUBLE), nn.Embedding(6, 3, dtype=DOUBLE)

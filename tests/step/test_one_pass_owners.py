@@ -482,6 +482,23 @@ def test_named_momentum_serves() -> None:
     assert float(optimizer.last_step.applied_radius) == 0  # it is zero
 
 
+@pytest.mark.parametrize("what", ["all", "one parameter"])
+def test_a_base_whose_state_was_reset_begins_again(what) -> None:
+    """A restart clears the base's state in the middle of a run: the next step moves what has a momentum."""
+    ours, theirs = mlp(DOUBLE), mlp(DOUBLE)
+    optimizer, stock = one_pass(ours), sgd(theirs.parameters())
+    for step in range(5):
+        if step == 3:
+            for base, model in ((optimizer.base_optimizer, ours), (stock, theirs)):
+                if what == "all":
+                    base.state.clear()
+                else:
+                    base.state.pop(next(model.parameters()))
+        step_once(ours, optimizer, step)
+        hand_step(stock, lambda step=step: loss_of(theirs, batch(DOUBLE, seed=step)).backward())
+    assert_close(ours, theirs)
+
+
 def test_sgd_without_momentum_is_refused_when_it_is_wrapped() -> None:
     model = mlp()
     with pytest.raises(ValueError, match=r"SGD has momentum=0.*Momentum\(own=True\)"):
