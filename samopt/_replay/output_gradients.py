@@ -108,7 +108,7 @@ class OutputGradients(PassFollower):
         """
         if output is RAISED or not torch.is_grad_enabled() or not is_observed():
             return
-        if not self.replaying and not self._may_move():
+        if not self._may_move():
             return
         name = type(module).__name__
         tensors = self._outputs_of(output, name)

@@ -104,6 +104,7 @@ class TwoPass:
         self._has_looked_for_others = False
         self._has_warned_of_missing = False
         self.metrics = StepMetrics()
+        self._is_measured = False  # whether these are of the present step
 
     @property
     def is_perturbed(self) -> bool:
@@ -134,7 +135,7 @@ class TwoPass:
         self._replay.gradients_cleared()
         if self._current is None:
             self.window = []
-        self._is_ready = False
+        self._is_ready = self._is_measured = False
         self._waiting = None
         self._decoupled = None
 
@@ -149,7 +150,7 @@ class TwoPass:
         """
         # A second pass's gradients that the model itself has cleared belong to no step that has no second pass.
         if self._is_ready and not self.waits_for_step and not self._ascent.may_move():
-            self._is_ready, self._decoupled = False, None
+            self._is_ready, self._decoupled, self._is_measured = False, None, False
         if self._is_ready:
             if stage is OptState.UNSCALED and not self._is_unscaled:
                 raise RuntimeError(
@@ -167,10 +168,12 @@ class TwoPass:
                 raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {THREE_WAYS}")
         else:
             self._complete()
+        if not self._is_measured:  # a plain loop's step: nothing of an earlier one belongs to it
+            self.metrics = StepMetrics(radius=torch.zeros(()))
 
     def reset(self) -> None:
         """Forget gradients and records, ready for the next first pass."""
-        self._is_ready = False
+        self._is_ready = self._is_measured = False
         self._waiting = None
         self.window = []
         self._replay.forget()
@@ -375,7 +378,7 @@ class TwoPass:
         total = _sum([micro_batch.loss for micro_batch in window])
         if not self._ascent.may_move():
             self._replay.forget()
-            self.metrics = StepMetrics(loss=total, radius=torch.zeros(()))
+            self.metrics, self._is_measured = StepMetrics(loss=total, radius=torch.zeros(())), True
             if self._complete():  # now, so that clipping before the step meets what the base gets
                 self._is_ready, self._is_unscaled = True, False
                 self._waiting = self._first_gradient()
@@ -601,7 +604,7 @@ class TwoPass:
                 self._complete()
         if flag is not None:
             propagate_nonfinite(flag, ascent.base.param_groups)
-        self.metrics = second.measure() if metrics is None else metrics
+        self.metrics, self._is_measured = second.measure() if metrics is None else metrics, True
         second.fill_flat_memory()
         self._waiting = self._first_gradient()
         self._warn_of_missing_gradients(second)

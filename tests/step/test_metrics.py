@@ -158,6 +158,31 @@ def test_after_a_plain_step_nothing_is_left_of_the_last_perturbed_one():
     assert optimizer.last_step.to_dict() == {"loss": loss, "radius": 0.0}
 
 
+@pytest.mark.parametrize("why", ["rho", "pause", "no gradients"])
+def test_after_a_plain_loops_step_nothing_is_left_of_the_last_perturbed_one(why):
+    parameters = tensors((3, 2))
+    optimizer = samopt.SAM(torch.optim.SGD(parameters, lr=0.1), rho=0.3)
+    wrapped_step(optimizer, [curved(parameters, (1,))] * 2, "closure")
+    assert optimizer.last_step.to_dict()["radius"] == pytest.approx(0.3)
+    optimizer.zero_grad()
+    if why == "rho":
+        optimizer.rho = 0.0
+    elif why == "pause":
+        optimizer.is_paused = True
+    if why != "no gradients":
+        curved(parameters, (1,))().backward()
+    optimizer.step()
+    assert optimizer.last_step.to_dict() == {"radius": 0.0}
+
+
+def test_a_step_without_a_second_pass_keeps_what_backward_measured():
+    parameters = tensors((3, 2))
+    optimizer = samopt.SAM(torch.optim.SGD(parameters, lr=0.1), rho=0.0)
+    loss = optimizer.backward(curved(parameters, (1,)))
+    optimizer.step()
+    assert optimizer.last_step.to_dict() == {"loss": float(loss), "radius": 0.0}
+
+
 def test_gradient_norms_can_be_left_out():
     parameters = tensors((3, 2))
     optimizer = samopt.ASAM(torch.optim.SGD(parameters, lr=0.1), measure_grad_norms=False)

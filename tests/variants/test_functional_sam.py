@@ -18,7 +18,18 @@ from torch.utils.checkpoint import checkpoint
 
 import samopt
 from samopt.parts import FunctionalGradient
-from tests.helpers.cases import FORMS, asam_epsilon, assert_equal, batch, bits, mlp, refused, sam_epsilon
+from tests.helpers.cases import (
+    FORMS,
+    asam_epsilon,
+    assert_equal,
+    batch,
+    bits,
+    loss_of,
+    mlp,
+    refused,
+    sam_epsilon,
+    same_bits,
+)
 from tests.helpers.functional import Call, recipe
 
 DOUBLE = torch.float64
@@ -598,6 +609,30 @@ def test_a_radius_of_zero_is_the_base_in_one_pass() -> None:
 
 
 # What is refused
+
+
+@pytest.mark.parametrize("form", ["perturbed", "first_step"])
+def test_a_second_pass_of_the_loops_own_at_a_radius_of_zero_is_the_base(form) -> None:
+    """Code with first_step and second_step runs its second pass also where a schedule has set the radius to 0."""
+    ours, theirs = mlp(DOUBLE), mlp(DOUBLE)
+    optimizer = wrap(ours, rho=0.0)
+    stock = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    for seed in range(2):
+        data = batch(DOUBLE, seed=seed)
+        loss_of(ours, data).backward()
+        if form == "perturbed":
+            with optimizer.perturbed():
+                loss_of(ours, data).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            optimizer.first_step(zero_grad=True)
+            loss_of(ours, data).backward()
+            optimizer.second_step(zero_grad=True)
+        stock.zero_grad()
+        loss_of(theirs, data).backward()
+        stock.step()
+    assert same_bits(ours, bits(theirs))
 
 
 @pytest.mark.parametrize(
