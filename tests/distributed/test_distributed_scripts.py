@@ -108,6 +108,7 @@ def test_a_replicated_run_that_fails_once_ends_as_the_textbook_in_one_process_do
 
 
 @needs_fully_shard
+@pytest.mark.slow
 def test_a_sharded_run_trains_as_the_textbook_in_one_process_does():
     printed = accuracies(start(*TORCHRUN, SCRIPTS / "fsdp.py", "--epochs", "1").stdout)
     _, accuracy = trained_by_hand(adamw, asam_epsilon, 0.5, 1, synced=True, compute=torch.bfloat16)

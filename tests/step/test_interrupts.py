@@ -91,7 +91,7 @@ def explicit_form(optimizer, model, data) -> None:
             id="asam-fp32-foreach",
             marks=pytest.mark.slow,
         ),
-        pytest.param(samopt.ASAM, torch.bfloat16, id="asam-bf16"),
+        pytest.param(samopt.ASAM, torch.bfloat16, id="asam-bf16", marks=pytest.mark.slow),
     ],
 )
 def test_interrupt_at_every_line(variant, dtype, take_step) -> None:

@@ -57,7 +57,7 @@ def observed(folder, name, callback, watch):
         ("plain", False, "validation"),
         ("accumulating, clipped", True, "validation"),
         ("validation inside an epoch", True, "training"),
-        ("bf16-mixed", False, "training"),
+        pytest.param("bf16-mixed", False, "training", marks=pytest.mark.slow),
         ("bf16-true", True, "validation"),
     ],
 )
@@ -166,7 +166,13 @@ def test_yaml(package, measures, tmp_path, monkeypatch):
     assert "sharpness/per_layer/net.0" in callback.history[3]
 
 
-@pytest.mark.parametrize("measures", ["[worst_case, lambda_max]", "{worst_case: {rho: 0.1, steps: 1}, lambda_max: {}}"])
+@pytest.mark.parametrize(
+    "measures",
+    [
+        pytest.param("[worst_case, lambda_max]", marks=pytest.mark.slow),
+        "{worst_case: {rho: 0.1, steps: 1}, lambda_max: {}}",
+    ],
+)
 def test_a_saved_configuration_loads_again(measures, tmp_path):
     cli = importlib.import_module("pytorch_lightning.cli")
 
