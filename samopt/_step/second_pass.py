@@ -96,7 +96,8 @@ class SecondPass:
         if self.is_needed:
             self._backup = perturbation.backup(memory)
         # Flat memory of gradients may be cleared as a whole in the second pass.
-        self._values_of_others = self._flat_of_others.copies()
+        if self._flat_of_others.parameters:
+            self._values_of_others = self._flat_of_others.copies()
         if self._flat.parameters and self.is_needed and self._ascent.combines:
             self._stashed = StashedGradients(self._stashed.parameters, self._stashed.copies())
         self._stashed.clear()
@@ -140,13 +141,14 @@ class SecondPass:
         replay.end_second()
         clear_cached_weights()
         self._others.put_back()
-        self._flat_of_others.write(self._values_of_others)
+        if self._values_of_others:
+            self._flat_of_others.write(self._values_of_others)
         if not self.is_needed and not failed:
             self._stashed.put_back()
 
     def fill_flat_memory(self) -> None:
         """Move the base's gradients to where those of the first pass were, if that is a part of larger memory."""
-        if self.is_needed:
+        if self.is_needed and self._flat.parameters:
             self._flat.fill()
 
     def combine(self, combination: Combination) -> DecoupledUpdate | None:

@@ -571,7 +571,8 @@ class TwoPass:
         try:
             if not failed and second.is_needed:
                 self._replay.check_second_pass()
-                self._refuse_thawed()
+                if self._frozen_marks is not None:
+                    self._refuse_thawed(self._frozen_marks)
             second.end(self._replay, failed=failed)
             if not failed:
                 self._deliver(second)
@@ -581,13 +582,16 @@ class TwoPass:
         finally:
             self._current = None
 
-    def _refuse_thawed(self) -> None:
+    def _refuse_thawed(self, marks: GradientMarks) -> None:
         """Raise if the second pass trained a parameter that was frozen before it: it was not moved.
+
+        Args:
+            marks: Of the gradients that frozen parameters had when the pass began.
 
         Raises:
             RuntimeError: If it did.
         """
-        changed = [] if self._frozen_marks is None else self._frozen_marks.changed()
+        changed = marks.changed()
         if changed:
             raise RuntimeError(_FROZEN.format(len(changed)))
 
