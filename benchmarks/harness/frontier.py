@@ -301,7 +301,8 @@ def _draw(ax: Axes, scene: Scene, costs: Mapping[str, Cost]) -> None:
         ax.annotate(outcome.method, point, aside, textcoords="offset points", fontsize=9, bbox=_BEHIND_NAMES, **place)
     ax.axhline(100 * base.accuracy.mean, color="black", linewidth=0.8, linestyle=":")
     ax.set_title(f"{scene.title} ({len(timed) - 1} methods tried)")
-    ax.set_xlim(0.7, max(1.9, 0.3 + max(each.cost for each in chosen)))
+    right = max(1.9, 0.3 + max(each.cost for each in chosen))
+    ax.set_xlim(1 - (right - 1) / 3, right)
     ax.margins(y=0.2)
 
 
