@@ -60,6 +60,7 @@ def test_a_run_is_the_loop_in_plain_torch(fashion_folder):
     assert 0 < row.metrics["monitor_share"] < 1
 
 
+@pytest.mark.slow
 def test_the_command_continues_and_its_table(fashion_folder, monkeypatch, capsys):
     output = fashion_folder / "out"
     arguments = ["lightning", "--data", str(fashion_folder), "--output", str(output)]

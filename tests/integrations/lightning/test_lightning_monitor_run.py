@@ -54,7 +54,7 @@ def observed(folder, name, callback, watch):
     ("name", "sam", "data"),
     [
         ("plain", True, "training"),
-        ("plain", False, "validation"),
+        pytest.param("plain", False, "validation", marks=pytest.mark.slow),
         ("accumulating, clipped", True, "validation"),
         ("validation inside an epoch", True, "training"),
         pytest.param("bf16-mixed", False, "training", marks=pytest.mark.slow),
