@@ -299,7 +299,7 @@ def schedule_of(optimizer: SharpnessAwareOptimizer) -> RhoScheduler | None:
     """Return the schedule that drives an optimizer's radius, or None.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: One that a schedule may have been made for.
     """
     driver = _drivers.get(optimizer)
     return None if driver is None else driver()

@@ -85,7 +85,7 @@ def in_flat_memory(parameters: Sequence[Tensor]) -> StashedGradients:
     end. Those that autograd makes have memory of their own.
 
     Args:
-        parameters: Any parameters.
+        parameters: Parameters, with gradients or without.
     """
     found = StashedGradients([], [])
     for parameter in parameters:

@@ -24,7 +24,7 @@ class ClassAttributes:
     A forward may count in ``type(self).count``, or fill a list that every object of the class shares.
 
     Args:
-        kind: The class.
+        kind: A class of modules, or one that it derives from.
     """
 
     def __init__(self, kind: type) -> None:
@@ -62,12 +62,13 @@ class ClassAttributes:
         """Remove a name, if it is there, and return its value.
 
         Args:
-            name: The name.
+            name: An attribute of the class.
             default: What is returned where it is not there.
         """
-        value = vars(self._kind).get(name, default)
-        if name in vars(self._kind):
-            delattr(self._kind, name)
+        if name not in vars(self._kind):
+            return default
+        value = vars(self._kind)[name]
+        del self[name]
         return value
 
 
@@ -84,7 +85,7 @@ def generators_of_code(kind: type) -> list[Any]:
     """Return the random generators that the methods of a class, and the functions that they call, find by a name.
 
     Args:
-        kind: The class.
+        kind: A class of modules, or one that it derives from.
     """
     found = []
     for space, name in _places(kind):

@@ -113,13 +113,12 @@ class GroupOptions:
         """
         own = []
         for group in self.base.param_groups:
-            from_checkpoint = any(key.startswith(_CARRIED) and not key.startswith(_FILLED) for key in group)
-            keys = [] if from_checkpoint else [key for key in {**dict.fromkeys(self.keys.values()), "rho": None}]
+            keys = () if _counters_in(group) else dict.fromkeys([*self.keys.values(), "rho"])  # or from a checkpoint
             own.append({key: group[key] for key in keys if key in group and not _is_filled(group, key)})
         self.refuse_rho(own)
         self.check(own)
         for group, values in zip(self.base.param_groups, own, strict=True):
-            for key in [key for key in group if key.startswith(_CARRIED) and not key.startswith(_FILLED)]:
+            for key in _counters_in(group):
                 del group[key]
             for name, key in self.keys.items():
                 if key in values:
@@ -139,8 +138,8 @@ class GroupOptions:
 
         Args:
             group: A parameter group.
-            name: The option.
-            value: The value.
+            name: Of the option, as the constructor calls it.
+            value: What it is from now on.
         """
         key = self.keys[name]
         if key in group and not _is_filled(group, key):
@@ -361,6 +360,11 @@ def _has_groups(state_dict: dict[str, Any]) -> bool:
     return isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
 
 
+def _counters_in(group: dict[str, Any]) -> list[str]:
+    """Return the names of the counters that a group from a checkpoint carries."""
+    return [key for key in group if key.startswith(_CARRIED) and not key.startswith(_FILLED)]
+
+
 def _fill(group: dict[str, Any], key: str, value: Any) -> None:
     """Write a wrapper's option into a group, with the mark that it is one."""
     group[key] = group[_FILLED + key] = value
@@ -379,8 +383,7 @@ def _split(groups: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str,
     carried: dict[str, Any] = {}
     plain = []
     for group in groups:
-        counters = [key for key in group if key.startswith(_CARRIED) and not key.startswith(_FILLED)]
-        carried |= {key.removeprefix(_CARRIED): group[key] for key in counters}
+        carried |= {key.removeprefix(_CARRIED): group[key] for key in _counters_in(group)}
         plain.append({key: value for key, value in group.items() if not key.startswith(_CARRIED)})
     return carried, plain
 

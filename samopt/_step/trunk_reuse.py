@@ -8,7 +8,7 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +22,7 @@ from samopt._step.ascent import Ascent
 from samopt._step.named_parameters import is_norm, named_parameters
 from samopt.distributed import data_parallel_modules, is_fully_sharded, runs_on_several_ranks
 
-__all__ = ["TrunkReuse", "leaves_of"]
+__all__ = ["TrunkReuse", "graph_nodes", "leaves_of"]
 
 
 class _Calls(CallWatcher):
@@ -271,22 +271,30 @@ def leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     Args:
         tensors: Tensors, with their graphs.
     """
-    found: list[Tensor] = []
-    pending, seen = [], set[Any]()
-    for tensor in tensors:
-        if tensor.grad_fn is None and tensor.requires_grad:
-            found.append(tensor)
-        pending.append(tensor.grad_fn)
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    tensors = list(tensors)
+    found = [tensor for tensor in tensors if tensor.grad_fn is None and tensor.requires_grad]
+    for node in graph_nodes(tensors):
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             found.append(variable)
-        pending.extend([after for after, _ in node.next_functions])
     return found
+
+
+def graph_nodes(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> Iterator[Any]:
+    """Yield every node of the graphs of some tensors, once.
+
+    Args:
+        tensors: Tensors, with their graphs.
+        stops: Nodes that are neither yielded nor passed.
+    """
+    pending, seen = [tensor.grad_fn for tensor in tensors], set[Any]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen or node in stops:
+            continue
+        seen.add(node)
+        yield node
+        pending.extend([after for after, _ in node.next_functions])
 
 
 def _refuse(reason: str) -> NoReturn:

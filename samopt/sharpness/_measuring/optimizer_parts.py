@@ -9,7 +9,7 @@ from samopt._perturb.perturbation import Perturbation
 from samopt._perturb.targets import Region, Targets
 from samopt._replay.random_state import RngState
 from samopt._replay.unobserved import unobserved
-from samopt._step.trunk_reuse import leaves_of
+from samopt._step.trunk_reuse import graph_nodes, leaves_of
 from samopt.parts.geometry import Adaptive, Euclidean, Geometry
 from samopt.sharpness._measuring.saved_state import SavedState
 
@@ -24,6 +24,7 @@ __all__ = [
     "SavedState",
     "Targets",
     "clear_cached_weights",
+    "graph_nodes",
     "leaves_of",
     "unobserved",
     "vector_norm",

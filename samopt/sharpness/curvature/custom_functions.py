@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
+from samopt.sharpness._measuring.optimizer_parts import graph_nodes
 from samopt.sharpness._measuring.seeds import stream
 
 __all__ = ["custom_functions_checked"]
@@ -94,17 +95,8 @@ def _has_graph(returned: Any) -> bool:
 
 
 def _custom_nodes(outputs: Sequence[Tensor]) -> list[Any]:
-    found, seen = [], set()
-    pending: list[Any] = [output.grad_fn for output in outputs]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction) and _name_of(node) != _IDENTITY:
-            found.append(node)
-        pending.extend(following for following, _ in node.next_functions)
-    return found
+    nodes = graph_nodes(outputs)
+    return [node for node in nodes if isinstance(node, BackwardCFunction) and _name_of(node) != _IDENTITY]
 
 
 def _name_of(node: Any) -> str:

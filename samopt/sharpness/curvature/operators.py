@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samopt._numerics.low_precision import widen
 from samopt.sharpness._measuring.measured_model import MeasuredModel
+from samopt.sharpness._measuring.optimizer_parts import graph_nodes
 from samopt.sharpness._measuring.results import mean_and_error
 from samopt.sharpness.curvature.custom_functions import custom_functions_checked
 
@@ -298,16 +299,7 @@ def _reaches(loss: Tensor, through: Sequence[Tensor], others: Sequence[Tensor]) 
     """Return whether a loss depends on other outputs in another way than through the given ones."""
     stops = [output.grad_fn for output in through]
     wanted = [other.grad_fn for other in others]  # kept, so that the same node is the same object below
-    pending, seen = [loss.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen or node in stops:
-            continue
-        if node in wanted:
-            return True
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)
-    return False
+    return any(node in wanted for node in graph_nodes([loss], stops))
 
 
 def _check_loss(measured: MeasuredModel, loss: Tensor, batch: Any) -> None:
