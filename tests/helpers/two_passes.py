@@ -121,6 +121,29 @@ class Step:
     gradients: dict[str, Tensor | None]
 
 
+def leave_second_gradients(model: nn.Module, compute_loss: Callable[[], Tensor], rho: float) -> None:
+    """Give every parameter the gradient at ``w + epsilon``, with the weights at ``w``: SAM by hand.
+
+    Args:
+        model: What is trained; its gradients are cleared first.
+        compute_loss: Of one pass.
+        rho: The radius.
+    """
+    parameters = list(model.parameters())
+    model.zero_grad()
+    compute_loss().backward()
+    norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+    start = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(p.grad * (rho / norm))
+    model.zero_grad()
+    compute_loss().backward()
+    with torch.no_grad():
+        for p, value in zip(parameters, start, strict=True):
+            p.copy_(value)
+
+
 def by_hand(model: nn.Module, compute_loss: Loss, owned: Sequence[str], rho: float, seed: int = 0) -> Step:
     """Both passes on copies of the model.
 

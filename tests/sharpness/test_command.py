@@ -183,8 +183,8 @@ def test_a_prefix_chooses_among_several_networks(project, capsys):
     assert run("measure", "--weights", "distilled.ckpt", "--key", "state_dict.student", *QUICK) == 0
     expected = sharpness.worst_case(project, sharpness.cross_entropy, data(), steps=3)
     assert results()["results"]["distilled"]["worst_case"]["value"] == expected.value
-    assert run("measure", "--weights", "distilled.ckpt", "--key", "state_dict.nobody", *QUICK) == 2
-    assert "has no 'state_dict.nobody'; it has the keys student.0.weight" in capsys.readouterr().err
+    assert run("measure", "--weights", "distilled.ckpt", "--key", "state_dict.absent", *QUICK) == 2
+    assert "has no 'state_dict.absent'; it has the keys student.0.weight" in capsys.readouterr().err
 
 
 def test_of_prefixes_those_count_whose_shapes_fit_and_equal_weights_are_one(project):

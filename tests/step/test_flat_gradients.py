@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import samopt
+from tests.helpers.two_passes import leave_second_gradients
 
 RHO = 0.5
 X, Y = torch.randn(2, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 3
@@ -73,19 +74,9 @@ def test_the_buffer_holds_the_second_gradient_as_by_hand(form) -> None:
         buffer.div_(2)
         optimizer.step()
 
-        stock.zero_grad()
-        whole().backward()
-        norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
-        start = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            for p in parameters:
-                p.add_(p.grad * (RHO / norm))
-        stock.zero_grad()
-        whole().backward()
-        with torch.no_grad():
-            for p, value in zip(parameters, start, strict=True):
-                p.copy_(value)
-                p.grad.div_(2)
+        leave_second_gradients(theirs, whole, RHO)
+        for p in parameters:
+            p.grad.div_(2)
         torch.testing.assert_close(buffer, torch.cat([p.grad.flatten() for p in parameters]), rtol=1e-11, atol=1e-12)
         stock.step()
     for got, want in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import samopt
 from tests.helpers.one_pass import hand_step, one_pass, sgd
+from tests.helpers.two_passes import leave_second_gradients
 
 RHO = 0.5
 X, Y = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 3
@@ -32,19 +33,7 @@ def thawed_pass(model: nn.Module, part: nn.Module) -> Tensor:
 
 
 def sam_by_hand(stock: torch.optim.Optimizer, model: nn.Module) -> None:
-    parameters = list(model.parameters())
-    stock.zero_grad()
-    loss_of(model).backward()
-    norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
-    start = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for p in parameters:
-            p.add_(p.grad * (RHO / norm))
-    stock.zero_grad()
-    loss_of(model).backward()
-    with torch.no_grad():
-        for p, value in zip(parameters, start, strict=True):
-            p.copy_(value)
+    leave_second_gradients(model, lambda: loss_of(model), RHO)
     stock.step()
 
 
