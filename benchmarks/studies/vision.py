@@ -12,11 +12,12 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from matplotlib.figure import Figure
 
+from benchmarks.harness.cli import Fraction
 from benchmarks.harness.errors import choose
 from benchmarks.harness.frontier import BASE, BASE_TWICE
 from benchmarks.harness.networks import Mixer, small_resnet
 from benchmarks.harness.optimizers import Choice
-from benchmarks.harness.report import Table, colour, figure, legend, machines, publish
+from benchmarks.harness.report import Table, colour, figure, labels_text, legend, machines, publish
 from benchmarks.harness.rows import Log, Row, open_log
 from benchmarks.harness.statistics import gain, over
 from benchmarks.harness.tasks import Task, VisionTransformer, load_fashion
@@ -58,6 +59,7 @@ def study(
     seeds: list[NonNegativeInt] = [0, 1, 2, 3, 4],
     train_size: PositiveInt = 5000,
     epochs: PositiveInt = 15,
+    label_noise: Fraction = 0.0,
     threads: PositiveInt = 1,
     output: Path = Path("results/vision"),
     quick: bool = False,
@@ -71,6 +73,7 @@ def study(
         seeds: Of the tests, comma-separated.
         train_size: Training images.
         epochs: Passes over the training images; the learning rate falls to 0 along half a cosine.
+        label_noise: Fraction of the training labels to randomise; validation and test labels stay.
         threads: CPU threads.
         output: Folder, continued.
         quick: An epoch of every model on 96 images with the base and SAM, nothing chosen.
@@ -78,13 +81,17 @@ def study(
     torch.set_num_threads(threads)
     if quick:
         methods, seeds, train_size, epochs = ["sam"], [0], 96, 1
-    places = [choose("model", name, PLACES) for name in models]
+    places = [replace(choose("model", name, PLACES), label_noise=label_noise) for name in models]
     chosen = [choose("method", name, METHODS) for name in dict.fromkeys(["base", *methods])]
     log = open_log(output, restart=quick)
     log.check(
-        "(epochs, training images)",
-        lambda row: (round(row.settings["epochs"] / row.settings.get("compute", 1)), row.examples["train"]),
-        lambda row: (epochs, train_size),
+        "(epochs, training images, label noise)",
+        lambda row: (
+            round(row.settings["epochs"] / row.settings.get("compute", 1)),
+            row.examples["train"],
+            row.label_noise,
+        ),
+        lambda row: (epochs, train_size, label_noise),
     )
 
     def experiment(place: Place, choice: Choice, seed: int = 0, evaluate_on: str = "test") -> Experiment:
@@ -94,8 +101,8 @@ def study(
             load=load_fashion, build_model=_MODELS[name],
         )  # fmt: skip
         return Experiment(
-            task, [choice], seed, 0.0, round(epochs * choice.compute), task.batch_size, train_size=train_size,
-            data=data, evaluate_on=evaluate_on, curves=False,
+            task, [choice], seed, place.label_noise, round(epochs * choice.compute), task.batch_size,
+            train_size=train_size, data=data, evaluate_on=evaluate_on, curves=False,
         )  # fmt: skip
 
     def train(place: Place, choice: Choice, seed: int, evaluate_on: str) -> Row:
@@ -134,9 +141,10 @@ def render(folder: Path, output: Path | None = None) -> None:
         tables.append(Table(f"{task}: active units by layer, %", headings, lines))
     first = rows[0]
     notes = [
-        f"{first.examples['train']} training images, {first.settings['epochs']:g} epochs (base-twice: twice as many); "
-        f"accuracy on {first.examples['test']} test images after the last epoch; ± is the sample standard deviation "
-        "over n seeds; differences are in points, paired by seed, with their 95% confidence interval by Student's t",
+        f"{first.examples['train']} training images, {labels_text(first.label_noise)}, "
+        f"{first.settings['epochs']:g} epochs (base-twice: twice as many); accuracy on {first.examples['test']} "
+        "test images after the last epoch; ± is the sample standard deviation over n seeds; differences are in points, "
+        "paired by seed, with their 95% confidence interval by Student's t",
         "every method chose one of three settings by the validation accuracy of one run with a seed of its own: the "
         "base its learning rate, which the others take, base-twice its own learning rate, the others their radius",
         "cost: processor time of a step over the base's, medians, times the multiple of the epochs",

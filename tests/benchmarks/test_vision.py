@@ -100,7 +100,19 @@ def test_the_quick_form_of_the_command_and_its_continuation(fashion_folder, tmp_
     assert [row.settings["lr"] for row in rows] == [0.1, 0.1, 0.003, 0.003, 0.003, 0.003]
     assert (tmp_path / "out" / "vision.png").stat().st_size > 0
     assert main([*arguments, "--epochs", "3"]) == 2
-    assert "(epochs, training images) = (1, 96), and (3, 5000) is asked for" in capsys.readouterr().err
+    assert "(epochs, training images, label noise) = (1, 96, 0.0), and (3, 5000, 0.0)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_labels_are_randomised_on_request(fashion_folder, tmp_path, capsys):
+    arguments = ["vision", "--data", str(fashion_folder), "--models", "vit", "--output", str(tmp_path)]
+    assert main([*arguments, "--label-noise", "0.5", "--quick"]) == 0
+    rows = Log(tmp_path / "runs.jsonl").rows
+    assert {(row.label_noise, row.examples["train"]) for row in rows} == {(0.5, 96)}
+    assert all(30 < row.examples["randomised"] <= 48 for row in rows)
+    assert "96 training images, 50% random labels, 1 epochs" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert main([*arguments, "--epochs", "1", "--train-size", "96"]) == 2
+    assert "(1, 96, 0.5), and (1, 96, 0.0) is asked for" in capsys.readouterr().err
 
 
 def test_the_table_has_differences_from_the_base_and_from_twice_its_epochs(tmp_path, make_row):
