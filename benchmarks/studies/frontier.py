@@ -41,6 +41,7 @@ METHODS = {
                options={"direction": ReusedGradient}, schedule={"ascent_part": 0.25}),
         Method("looksam", "LookSAM, SAM at every fifth step, norms over all weights", "looksam", _L2,
                options={"per_tensor": False}),
+        Method("looksam-layers", "LookSAM, SAM at every fifth step, norms of each tensor", "looksam", _L2),
         Method("friendly-sam", "Friendly SAM, two passes", "friendly-sam", _L2),
         Method("gsam", "GSAM, two passes", "gsam", _L2),
         Method("wsam", "WSAM, two passes", "wsam", _L2),
