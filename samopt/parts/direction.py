@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from samopt.parts.base_state import StateSeen
 from samopt.parts.checkpoint import by_parameter, in_order
 from samopt.parts.checks import check_nonnegative
 from samopt.parts.part import Part
@@ -292,8 +293,7 @@ class Momentum(KnownDirection):
         self.own = own
         self.decay = decay
         self._average: dict[Tensor, Tensor] = {}
-        self._stepped: set[Tensor] = set()
-        self._kept: set[Tensor] = set()  # whose momentum was found once; if it is missing later, the state was reset
+        self._seen = StateSeen()
 
     @property
     def sign(self) -> int:  # type: ignore[override]  # a constant elsewhere
@@ -332,7 +332,7 @@ class Momentum(KnownDirection):
             state = base.state.get(parameter)
             momentum = _first_tensor(state, names) if state else None
             if momentum is None:
-                if state or (parameter in self._stepped and parameter not in self._kept):
+                if state or self._seen.is_missing(parameter):
                     raise ValueError(self._missing(base, f"keeps {sorted(map(str, state or ()))}"))
             elif momentum.shape != parameter.shape or not (momentum.is_floating_point() or momentum.is_complex()):
                 found = f"keeps {momentum.dtype} of shape {tuple(momentum.shape)} for one of {tuple(parameter.shape)}"
@@ -340,8 +340,7 @@ class Momentum(KnownDirection):
             elif self.preconditioned:
                 momentum = _preconditioned(momentum, state, group, base)
             momenta.append(momentum)
-        if len(self._kept) < len(self._stepped):
-            self._kept.update([p for p, momentum in zip(parameters, momenta, strict=True) if momentum is not None])
+        self._seen.find(parameters, momenta)
         return momenta
 
     def advance(self, parameters: Sequence[Tensor]) -> None:
@@ -351,8 +350,7 @@ class Momentum(KnownDirection):
             parameters: Every parameter.
         """
         if not self.own:
-            if len(self._stepped) < len(parameters):
-                self._stepped.update([parameter for parameter in parameters if parameter.grad is not None])
+            self._seen.step(parameters)
             return
         with torch.no_grad():
             for parameter in parameters:
@@ -376,7 +374,7 @@ class Momentum(KnownDirection):
             state: What ``state_dict`` returned.
             parameters: Every parameter, in the order of the groups.
         """
-        self._stepped, self._kept = set(), set()
+        self._seen = StateSeen()
         self._average = by_parameter(state.get("average", []), parameters)
 
     @property
@@ -390,10 +388,6 @@ class Momentum(KnownDirection):
             'momentum=0.9)), name its buffer with samopt.parts.Momentum(buffer="..."), or let samopt keep an average '
             "with samopt.parts.Momentum(own=True)"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to other parameters; it learns again which ones were stepped.
-        return vars(self) | {"_stepped": set(), "_kept": set()}
 
 
 def _first_tensor(state: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch.optim import Adagrad, Adamax, Optimizer, RMSprop
 
 from samopt._numerics.low_precision import widen
 from samopt.distributed import local_part
+from samopt.parts.base_state import StateSeen
 from samopt.parts.checks import check_nonnegative
 from samopt.parts.part import Part
 
@@ -154,8 +155,7 @@ class Preconditioned(Geometry):
         if damping is not None:
             check_nonnegative("damping", damping)
         self.damping = damping
-        self._stepped: set[Tensor] = set()
-        self._kept: set[Tensor] = set()  # whose state was found once; if it is missing later, the state was reset
+        self._seen = StateSeen()
 
     def check(self, base: Optimizer) -> None:
         """Raise if the base is known to keep no second moment of each parameter.
@@ -211,12 +211,11 @@ class Preconditioned(Geometry):
             state = base.state.get(parameter)
             if state:
                 scales.append(partial(_scale, parameter, *_second_moment(parameter, state, group, base), damping))
-            elif parameter in self._stepped and parameter not in self._kept:
+            elif self._seen.is_missing(parameter):
                 raise ValueError(_missing(base, "has stepped a parameter on this rank and keeps no state of it"))
             else:
                 scales.append(None)
-        if len(self._kept) < len(self._stepped):
-            self._kept.update([p for p, scale in zip(parameters, scales, strict=True) if scale is not None])
+        self._seen.find(parameters, scales)
         return scales
 
     def advance(self, parameters: Sequence[Tensor]) -> None:
@@ -225,8 +224,7 @@ class Preconditioned(Geometry):
         Args:
             parameters: Every parameter.
         """
-        if len(self._stepped) < len(parameters):
-            self._stepped.update([parameter for parameter in parameters if parameter.grad is not None])
+        self._seen.step(parameters)
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
         """Learn again which parameters the base steps.
@@ -235,11 +233,7 @@ class Preconditioned(Geometry):
             state: Nothing: the second moments are in the base's state.
             parameters: Every parameter.
         """
-        self._stepped, self._kept = set(), set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to other parameters; it learns again which ones were stepped.
-        return vars(self) | {"_stepped": set(), "_kept": set()}
+        self._seen = StateSeen()
 
 
 def _second_moment(
