@@ -42,6 +42,7 @@ METHODS = {
         Method("looksam", "LookSAM, SAM at every fifth step, norms over all weights", "looksam", _L2,
                options={"per_tensor": False}),
         Method("looksam-layers", "LookSAM, SAM at every fifth step, norms of each tensor", "looksam", _L2),
+        Method("looksam-layers-little", "the same, alpha 0.1", "looksam", _L2, options={"alpha": 0.1}),
         Method("friendly-sam", "Friendly SAM, two passes", "friendly-sam", _L2),
         Method("gsam", "GSAM, two passes", "gsam", _L2),
         Method("wsam", "WSAM, two passes", "wsam", _L2),

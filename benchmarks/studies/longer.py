@@ -15,7 +15,6 @@ from benchmarks.harness.frontier import ARENAS, BASE, BASE_TWICE
 from benchmarks.harness.tuning import Method, thirds
 from benchmarks.studies.frontier import METHODS as SHORT
 
-_BY_HAND = "benchmarks.harness.looksam:LookSAM"
 _LOOK = thirds(0.1)
 
 METHODS = {
@@ -23,15 +22,12 @@ METHODS = {
     for method in (
         BASE,
         BASE_TWICE,
-        *(SHORT[name] for name in ("sam", "asam", "momentum-ahead", "sam-last-half", "le-sam", "looksam")),
-        Method("looksam-warm", "LookSAM, its radius rising in the first tenth", "looksam", _LOOK,
-               options={"per_tensor": False}, schedule={"rho_warmup": 0.1}),
+        *(SHORT[name] for name in ("sam", "asam", "momentum-ahead", "sam-last-half", "le-sam")),
+        *(SHORT[name] for name in ("looksam", "looksam-layers", "looksam-layers-little")),
+        Method("looksam-warm", "LookSAM, norms over all weights, the radius rising in the first tenth", "looksam",
+               _LOOK, options={"per_tensor": False}, schedule={"rho_warmup": 0.1}),
         Method("looksam-little", "LookSAM, alpha 0.1, norms over all weights", "looksam", _LOOK,
                options={"alpha": 0.1, "per_tensor": False}),
-        Method("looksam-global", "LookSAM by hand, norms over all weights", _BY_HAND, _LOOK,
-               options={"per_tensor": False}),
-        Method("looksam-layers", "LookSAM by hand, norms of each tensor", _BY_HAND, _LOOK),
-        Method("looksam-layers-little", "the same, alpha 0.1", _BY_HAND, _LOOK, options={"alpha": 0.1}),
     )
 }  # fmt: skip
 """By name, the base first."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from samopt._replay.code_variables import enclosing_variables, global_names
 from samopt._replay.random_state import is_generator
 
 __all__ = ["ClassAttributes", "generators_of_code", "users_classes"]
@@ -116,27 +117,17 @@ def _places(kind: type) -> list[tuple[Any, str]]:
         if function.__module__ is not None and function.__module__.partition(".")[0] == "torch":
             continue
         space = function.__globals__
-        for name in _names(function.__code__):
+        for name in global_names(function.__code__):
             if is_generator(space.get(name)):
                 places.append((space, name))
             elif isinstance(space.get(name), types.FunctionType):
                 pending.append(space[name])
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # a variable that has no value yet
-                continue
+        for name, cell, value in enclosing_variables(function):
             if is_generator(value):
                 places.append((cell, name))
             elif isinstance(value, types.FunctionType):
                 pending.append(value)
     return places
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """Return the names in some code, and in the functions inside it, that may be global variables."""
-    inside = [name for each in code.co_consts if isinstance(each, types.CodeType) for name in _names(each)]
-    return [*code.co_names, *inside]
 
 
 def _is_data(name: str, value: Any) -> bool:

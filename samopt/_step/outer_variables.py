@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from samopt._replay.code_variables import ABSENT, enclosing_variables, global_names
 from samopt._replay.random_state import is_generator
 from samopt._replay.slots import slot_names
 
@@ -20,7 +21,6 @@ _LIMIT = 300  # objects that are looked at; more of them are a data structure
 _LONG = 10_000  # entries of a container; a longer one holds data
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter, types.ModuleType, type})
 _LEFT_ALONE = (nn.Module, Optimizer, type)  # modules are looked after as modules
-_ABSENT = object()
 _CONTENT = ""  # the one name in a variable of a closure, and in a list
 
 
@@ -54,7 +54,7 @@ class OuterVariables:
             if key in before.places:
                 old = before.places[key][1]
                 for name in {**names, **old}:
-                    if not _is_same(old.get(name, _ABSENT), names.get(name, _ABSENT)):
+                    if not _is_same(old.get(name, ABSENT), names.get(name, ABSENT)):
                         found.add((key, name))
         return found
 
@@ -84,7 +84,7 @@ class OuterVariables:
         for key, name in names:
             if key in self.places:
                 place, values = self.places[key]
-                _put(place, name, values.get(name, _ABSENT))
+                _put(place, name, values.get(name, ABSENT))
 
 
 class WindowVariables:
@@ -195,17 +195,13 @@ def _walk(function: Any, generators: list[Any], look: OuterVariables | None) -> 
 
 def _read_function(function: Any, pending: list[tuple[Any, str | None]], look: OuterVariables | None) -> None:
     """Note the variables that a function reads."""
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            content = {_CONTENT: cell.cell_contents}
-            pending.append((content[_CONTENT], name))
-        except ValueError:  # a variable that has no value yet
-            content = {}
+    for name, cell, value in enclosing_variables(function):
+        if value is not ABSENT:
+            pending.append((value, name))
         if look is not None:
-            look.places[id(cell)] = (cell, content)
+            look.places[id(cell)] = (cell, {} if value is ABSENT else {_CONTENT: value})
     space = function.__globals__
-    names = {name: space[name] for name in _global_names(code) if name in space}
+    names = {name: space[name] for name in global_names(function.__code__) if name in space}
     if look is not None:
         look.places.setdefault(id(space), (space, {}))[1].update(names)
     pending += [(each, name) for name, each in names.items()]
@@ -229,13 +225,6 @@ def _read_object(value: Any, pending: list[tuple[Any, str | None]], look: OuterV
         pending.append((type(value).__call__, None))
 
 
-@functools.lru_cache(maxsize=1024)
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    """Return the names in some code, and in the functions inside it, that may be global variables."""
-    inside = [name for each in code.co_consts if isinstance(each, types.CodeType) for name in _global_names(each)]
-    return tuple(dict.fromkeys([*code.co_names, *inside]))
-
-
 def _is_same(old: Any, new: Any) -> bool:
     """Return whether a name is bound to the same object, or a list holds the same ones."""
     if type(old) is tuple and type(new) is tuple:
@@ -246,19 +235,19 @@ def _is_same(old: Any, new: Any) -> bool:
 def _put(place: Any, name: Any, value: Any) -> None:
     """Bind a name in a variable of a closure, a namespace, a dict, a list or an object with slots."""
     if isinstance(place, types.CellType):
-        if value is _ABSENT:
+        if value is ABSENT:
             del place.cell_contents
         else:
             place.cell_contents = value
     elif isinstance(place, dict):
-        if value is _ABSENT:
+        if value is ABSENT:
             place.pop(name, None)
         else:
             place[name] = value
     elif isinstance(place, list | deque):
         place.clear()
         place.extend(value)
-    elif value is _ABSENT:
+    elif value is ABSENT:
         delattr(place, name)
     else:
         object.__setattr__(place, name, value)  # frozen dataclasses refuse setattr

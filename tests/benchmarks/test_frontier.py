@@ -256,3 +256,17 @@ def test_a_folder_of_images_serves_the_tasks_that_need_one(fashion_folder, monke
 def test_other_methods_are_refused_by_name():
     with pytest.raises(BenchmarkError, match="cannot be made"):
         Place("digits", "sgd", (0.1,)).candidates(Method("x", "", "sam", (-1.0,)), 0.1)[0].build(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_longer_runs_ten_times_the_frontiers_epochs_in_its_quick_form(tmp_path):
+    assert main(["longer", "--quick", "--output", str(tmp_path)]) == 0
+    rows = Log(tmp_path / "runs.jsonl").rows
+    names = ["adamw", "base-twice", "looksam", "looksam-layers"]
+    assert [row.optimizer.partition(":")[0] for row in rows] == names
+    assert [row.settings["epochs"] for row in rows] == [1, 2, 1, 1]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    (cost,) = [
+        line.split(" | ")[3] for line in table.splitlines() if line.startswith("| base-twice:lr=0.003 | the base")
+    ]
+    assert float(cost.split()[0]) == pytest.approx(2.0, rel=0.2)

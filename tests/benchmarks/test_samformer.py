@@ -1,15 +1,12 @@
-"""SAMformer on ETTh1, and LookSAM by hand: what the studies of longer training and of time series stand on."""
+"""SAMformer on ETTh1: what the study of time series stands on."""
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
-import samopt
 from benchmarks.harness.cli import main
 from benchmarks.harness.errors import BenchmarkError
-from benchmarks.harness.looksam import LookSAM
 from benchmarks.harness.rows import Log, open_log
 from benchmarks.harness.samformer import INPUT_HOURS, Samformer, read_series, windows
 from benchmarks.studies import samformer as study
@@ -109,54 +106,3 @@ def test_the_table_has_differences_paired_by_seed_and_their_mean_over_horizons(t
     assert "| sam | lr=0.001, rho=1 | 2 | 0.3900 ± 0.0283 | 0.3900 ± 0.0283 | -0.0200 [" in text
     assert "| sam | SAM, two passes | 0.4550 | -0.0250 [" in text  # of -0.04 and -0.01, seed by seed
     assert "| 2.00 |" in text
-
-
-def trained(make, steps=12):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-    base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    optimizer = make(base, model)
-    for _ in range(steps):
-        inputs, labels = torch.randn(16, 6, dtype=torch.float64), torch.randint(3, (16,))
-
-        def closure(inputs=inputs, labels=labels):
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(inputs), labels)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def test_looksam_by_hand_is_the_packages_with_norms_of_both_kinds():
-    options = {"rho": 0.1, "every": 3, "alpha": 0.4}
-    results = []
-    for per_tensor in (True, False):
-        options["per_tensor"] = per_tensor
-        theirs = trained(lambda base, model: samopt.LookSAM(base, model=model, **options))
-        ours = trained(lambda base, model: LookSAM(base, model, **options))
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-        results.append(ours)
-    assert not torch.allclose(*results, rtol=1e-3)
-
-
-def test_looksam_by_hand_is_sam_in_every_step_and_the_base_without_its_part():
-    sam = trained(lambda base, model: samopt.SAM(base, rho=0.1, model=model))
-    torch.testing.assert_close(trained(lambda base, model: LookSAM(base, model, every=1)), sam, rtol=1e-9, atol=1e-9)
-    plain = trained(lambda base, model: LookSAM(base, model, rho=0.0, alpha=0.0))
-    torch.testing.assert_close(plain, trained(lambda base, model: base), rtol=1e-12, atol=0)
-
-
-@pytest.mark.slow
-def test_longer_runs_ten_times_the_frontiers_epochs_in_its_quick_form(tmp_path):
-    assert main(["longer", "--quick", "--output", str(tmp_path)]) == 0
-    rows = Log(tmp_path / "runs.jsonl").rows
-    names = ["adamw", "base-twice", "looksam", "looksam-layers"]
-    assert [row.optimizer.partition(":")[0] for row in rows] == names
-    assert [row.settings["epochs"] for row in rows] == [1, 2, 1, 1]
-    table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    (cost,) = [
-        line.split(" | ")[3] for line in table.splitlines() if line.startswith("| base-twice:lr=0.003 | the base")
-    ]
-    assert float(cost.split()[0]) == pytest.approx(2.0, rel=0.2)
