@@ -318,9 +318,10 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         schedule without one) it is one forward and backward.
 
         Args:
-            compute_loss: Runs the forward pass and returns the loss, or a dict, tuple or output object that holds it;
-                ``scaler.scale(loss)`` under a ``GradScaler``. It does not call backward. It is called again for the
-                second pass; variables that it reads from outside may change in between.
+            compute_loss: Runs the forward pass and returns the loss, a tuple that begins with it, or a dict or output
+                object that holds it; ``scaler.scale(loss)`` under a ``GradScaler``. It does not call backward. It is
+                called again for the second pass; variables that it reads from outside may change in between. Names
+                outside that it binds (a hidden state, a counter) are in the end as the first call left them.
             last: Whether this is the last micro-batch before ``step()``.
 
         Returns:

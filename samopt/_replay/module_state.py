@@ -85,6 +85,7 @@ class ModuleState:
     ) -> None:
         self._models = models
         self._more_models: tuple[nn.Module, ...] = ()
+        self._reached: tuple[nn.Module, ...] = ()
         self._others: list[tuple[object, frozenset[str]]] = [(each, frozenset()) for each in others]
         self._ignored = _ALWAYS_IGNORED.union(ignored)
         self._ignored_of: dict[type, frozenset[str]] = {}
@@ -108,6 +109,19 @@ class ModuleState:
         """
         self._more_models = tuple(models)
         self._others = [(each, frozenset(left_alone)) for each, left_alone in objects]
+
+    def reach(self, modules: Iterable[nn.Module]) -> None:
+        """Set which modules the present passes may run besides those that it was told of for good.
+
+        Args:
+            modules: What a loss function finds outside itself.
+        """
+        self._reached = tuple(modules)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to look after."""
+        return not (self._models or self._more_models or self._reached or self._others)
 
     def begin(self) -> None:
         """Note the tensors there are before the first pass, and what plain attributes are bound to."""
@@ -178,7 +192,7 @@ class ModuleState:
         Args:
             moving: Parameters that are moved, and put back with the perturbation.
         """
-        if not (self._models or self._more_models or self._others):
+        if self.is_empty:
             return
         self._bound, self._now = self._now or self._look(), None
         changed = self._silently_changed() if self._samples else set()
@@ -250,7 +264,7 @@ class ModuleState:
         pending: list[Any] = []
         for each, left_alone in self._others:
             _note_attributes(vars(each), self._ignored | left_alone, found, pending)
-        modules = every_module([*self._models, *self._more_models])
+        modules = every_module([*self._models, *self._more_models, *self._reached])
         self._look_at_modules(modules, found, pending)
         while pending:
             value = pending.pop()

@@ -55,13 +55,15 @@ class Replay:
         for stop in self._stops:
             stop()
 
-    def begin_first(self, generators: Iterable[Any] = ()) -> RngState:
+    def begin_first(self, generators: Iterable[Any] = (), modules: Iterable[nn.Module] = ()) -> RngState:
         """Start a first pass whose beginning is known, and return the random state there.
 
         Args:
             generators: Random generators that the loss function reads.
+            modules: Modules that it may run besides the models.
         """
         self.forget()
+        self.state.reach(modules)
         self._begin()
         self._has_begun = True
         return self.capture(generators)
@@ -150,6 +152,7 @@ class Replay:
         """Drop what was recorded, ready for the next first pass."""
         for follower in self._followers:
             follower.clear()
+        self.state.reach(())
         self._end = None
         self._has_begun = False
 

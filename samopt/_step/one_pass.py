@@ -24,6 +24,7 @@ from samopt._step.ascent import Ascent
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.exact_exit import ExactExit
 from samopt._step.moved_shards import MovedShards
+from samopt._step.outer_variables import OuterVariables, WindowVariables
 from samopt._step.pass_handle import PassHandle
 from samopt._step.retirement import enlist, replace_older
 from samopt._step.shifted_parameters import OtherWeights, ShiftedParameters
@@ -154,8 +155,11 @@ class OnePass:
         return ExactExit(self._steps())
 
     @contextmanager
-    def first_pass(self) -> Generator[None]:
+    def first_pass(self, outside: OuterVariables | None = None) -> Generator[None]:
         """Take a cached direction in this context; nothing else is left of the pass.
+
+        Args:
+            outside: What the loss function finds outside itself, where that is known.
 
         Raises:
             RuntimeError: If the pass computed no gradients.
@@ -167,7 +171,8 @@ class OnePass:
         parameters = ascent.parameters()
         gradients = StashedGradients(parameters, [parameter.grad for parameter in parameters])
         state = ModuleState(self._models)
-        random = RngState.capture(ascent.accelerators())
+        state.reach(() if outside is None else outside.modules)
+        random = RngState.capture(ascent.accelerators(), generators=() if outside is None else outside.generators)
         state.save()
         self._is_aside = True
         try:
@@ -194,8 +199,7 @@ class OnePass:
         """
         with torch.enable_grad():
             if self.needs_first_pass:
-                with self.first_pass():
-                    differentiate(compute_loss())
+                self._take_direction(compute_loss, lambda: differentiate(compute_loss()))
             with self._moved_without_model(), nullcontext() if last else unsynced(self._models):
                 result = compute_loss()
                 differentiate(result)
@@ -217,13 +221,27 @@ class OnePass:
         """
         with torch.enable_grad():
             if self.needs_first_pass:
-                with self.first_pass():
-                    (ascent_closure or closure)()
+                closure_of_direction = ascent_closure or closure
+                self._take_direction(closure_of_direction, closure_of_direction)
             with self._moved_without_model():
                 results.append(closure())
         self._loss = results[-1]
         self._measure()
         return results[-1]
+
+    def _take_direction(self, function: Callable[[], Any], run: Callable[[], Any]) -> None:
+        """Run the pass of a cached direction, of which nothing else is left.
+
+        Args:
+            function: What computes its loss.
+            run: Calls it, and takes the gradient.
+        """
+        variables = WindowVariables()
+        number = variables.begin(function)
+        with self.first_pass(variables.at_start):
+            run()
+        variables.end(function)
+        variables.set_to(number)
 
     def check_restored(self, what: str) -> None:
         """Have the weights exact.

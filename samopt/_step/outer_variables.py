@@ -1,4 +1,4 @@
-"""What a loss function reads from outside itself: batches that a loop rebinds, and random generators."""
+"""What a loss function finds outside itself: batches that a loop rebinds, a carried state, generators, modules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from samopt._replay.code_variables import ABSENT, enclosing_variables, global_na
 from samopt._replay.random_state import is_generator
 from samopt._replay.slots import slot_names
 
-__all__ = ["OuterVariables", "WindowVariables", "generators_of"]
+__all__ = ["OuterVariables", "WindowVariables"]
 
 _LIMIT = 300  # objects that are looked at; more of them are a data structure
 _LONG = 10_000  # entries of a container; a longer one holds data
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, Tensor, nn.Parameter, types.ModuleType, type})
-_LEFT_ALONE = (nn.Module, Optimizer, type)  # modules are looked after as modules
+_LEFT_ALONE = (Optimizer, type)
+# Of these, other threads and the system hold a part: to put back the rest would tear both apart.
+_SHARED = frozenset({"asyncio", "concurrent", "logging", "multiprocessing", "queue", "socket", "threading"})
+_NOT_READ = frozenset({"builtins", "numpy", "torch"}) | _SHARED
+_LISTS = (list, deque)
 _CONTENT = ""  # the one name in a variable of a closure, and in a list
 
 
@@ -36,12 +40,16 @@ class OuterVariables:
     Attributes:
         places: What holds names, with what these are bound to, by id.
         tensors: Tensors in variables and containers, with their names and version counters, by id.
+        generators: Random generators of torch, Python and NumPy; global streams are none of them.
+        modules: Modules, whose attributes are not among the places.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.places: dict[int, tuple[Any, dict[Any, Any]]] = {}
         self.tensors: dict[int, tuple[Tensor, str, int]] = {}
-        _walk(function, [], self)
+        self.generators: list[Any] = []
+        self.modules: list[nn.Module] = []
+        _walk(function, self)
 
     def changed_since(self, before: OuterVariables) -> set[tuple[int, Any]]:
         """Return which names are bound to something else than at an earlier look, as pairs of a place's id and a name.
@@ -88,17 +96,27 @@ class OuterVariables:
 
 
 class WindowVariables:
-    """The variables that a training loop changes from one micro-batch of a window to the next.
+    """The variables that change from one call of a loss function to the next.
 
-    The second pass calls each micro-batch's function again, when ``x``, ``batch["x"]`` or ``self.x`` hold the last
-    batch. What the loop changed between two calls is set to what it was, before each of them, and at the end to what it
-    is now. What the functions change themselves is left alone.
+    The second pass calls the function of each micro-batch again. What the training loop changed between two calls, such
+    as ``x``, ``batch["x"]`` or ``self.x``, is set before each of them to what it was. What a function binds to a name
+    itself, such as a hidden state or a counter, starts again where it started in the first pass. At the end, all of it
+    is as the first pass left it. Names that only the second pass binds are left alone. So is what a function appends to
+    a list: this is a log most often, which may want to see both passes.
+
+    It holds what the variables were bound to, so make a new one for each window.
     """
 
     def __init__(self) -> None:
         self._starts: list[OuterVariables] = []
-        self._changed: set[tuple[int, Any]] = set()
+        self._by_loop: set[tuple[int, Any]] = set()
+        self._by_functions: set[tuple[int, Any]] = set()
         self._end: OuterVariables | None = None
+
+    @property
+    def at_start(self) -> OuterVariables:
+        """What the function of the latest micro-batch found outside itself before it was called."""
+        return self._starts[-1]
 
     def begin(self, function: Callable[..., Any]) -> int:
         """Look at a function before it is called for the first time.
@@ -115,7 +133,7 @@ class WindowVariables:
         now = OuterVariables(function)
         if self._end is not None:
             now.refuse_written(self._end)
-            self._changed |= now.changed_since(self._end)
+            self._by_loop |= now.changed_since(self._end)
         self._starts.append(now)
         return len(self._starts) - 1
 
@@ -126,48 +144,46 @@ class WindowVariables:
             function: As for ``begin``.
         """
         self._end = OuterVariables(function)
+        changed = self._end.changed_since(self._starts[-1])
+        self._by_functions |= {each for each in changed if not isinstance(self._end.places[each[0]][0], _LISTS)}
 
     def set_to(self, number: int) -> None:
-        """Bind what the loop changed as it was before a micro-batch.
+        """Bind what the loop changed as it was before a micro-batch, and once what the functions changed.
 
         Args:
-            number: Of the micro-batch.
+            number: Of the micro-batch, from 0.
         """
-        if self._changed:
-            self._starts[number].bind(self._changed)
+        names = self._by_loop
+        if self._by_functions:
+            seen = {key for start in self._starts[:number] for key in start.places}
+            names = names | {(key, name) for key, name in self._by_functions if key not in seen}
+        if names:
+            self._starts[number].bind(names)
 
     def put_back(self) -> None:
-        """Bind what the loop changed as it was after the last micro-batch."""
-        if self._changed and self._end is not None:
-            self._end.bind(self._changed)
+        """Bind everything that changed as it was after the first pass."""
+        names = self._by_loop | self._by_functions
+        if names and self._end is not None:
+            self._end.bind(names)
 
 
-def generators_of(function: Callable[..., Any]) -> list[Any]:
-    """Return the random generators that a function reads: torch's, Python's and NumPy's objects, not global streams.
-
-    Args:
-        function: What computes the loss.
-    """
-    found: list[Any] = []
-    _walk(function, found, None)
-    return found
-
-
-def _walk(function: Any, generators: list[Any], look: OuterVariables | None) -> None:
-    """Gather random generators from a function's variables, and everything else where a look asks for it."""
+def _walk(function: Any, look: OuterVariables) -> None:
+    """Gather what a function's variables hold."""
     pending: list[tuple[Any, str | None]] = [(function, None)]  # with the name of a variable; None for an attribute
     seen = set[int]()
     while pending and len(seen) < _LIMIT:
         value, variable = pending.pop()
         kind = type(value)
-        if kind in _ATOMS and (look is None or not isinstance(value, Tensor)):
+        if kind in _ATOMS and not isinstance(value, Tensor):
             continue
         if id(value) in seen or isinstance(value, _LEFT_ALONE):
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            if look is not None and variable is not None and not value.requires_grad:
+            if variable is not None and not value.requires_grad:
                 look.tensors[id(value)] = (value, variable, value._version)
+        elif isinstance(value, nn.Module):
+            look.modules.append(value)
         elif kind is types.FunctionType:
             _read_function(value, pending, look)
         elif kind is types.MethodType:
@@ -182,45 +198,41 @@ def _walk(function: Any, generators: list[Any], look: OuterVariables | None) -> 
         elif isinstance(value, dict | list | tuple | deque):
             if len(value) <= _LONG:
                 entries = value if isinstance(value, dict) else {_CONTENT: tuple(value)}
-                if look is not None and not isinstance(value, tuple):
+                if not isinstance(value, tuple):
                     look.places[id(value)] = (value, dict(entries))
                 inside = value.items() if isinstance(value, dict) else enumerate(value)
                 if len(value) <= _LIMIT:
                     pending += [(each, variable and f"{variable}[{key!r}]") for key, each in inside]
         elif is_generator(value):
-            generators.append(value)
-        elif kind.__module__.partition(".")[0] not in ("builtins", "torch", "numpy"):
+            look.generators.append(value)
+        elif kind.__module__.partition(".")[0] not in _NOT_READ:
             _read_object(value, pending, look)
 
 
-def _read_function(function: Any, pending: list[tuple[Any, str | None]], look: OuterVariables | None) -> None:
+def _read_function(function: Any, pending: list[tuple[Any, str | None]], look: OuterVariables) -> None:
     """Note the variables that a function reads."""
     for name, cell, value in enclosing_variables(function):
         if value is not ABSENT:
             pending.append((value, name))
-        if look is not None:
-            look.places[id(cell)] = (cell, {} if value is ABSENT else {_CONTENT: value})
+        look.places[id(cell)] = (cell, {} if value is ABSENT else {_CONTENT: value})
     space = function.__globals__
     names = {name: space[name] for name in global_names(function.__code__) if name in space}
-    if look is not None:
-        look.places.setdefault(id(space), (space, {}))[1].update(names)
+    look.places.setdefault(id(space), (space, {}))[1].update(names)
     pending += [(each, name) for name, each in names.items()]
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     pending += [(each, "a default value") for each in defaults]
 
 
-def _read_object(value: Any, pending: list[tuple[Any, str | None]], look: OuterVariables | None) -> None:
+def _read_object(value: Any, pending: list[tuple[Any, str | None]], look: OuterVariables) -> None:
     """Note the attributes of an object of a user's own."""
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
         pending += [(each, None) for each in attributes.values()]
-        if look is not None:
-            look.places[id(attributes)] = (attributes, attributes.copy())
+        look.places[id(attributes)] = (attributes, attributes.copy())
     slots = {name: getattr(value, name) for name in slot_names(value) if hasattr(value, name)}
     if slots:
         pending += [(each, None) for each in slots.values()]
-        if look is not None:
-            look.places[id(value)] = (value, slots)
+        look.places[id(value)] = (value, slots)
     if callable(value):
         pending.append((type(value).__call__, None))
 
@@ -244,7 +256,7 @@ def _put(place: Any, name: Any, value: Any) -> None:
             place.pop(name, None)
         else:
             place[name] = value
-    elif isinstance(place, list | deque):
+    elif isinstance(place, _LISTS):
         place.clear()
         place.extend(value)
     elif value is ABSENT:

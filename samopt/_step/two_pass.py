@@ -23,7 +23,7 @@ from samopt._step.ascent import Ascent
 from samopt._step.clearing_check import ClearingCheck
 from samopt._step.decoupled_update import DecoupledUpdate
 from samopt._step.exact_exit import ExactExit
-from samopt._step.outer_variables import WindowVariables, generators_of
+from samopt._step.outer_variables import OuterVariables, WindowVariables
 from samopt._step.pass_handle import PassHandle
 from samopt._step.second_pass import SecondPass
 from samopt._step.trunk_reuse import TrunkReuse, leaves_of
@@ -92,7 +92,6 @@ class TwoPass:
         self._stays_on_rank = False  # whether the first gradients of the window do
         self._has_leaves: dict[Any, bool] = {}  # by code, whether its loss has leaves that are not the models'
         self._leaves: list[Tensor] = []  # those of this window
-        self._included: tuple[nn.Module, ...] = ()
         self._at_end: list[tuple[int, int] | None] = []  # of the gradients, after the latest micro-batch
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
@@ -231,17 +230,17 @@ class TwoPass:
         self._stays_on_rank = (self._stays_on_rank or not self.window) and self.keeps_on_rank(self._models)
         if not self.window:
             self._variables, self._leaves = WindowVariables(), []
-        number = 0 if last and not self.window else self._variables.begin(compute_loss)
-        start = self.begin_micro_batch(is_first=not self.window, generators=generators_of(compute_loss))
+        variables = self._variables
+        number = variables.begin(compute_loss)
+        start = self.begin_micro_batch(is_first=not self.window, outside=variables.at_start)
         with torch.enable_grad(), self._exchange(is_needed=last and not self._stays_on_rank):
             result = compute_loss()
             loss = differentiate(result)
             self._note_leaves(loss, compute_loss)
-        if not (last and not self.window):
-            self._variables.end(compute_loss)
+        variables.end(compute_loss)
 
         def again() -> Tensor:
-            self._variables.set_to(number)
+            variables.set_to(number)
             return differentiate(compute_loss())
 
         self.window.append(MicroBatch(again, loss.detach(), start))
@@ -250,7 +249,8 @@ class TwoPass:
             try:
                 self.run_again(window, lambda is_last: self._exchange(is_needed=is_last))
             finally:
-                self._variables.put_back()
+                variables.put_back()
+                self._variables = WindowVariables()
         else:
             self.end_micro_batch()
         return result
@@ -271,7 +271,9 @@ class TwoPass:
                 "reuse_trunk=True takes one micro-batch a step, since each more would keep its own graph; leave "
                 "reuse_trunk out to accumulate with backward(..., last=False)"
             )
-        start = self.begin_micro_batch(is_first=True, generators=generators_of(compute_loss))
+        variables = WindowVariables()
+        number = variables.begin(compute_loss)
+        start = self.begin_micro_batch(is_first=True, outside=variables.at_start)
         moving = self._ascent.perturbed_parameters()
         before = StashedGradients.of(moving)
         self._is_reusing = True
@@ -281,8 +283,10 @@ class TwoPass:
                 loss = _differentiable(result)
                 reuse.check(loss, self._replay.state.rebound())
                 loss.backward(inputs=moving, retain_graph=True)  # type: ignore[no-untyped-call]
+            variables.end(compute_loss)
             with cast(Any, self.perturbed(loss.detach(), start.random)) as handle:
                 if handle.is_needed:
+                    variables.set_to(number)
                     with torch.enable_grad():
                         handle.loss = differentiate(reuse.again(compute_loss)).detach()
                         reuse.check_second()
@@ -291,6 +295,7 @@ class TwoPass:
                 loss.backward()  # type: ignore[no-untyped-call]
                 self._waiting = self._first_gradient()
         finally:
+            variables.put_back()
             self._is_reusing = False
             reuse.forget()
         return result
@@ -302,20 +307,23 @@ class TwoPass:
             models: Further modules: their state, and the gradients of their parameters that this optimizer lacks.
             objects: Objects whose attributes are kept, each with the names of attributes to leave alone.
         """
-        self._included = tuple(models)
         self._replay.state.include(models, objects)
 
-    def begin_micro_batch(self, *, is_first: bool, generators: Iterable[Any] = ()) -> Start:
+    def begin_micro_batch(self, *, is_first: bool, outside: OuterVariables | None = None) -> Start:
         """Note that a micro-batch of the first pass begins.
 
         Args:
             is_first: Whether it is the first of its window.
-            generators: Random generators that the loss function reads.
+            outside: What the loss function finds outside itself, where that is known.
 
         Returns:
             What the second pass needs to repeat it.
         """
-        random = self._replay.begin_first(generators) if is_first else self._replay.capture(generators)
+        generators = [] if outside is None else outside.generators
+        if is_first:
+            random = self._replay.begin_first(generators, [] if outside is None else outside.modules)
+        else:
+            random = self._replay.capture(generators)
         return Start(random, self._replay.state.changes_between())
 
     def end_micro_batch(self) -> None:
@@ -416,11 +424,14 @@ class TwoPass:
                 "step() was given an ascent_closure, but the direction is the gradient that closure computes; use "
                 "direction=samopt.parts.ReusedGradient() to take it from another"
             )
-        start = self._replay.begin_first(generators_of(closure))
+        variables = WindowVariables()
+        number = variables.begin(closure)
+        start = self._replay.begin_first(variables.at_start.generators, variables.at_start.modules)
         check = ClearingCheck(self._ascent.parameters())
         old = GradientMarks(self._ascent.frozen_with_gradients())
         with torch.enable_grad(), self.first_pass():
             results.append(closure())
+        variables.end(closure)
         check.verify()
         # A closure may thaw parameters at its start and freeze them at its end; it has cleared the gradients.
         self._frozen_since = {id(p) for p in self._ascent.frozen_with_gradients() if not old.is_known(p)}
@@ -431,11 +442,15 @@ class TwoPass:
             self.metrics = StepMetrics(loss=as_scalar(results[-1]), radius=torch.zeros(()))
             self._complete()
             return results[-1]
-        with cast(Any, self.perturbed(results[-1], start, may_lack_gradients=True)) as handle:
-            if not handle.is_needed:
-                return results[-1]
-            with torch.enable_grad():
-                handle.loss = closure()
+        try:
+            with cast(Any, self.perturbed(results[-1], start, may_lack_gradients=True)) as handle:
+                if not handle.is_needed:
+                    return results[-1]
+                variables.set_to(number)
+                with torch.enable_grad():
+                    handle.loss = closure()
+        finally:
+            variables.put_back()
         return handle.loss
 
     def perturbed(
@@ -661,7 +676,7 @@ class TwoPass:
 
     def _gradients_of_others(self) -> StashedGradients:
         """Return the parameters of the models that another optimizer trains, with their gradients."""
-        if not (self._models or self._included):
+        if self._replay.state.is_empty:
             return StashedGradients([], [])
         owned = set(map(id, self._ascent.parameters()))
         others = [tensor for tensor in self._replay.state.parameters_with_gradients() if id(tensor) not in owned]
@@ -679,7 +694,7 @@ class TwoPass:
             function: What computed it, if that is known.
         """
         code = getattr(function, "__code__", type(function))
-        if loss is None or not self._models or not self._has_leaves.get(code, True):
+        if loss is None or self._replay.state.is_empty or not self._has_leaves.get(code, True):
             return
         known = {id(p) for p in (*self._ascent.parameters(), *self._replay.state.parameters_with_gradients())}
         found = [leaf for leaf in leaves_of([loss]) if leaf.grad is not None and id(leaf) not in known]
@@ -688,7 +703,7 @@ class TwoPass:
 
     def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
         """Warn once where the loss has other trainable parameters, and no model tells which."""
-        if self._models or self._has_looked_for_others or not isinstance(first_loss, Tensor):
+        if not self._replay.state.is_empty or self._has_looked_for_others or not isinstance(first_loss, Tensor):
             return
         self._has_looked_for_others = True
         owned = set(self._ascent.parameters())
