@@ -71,7 +71,7 @@ class SharpnessAwareOptimizer(OptimizerWrapper):
         model: The module that the passes run, or a list of modules (a loss module with state, say). When given, the
             second pass repeats the random numbers of the first, and leaves buffers, parameters of other owners and
             attributes of modules as the first pass left them. Give the outermost module that your loop calls (the
-            ``torch.compile``d or DDP one).
+            ``torch.compile``d or DDP one). ``backward`` and a closure also find modules in their function's variables.
         only: Which parameters move; None is all of them. "norm": those of normalisation layers. "bias": the biases.
             "head": those of the last layer. Any other text: those in whose name, as in ``model.named_parameters()``,
             this regular expression is found (``re.search``). Or a function ``(name, parameter) -> bool``. The others

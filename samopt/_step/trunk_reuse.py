@@ -273,11 +273,7 @@ def leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     """
     tensors = list(tensors)
     found = [tensor for tensor in tensors if tensor.grad_fn is None and tensor.requires_grad]
-    for node in graph_nodes(tensors):
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found.append(variable)
-    return found
+    return found + [node.variable for node in graph_nodes(tensors) if type(node).__name__ == "AccumulateGrad"]
 
 
 def graph_nodes(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> Iterator[Any]:
@@ -287,14 +283,16 @@ def graph_nodes(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> Itera
         tensors: Tensors, with their graphs.
         stops: Nodes that are neither yielded nor passed.
     """
-    pending, seen = [tensor.grad_fn for tensor in tensors], set[Any]()
+    seen: set[Any] = {None, *stops}
+    pending: list[Any] = list({tensor.grad_fn for tensor in tensors} - seen)
+    seen.update(pending)
     while pending:
         node = pending.pop()
-        if node is None or node in seen or node in stops:
-            continue
-        seen.add(node)
         yield node
-        pending.extend([after for after, _ in node.next_functions])
+        for after, _ in node.next_functions:  # each step walks the graph: this loop is kept short
+            if after not in seen:
+                seen.add(after)
+                pending.append(after)
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -90,8 +90,7 @@ class TwoPass:
         self.window: list[MicroBatch] = []
         self._variables = WindowVariables()
         self._stays_on_rank = False  # whether the first gradients of the window do
-        self._has_leaves: dict[Any, bool] = {}  # by code, whether its loss has leaves that are not the models'
-        self._leaves: list[Tensor] = []  # those of this window
+        self._leaves: list[Tensor] = []  # with gradients, of this window's losses
         self._at_end: list[tuple[int, int] | None] = []  # of the gradients, after the latest micro-batch
         self._is_ready = False  # whether the gradients are a second pass's
         self._is_unscaled = False  # whether a GradScaler divided them since that pass began
@@ -100,7 +99,6 @@ class TwoPass:
         self._decoupled: DecoupledUpdate | None = None
         self._frozen_marks: GradientMarks | None = None
         self._frozen_since: Collection[int] = ()  # ids of parameters that only the first pass trained
-        self._has_looked_for_others = False
         self._has_warned_of_missing = False
         self.metrics = StepMetrics()
         self._is_measured = False  # whether these are of the present step
@@ -236,7 +234,7 @@ class TwoPass:
         with torch.enable_grad(), self._exchange(is_needed=last and not self._stays_on_rank):
             result = compute_loss()
             loss = differentiate(result)
-            self._note_leaves(loss, compute_loss)
+            self._note_leaves(loss)
         variables.end(compute_loss)
 
         def again() -> Tensor:
@@ -436,7 +434,7 @@ class TwoPass:
         # A closure may thaw parameters at its start and freeze them at its end; it has cleared the gradients.
         self._frozen_since = {id(p) for p in self._ascent.frozen_with_gradients() if not old.is_known(p)}
         self._leaves = []
-        self._note_leaves(loss_in(results[-1]), closure)
+        self._note_leaves(loss_in(results[-1]))
         if not self._ascent.may_move():
             self._replay.forget()
             self.metrics = StepMetrics(loss=as_scalar(results[-1]), radius=torch.zeros(()))
@@ -562,7 +560,7 @@ class TwoPass:
             self._replay.check_first_pass()
         if not may_lack_gradients:  # where samopt runs both passes, it has looked already
             self._leaves = []
-            self._note_leaves(loss_in(first_loss), None)
+            self._note_leaves(loss_in(first_loss))
         second = SecondPass(
             ascent,
             stashed,
@@ -572,7 +570,6 @@ class TwoPass:
             measure_grad_norms=self._measure_grad_norms,
         )
         self._frozen_marks = GradientMarks(frozen) if frozen else None
-        self._warn_of_unknown_parameters(first_loss)
         ascent.advance_rounding()
         self._is_ready = False
         self._is_unscaled = False
@@ -675,45 +672,20 @@ class TwoPass:
         )
 
     def _gradients_of_others(self) -> StashedGradients:
-        """Return the parameters of the models that another optimizer trains, with their gradients."""
-        if self._replay.state.is_empty:
-            return StashedGradients([], [])
+        """Return what else has gradients, with these: parameters that another optimizer trains, and other leaves."""
         owned = set(map(id, self._ascent.parameters()))
-        others = [tensor for tensor in self._replay.state.parameters_with_gradients() if id(tensor) not in owned]
-        others += {id(leaf): leaf for leaf in self._leaves}.values()
-        return StashedGradients(others, [parameter.grad for parameter in others])
+        found = {id(each): each for each in (*self._replay.state.parameters_with_gradients(), *self._leaves)}
+        others = [tensor for key, tensor in found.items() if key not in owned]
+        return StashedGradients(others, [tensor.grad for tensor in others])
 
-    def _note_leaves(self, loss: Tensor | None, function: Callable[[], Any] | None) -> None:
-        """Note leaves of a loss that belong to no model and got a gradient, such as an input's perturbation.
-
-        The second pass would add to it. Walking the graph is not free, so it is done once for each piece of code, and
-        each time where there are such leaves.
+    def _note_leaves(self, loss: Tensor | None) -> None:
+        """Note the leaves of a loss, such as an input's perturbation: the second pass would add to their gradients.
 
         Args:
             loss: The loss of the first pass, differentiated.
-            function: What computed it, if that is known.
         """
-        code = getattr(function, "__code__", type(function))
-        if loss is None or self._replay.state.is_empty or not self._has_leaves.get(code, True):
-            return
-        known = {id(p) for p in (*self._ascent.parameters(), *self._replay.state.parameters_with_gradients())}
-        found = [leaf for leaf in leaves_of([loss]) if leaf.grad is not None and id(leaf) not in known]
-        self._has_leaves[code] = bool(found)
-        self._leaves += found
-
-    def _warn_of_unknown_parameters(self, first_loss: Any) -> None:
-        """Warn once where the loss has other trainable parameters, and no model tells which."""
-        if not self._replay.state.is_empty or self._has_looked_for_others or not isinstance(first_loss, Tensor):
-            return
-        self._has_looked_for_others = True
-        owned = set(self._ascent.parameters())
-        others = [p for p in leaves_of([first_loss]) if p.grad is not None and p not in owned]
-        if others:
-            warn_user(
-                f"the loss depends on {len(others)} parameters with gradients that this optimizer does not have, of "
-                f"shape {tuple(others[0].shape)} for one. Their gradients become the sum of both passes. Pass model=, "
-                "so that those of the first pass are kept"
-            )
+        if loss is not None:
+            self._leaves += [leaf for leaf in leaves_of([loss]) if leaf.grad is not None]
 
     def _exchange(self, *, is_needed: bool) -> AbstractContextManager[None]:
         """Return the context in which ranks do or do not exchange gradients."""
