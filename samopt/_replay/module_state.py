@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from samopt._callers.user_warnings import warn_user
 from samopt._replay.class_state import ClassAttributes, generators_of_code, users_classes
 from samopt._replay.random_state import is_generator, put_back_later
 from samopt._replay.slots import slot_names
@@ -32,6 +33,8 @@ _RATES = frozenset({"training", "p", "dropout", "momentum"})  # of torch's own m
 _SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _OBJECTS = 100  # objects inside one another; more of them are a data structure, and are left alone
+_LEARNING = 100  # first passes after which a large tensor that none of them wrote into is no longer copied beforehand
+_SPARE = 2**24  # elements of frozen tensors that are copied beforehand, whatever the trained ones have
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
@@ -57,7 +60,11 @@ class ModuleState:
     ``save`` copies what that pass changed, since the second pass will change the same; ``restore`` puts it back.
 
     The second pass begins with names (of buffers, too), containers, arrays and generators as they were before the
-    first. Tensors that the first pass wrote into keep what it left: to copy them all beforehand would be dear.
+    first. If it ``rewinds``, so do the values of tensors: otherwise a queue that the first pass wrote its keys into
+    would give the second one these keys. So tensors are copied before the first pass: small ones, and those that a
+    first pass has been seen to write into; in the first 100 first passes also large frozen ones of modules in training,
+    smallest first, up to twice the trained elements and ``_SPARE``. If the first pass writes into another tensor, the
+    second pass begins with what it wrote, and a warning says so; from the next step on the tensor is copied, too.
 
     What changed is told by identity, address and version counter. Writes through ``.data`` leave no trace there, so
     tensors of up to 4,096 elements are always copied, and of larger ones 64 entries are compared: on an accelerator,
@@ -99,6 +106,11 @@ class ModuleState:
         self._at_end: _Found | None = None
         self._to_later_start: Callable[[], None] | None = None
         self._copies: list[_Copy] = []
+        self._rewinds = False
+        self._starts: dict[int, _Copy] = {}  # by id of the tensor, from before the first pass
+        self._marks_at_end: dict[int, tuple[int, int]] = {}
+        self._written: set[int] = set()  # ids of large tensors that a first pass wrote into
+        self._first_passes = 0
 
     def include(self, models: Iterable[nn.Module] = (), objects: Iterable[tuple[object, Collection[str]]] = ()) -> None:
         """Set what else is looked after, in place of what was set before.
@@ -123,8 +135,12 @@ class ModuleState:
         """Whether there is nothing to look after."""
         return not (self._models or self._more_models or self._reached or self._others)
 
-    def begin(self) -> None:
-        """Note the tensors there are before the first pass, and what plain attributes are bound to."""
+    def begin(self, *, rewinds: bool = False) -> None:
+        """Note the tensors there are before the first pass, and what plain attributes are bound to.
+
+        Args:
+            rewinds: Whether the second pass is to begin with the values that tensors have now.
+        """
         found = self._look()
         self._now = None
         self._known = {}
@@ -135,11 +151,33 @@ class ModuleState:
                 self._samples.append((tensor, sample(tensor)))
         self._at_start = found
         self._at_end = self._to_later_start = None
+        self._rewinds = rewinds
+        self._starts = {}
+        if rewinds:
+            self._copy_beforehand(found)
+
+    def leave_as_written(self, tensors: Iterable[Tensor]) -> None:
+        """Have the second pass begin with what the first one writes into some tensors.
+
+        Args:
+            tensors: The tensors.
+        """
+        for tensor in tensors:
+            self._starts.pop(id(tensor), None)
 
     def note_later_start(self) -> None:
         """Note what has changed since ``begin``, because the first pass may only begin now."""
         if self._at_start is not None:
-            self._to_later_start = self._look().changes_since(self._at_start)
+            bind = self._look().changes_since(self._at_start)
+            # Small tensors are copied again in any case: nothing tells of writes through ``.data``.
+            changed = [start for start in self._starts.values() if start.is_small or start.mark != _mark(start.tensor)]
+            later = [_Copy.of(start.tensor) for start in changed]
+
+            def change() -> None:
+                bind()
+                _put_back([each for each in later if id(each.tensor) not in self._moved])
+
+            self._to_later_start = change
 
     def bind_later_start(self) -> None:
         """Have the second pass begin where ``note_later_start`` was called, if it was."""
@@ -150,6 +188,7 @@ class ModuleState:
     def end_micro_batch(self) -> None:
         """Note what names are bound to after a micro-batch of the first pass that another will follow."""
         self._at_end = self._look()
+        self._marks_at_end = {key: _mark(start.tensor) for key, start in self._starts.items()}
 
     def changes_between(self) -> Callable[[], None]:
         """Return what binds names as code between two micro-batches did, since ``end_micro_batch``.
@@ -158,7 +197,18 @@ class ModuleState:
         the forward itself keeps from one micro-batch to the next is the second pass's own.
         """
         before, self._at_end = self._at_end, None
-        return (lambda: None) if before is None else self._look().changes_since(before)
+        if before is None:
+            return lambda: None
+        bind = self._look().changes_since(before)
+        marks = self._marks_at_end
+        tensors = [start.tensor for key, start in self._starts.items() if marks.get(key) != _mark(start.tensor)]
+        copies = [_Copy.of(tensor) for tensor in tensors]
+
+        def repeat() -> None:
+            bind()
+            _put_back([each for each in copies if id(each.tensor) not in self._moved])
+
+        return repeat
 
     def rebound(self) -> list[str]:
         """Return what names are bound to other objects than before the first pass, or may be.
@@ -197,22 +247,31 @@ class ModuleState:
         self._bound, self._now = self._now or self._look(), None
         changed = self._silently_changed() if self._samples else set()
         moved = self._moved = set(map(id, moving))
-        with torch.no_grad():
-            for tensor in self._bound.tensors:
-                if id(tensor) in moved:
-                    continue
-                known = self._known.get(id(tensor))
-                if (
-                    tensor.numel() <= _SMALL
-                    or known is None
-                    or known[0] is not tensor
-                    or known[1] != _mark(tensor)
-                    or id(tensor) in changed
-                ):
-                    self._copies.append(_Copy(tensor, tensor.data, tensor.clone(), tensor._version))
+        missing: list[Tensor] = []
+        for tensor in self._bound.tensors:
+            if id(tensor) in moved:
+                continue
+            is_small, known = tensor.numel() <= _SMALL, self._known.get(id(tensor))
+            is_known = known is not None and known[0] is tensor
+            is_marked = known is not None and is_known and known[1] == _mark(tensor)
+            if is_marked and not is_small and id(tensor) not in changed:
+                continue
+            self._copies.append(_Copy.of(tensor))
+            if self._rewinds and is_known and not is_small:
+                self._written.add(id(tensor))
+                if id(tensor) not in self._starts:
+                    missing.append(tensor)
         if self._at_start is not None:
             self._at_start.bind()
             self._at_start = None
+            copied = {id(each.tensor) for each in self._copies}
+            starts = [start for key, start in self._starts.items() if key not in moved]
+            # A large one that is not copied has not changed; one that is in no name any more is bound again.
+            bound = set(map(id, self._bound.tensors))
+            _put_back([start for start in starts if id(start.tensor) in copied or id(start.tensor) not in bound])
+        self._starts = {}
+        if missing:
+            _warn_of_missing_starts(missing)
 
     def restore(self) -> None:
         """Put everything back; may be called again after an interrupt, and does nothing without ``save``."""
@@ -228,7 +287,7 @@ class ModuleState:
         if self._bound is None:
             return
         self._bound.bind(registries=True)
-        self._put_back_copies()
+        _put_back(self._copies)
 
     def between(self) -> Callable[[], None]:
         """Return what puts everything back as it is now; call it after ``save``, before one of several repetitions."""
@@ -236,26 +295,29 @@ class ModuleState:
 
         def put_back() -> None:
             now.bind(registries=True)
-            self._put_back_copies()
+            _put_back(self._copies)
 
         return put_back
 
-    def _put_back_copies(self) -> None:
-        """Give every tensor that was copied its memory and values back."""
-        with torch.no_grad():
-            places, values = [], []
-            for copy in self._copies:
-                if copy.tensor.is_nested:
-                    copy.tensor.copy_(copy.values)
-                elif copy.tensor.is_conj() or copy.tensor.is_neg():  # which the function for many tensors refuses
-                    copy.place().copy_(copy.values)
-                elif copy.tensor.layout is torch.strided:
-                    places.append(copy.place())
-                    values.append(copy.values)
-                else:
-                    copy.tensor.data = copy.values.clone()
-            if places:
-                torch._foreach_copy_(places, values)
+    def _copy_beforehand(self, found: _Found) -> None:
+        """Copy what the first pass may write into, as far as that is known or affordable."""
+        self._first_passes += 1
+        tensors = [each for each in found.tensors if id(each) not in self._moved and _is_plain(each)]
+        chosen = [each for each in tensors if each.numel() <= _SMALL or id(each) in self._written]
+        if self._first_passes <= _LEARNING:
+            affordable = _SPARE + 2 * sum(each.numel() for each in found.tensors if each.requires_grad)
+            left_out = self._written | self._parameters_at_rest()
+            large = [each for each in tensors if each.numel() > _SMALL and not each.requires_grad]
+            for tensor in sorted([each for each in large if id(each) not in left_out], key=Tensor.numel):
+                affordable -= tensor.numel()
+                if affordable >= 0:
+                    chosen.append(tensor)
+        self._starts = {id(each): _Copy.of(each) for each in chosen}
+
+    def _parameters_at_rest(self) -> set[int]:
+        """Return the parameters of modules in eval mode: a frozen teacher, not a momentum encoder."""
+        modules = every_module([*self._models, *self._more_models, *self._reached])
+        return {id(each) for module in modules if not module.training for each in module._parameters.values()}
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
@@ -423,7 +485,7 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A tensor as the first pass left it.
+    """A tensor as it was at one time.
 
     Attributes:
         tensor: The tensor.
@@ -437,6 +499,26 @@ class _Copy:
     values: Tensor
     version: int
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Copy:
+        """Copy a tensor.
+
+        Args:
+            tensor: The tensor.
+        """
+        with torch.no_grad():
+            return cls(tensor, tensor.data, tensor.clone(), tensor._version)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is copied without being asked whether it changed."""
+        return self.values.numel() <= _SMALL
+
+    @property
+    def mark(self) -> tuple[int, int]:
+        """What ``_mark`` said of the tensor when it was copied; for a plain tensor."""
+        return self.memory.data_ptr(), self.version
+
     def place(self) -> Tensor:
         """Give the tensor its former memory, also if a forward replaced it; return where its values go."""
         tensor, memory, values = self.tensor, self.memory, self.values
@@ -449,6 +531,33 @@ class _Copy:
             return tensor.data if tensor._version == self.version else tensor
         tensor.data = memory
         return memory
+
+
+def _put_back(copies: Iterable[_Copy]) -> None:
+    """Give every tensor that was copied its memory and values back."""
+    with torch.no_grad():
+        places, values = [], []
+        for copy in copies:
+            if copy.tensor.is_nested:
+                copy.tensor.copy_(copy.values)
+            elif copy.tensor.is_conj() or copy.tensor.is_neg():  # which the function for many tensors refuses
+                copy.place().copy_(copy.values)
+            elif copy.tensor.layout is torch.strided:
+                places.append(copy.place())
+                values.append(copy.values)
+            else:
+                copy.tensor.data = copy.values.clone()
+        if places:
+            torch._foreach_copy_(places, values)
+
+
+def _warn_of_missing_starts(tensors: Sequence[Tensor]) -> None:
+    """Say that a second pass begins with what the first one wrote."""
+    warn_user(
+        f"the first pass wrote into {len(tensors)} tensors of which there was no copy, of shape "
+        f"{tuple(tensors[0].shape)} for one. So this step's second pass begins with what the first pass wrote into "
+        "them. From the next step on they are copied beforehand, and every second pass begins where the first one began"
+    )
 
 
 def _note_scripted(module: torch.jit.ScriptModule, found: _Found, pending: list[Any]) -> None:
@@ -603,6 +712,11 @@ def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
             found[module] = None
             pending.extend(module._modules.values())
     return found
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor can be copied, and put back, by its memory."""
+    return type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:

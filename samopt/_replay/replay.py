@@ -27,6 +27,7 @@ class Replay:
     Args:
         models: The modules that the passes run; empty to look after the random streams only.
         accelerators: Returns the devices besides the CPU whose random streams the model may use.
+        expects_second: Returns whether a second pass may follow the first one that begins.
         followers: Told of the calls of the first model, and when passes begin and end.
     """
 
@@ -34,9 +35,11 @@ class Replay:
         self,
         models: Sequence[nn.Module],
         accelerators: Callable[[], Sequence[torch.device]],
+        expects_second: Callable[[], bool],
         followers: Iterable[PassFollower] = (),
     ) -> None:
         self.models = models
+        self._expects_second = expects_second
         self._accelerators = accelerators
         self.state = ModuleState(models)
         self._has_begun = False  # whether the start of the first pass was told by ``begin_first``
@@ -178,7 +181,7 @@ class Replay:
 
     def _begin(self) -> None:
         self._calls.devices = tuple(self._accelerators())
-        self.state.begin()
+        self.state.begin(rewinds=self._expects_second())
 
     def _names(self) -> str:
         return "model=" + ", ".join(type(model).__name__ for model in self.models)

@@ -85,6 +85,11 @@ class TrunkReuse:
         self._model_calls = self._head_calls = _Calls(())
         self._buffers: list[tuple[nn.Module, str, Tensor, int]] = []  # of the trunk, with their version counters
 
+    @property
+    def trunk_buffers(self) -> list[Tensor]:
+        """The buffers of the trunk, whose graph the second backward goes through as the first forward left it."""
+        return [buffer for _, _, buffer, _ in self._buffers]
+
     def first(self, compute_loss: Callable[[], Any]) -> Any:
         """Run the forward of the first pass and note what the second needs.
 

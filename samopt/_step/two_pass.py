@@ -81,7 +81,7 @@ class TwoPass:
         self._measure_grad_norms = measure_grad_norms
         if sync_perturbation:
             ascent.share_gradients()
-        self._replay = Replay(models, ascent.accelerators, followers)
+        self._replay = Replay(models, ascent.accelerators, ascent.may_move, followers)
         self._reuse = TrunkReuse(models, ascent) if reuse_trunk else None
         self._is_reusing = False
         self._memory = ScratchPool()
@@ -280,6 +280,7 @@ class TwoPass:
                 result = reuse.first(compute_loss)
                 loss = _differentiable(result)
                 reuse.check(loss, self._replay.state.rebound())
+                self._replay.state.leave_as_written(reuse.trunk_buffers)
                 loss.backward(inputs=moving, retain_graph=True)  # type: ignore[no-untyped-call]
             variables.end(compute_loss)
             with cast(Any, self.perturbed(loss.detach(), start.random)) as handle:

@@ -147,7 +147,8 @@ def leave_second_gradients(model: nn.Module, compute_loss: Callable[[], Tensor],
 def by_hand(model: nn.Module, compute_loss: Loss, owned: Sequence[str], rho: float, seed: int = 0) -> Step:
     """Both passes on copies of the model.
 
-    The second starts where the first ended, except that plain attributes and buffers are bound as they were before.
+    Both start from the state before the step. But the second pass has the parameters and modules that the first one
+    put in place of others, and what that wrote into the weights that move.
 
     Args:
         model: The model before the step; it is not changed.
@@ -160,7 +161,7 @@ def by_hand(model: nn.Module, compute_loss: Loss, owned: Sequence[str], rho: flo
     for (name, theirs), (_, ours) in zip(first.named_parameters(), model.named_parameters(), strict=True):
         if name not in owned and ours.grad is not None:  # those of other owners add up until their owner clears them
             theirs.grad = ours.grad.clone()
-    bound = {name: dict(module._buffers) for name, module in first.named_modules()}
+    present = dict(first.named_parameters())
     torch.manual_seed(seed)
     loss = compute_loss(first)
     loss.backward()
@@ -175,12 +176,13 @@ def by_hand(model: nn.Module, compute_loss: Loss, owned: Sequence[str], rho: flo
         for key in [key for key in vars(module) if key not in _TORCH_OWN and key not in own]:
             delattr(module, key)
         vars(module).update(own)
-        kept = dict(dict(first.named_modules())[name]._buffers)
-        for key in kept.keys() - bound[name].keys():
-            del module._buffers[key]
-        for key, buffer in bound[name].items():
-            if kept.get(key) is not buffer:
-                module._buffers[key] = before[name]._buffers[key]
+        module._buffers.clear()
+        module._buffers.update(before[name]._buffers)
+    made = dict(first.named_parameters())
+    for name, parameter in second.named_parameters():
+        moves = name in owned and gradients[name] is not None
+        if present.get(name) is made[name] and not moves:
+            parameter.data = model.get_parameter(name).data.clone()
     moving = {name: p for name, p in second.named_parameters() if name in owned}
     along = {name: gradients[name].to_dense() for name in moving if gradients[name] is not None}
     norm = sum(float(g.double().square().sum()) for g in along.values()) ** 0.5

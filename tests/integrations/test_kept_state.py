@@ -233,7 +233,7 @@ def plain_attributes(model: nn.Module) -> dict[str, object]:
 
 
 def by_hand(model: nn.Module, accumulate: int) -> None:
-    """SAM in plain torch: writes into a tensor go on from the first pass, names begin as in the first pass."""
+    """SAM in plain torch: both passes begin with the same state."""
     trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith("scale")]
     data = batches()
     model.train()
@@ -247,6 +247,8 @@ def by_hand(model: nn.Module, accumulate: int) -> None:
         model.zero_grad()
         before = plain_attributes(model)
         buffers = [(module._buffers, module._buffers.copy()) for module in model.modules()]
+        kept = [t for t in (*model.parameters(), *model.buffers()) if not any(t is p for p in trained)]
+        values = [t.detach().clone() for t in kept]
         one_pass(window)
         after = plain_attributes(model)
         tensors = {key: value.clone() for key, value in model.state_dict().items()}
@@ -259,6 +261,8 @@ def by_hand(model: nn.Module, accumulate: int) -> None:
         vars(model).update(before)
         for registry, content in buffers:
             registry.update(content)
+        for tensor, value in zip(kept, values, strict=True):
+            tensor.data.copy_(value)
         one_pass(window)
         vars(model).update(after)
         for key, value in tensors.items():
