@@ -14,7 +14,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 _CONTAINERS = (list, tuple, dict, set, deque)
 _DICTS = (dict, OrderedDict)
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+# In training, these write their running averages and do not read them.
+_AVERAGING = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm})
 # Of the standard library: values that do not change, references, and loggers, whose handlers count nothing of a pass.
 _CONSTANTS = frozenset(
     {"datetime", "decimal", "fractions", "ipaddress", "logging", "pathlib", "re", "typing", "uuid", "weakref"}
@@ -61,10 +63,11 @@ class ModuleState:
 
     The second pass begins with names (of buffers, too), containers, arrays and generators as they were before the
     first. If it ``rewinds``, so do the values of tensors: otherwise a queue that the first pass wrote its keys into
-    would give the second one these keys. So tensors are copied before the first pass: small ones, and those that a
-    first pass has been seen to write into; in the first 100 first passes also large frozen ones of modules in training,
-    smallest first, up to twice the trained elements and ``_SPARE``. If the first pass writes into another tensor, the
-    second pass begins with what it wrote, and a warning says so; from the next step on the tensor is copied, too.
+    would give the second one these keys. So tensors are copied before the first pass: small ones (but not the averages
+    of batch norm, which a forward in training does not read), and those that a first pass has been seen to write into;
+    in the first 100 first passes also large frozen ones of modules in training, smallest first, up to twice the trained
+    elements and ``_SPARE``. If the first pass writes into another tensor, the second pass begins with what it wrote,
+    and a warning says so; from the next step on the tensor is copied, too.
 
     What changed is told by identity, address and version counter. Writes through ``.data`` leave no trace there, so
     tensors of up to 4,096 elements are always copied, and of larger ones 64 entries are compared: on an accelerator,
@@ -171,7 +174,7 @@ class ModuleState:
             bind = self._look().changes_since(self._at_start)
             # Small tensors are copied again in any case: nothing tells of writes through ``.data``.
             changed = [start for start in self._starts.values() if start.is_small or start.mark != _mark(start.tensor)]
-            later = [_Copy.of(start.tensor) for start in changed]
+            later = _copies_of([start.tensor for start in changed])
 
             def change() -> None:
                 bind()
@@ -202,7 +205,7 @@ class ModuleState:
         bind = self._look().changes_since(before)
         marks = self._marks_at_end
         tensors = [start.tensor for key, start in self._starts.items() if marks.get(key) != _mark(start.tensor)]
-        copies = [_Copy.of(tensor) for tensor in tensors]
+        copies = _copies_of(tensors)
 
         def repeat() -> None:
             bind()
@@ -247,7 +250,7 @@ class ModuleState:
         self._bound, self._now = self._now or self._look(), None
         changed = self._silently_changed() if self._samples else set()
         moved = self._moved = set(map(id, moving))
-        missing: list[Tensor] = []
+        written, missing = list[Tensor](), list[Tensor]()
         for tensor in self._bound.tensors:
             if id(tensor) in moved:
                 continue
@@ -256,11 +259,12 @@ class ModuleState:
             is_marked = known is not None and is_known and known[1] == _mark(tensor)
             if is_marked and not is_small and id(tensor) not in changed:
                 continue
-            self._copies.append(_Copy.of(tensor))
+            written.append(tensor)
             if self._rewinds and is_known and not is_small:
                 self._written.add(id(tensor))
                 if id(tensor) not in self._starts:
                     missing.append(tensor)
+        self._copies += _copies_of(written)
         if self._at_start is not None:
             self._at_start.bind()
             self._at_start = None
@@ -302,7 +306,8 @@ class ModuleState:
     def _copy_beforehand(self, found: _Found) -> None:
         """Copy what the first pass may write into, as far as that is known or affordable."""
         self._first_passes += 1
-        tensors = [each for each in found.tensors if id(each) not in self._moved and _is_plain(each)]
+        needless = self._moved | found.unread
+        tensors = [each for each in found.tensors if id(each) not in needless and _is_plain(each)]
         chosen = [each for each in tensors if each.numel() <= _SMALL or id(each) in self._written]
         if self._first_passes <= _LEARNING:
             affordable = _SPARE + 2 * sum(each.numel() for each in found.tensors if each.requires_grad)
@@ -312,7 +317,7 @@ class ModuleState:
                 affordable -= tensor.numel()
                 if affordable >= 0:
                     chosen.append(tensor)
-        self._starts = {id(each): _Copy.of(each) for each in chosen}
+        self._starts = {id(copy.tensor): copy for copy in _copies_of(chosen)}
 
     def _parameters_at_rest(self) -> set[int]:
         """Return the parameters of modules in eval mode: a frozen teacher, not a momentum encoder."""
@@ -321,7 +326,7 @@ class ModuleState:
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
-        found = _Found([], [], [], [], [], [])
+        found = _Found([], set(), [], [], [], [], [])
         seen: set[int] = set()
         pending: list[Any] = []
         for each, left_alone in self._others:
@@ -388,6 +393,8 @@ class ModuleState:
             if inside:
                 found.registries.append((inside, inside.copy()))
             kind = type(module)
+            if kind in _AVERAGING and module.training:
+                found.unread.update(map(id, buffers.values()))
             if kind.__module__.startswith(_WRAPPERS):  # DDP's attributes say whether ranks exchange gradients
                 continue
             ignored = self._ignored_of.get(kind)
@@ -417,6 +424,7 @@ class _Found:
 
     Attributes:
         tensors: Every tensor that a forward may write into, once.
+        unread: Ids of those that it writes into without reading them.
         registries: Of parameters, of buffers and of modules, with their content.
         namespaces: Attributes of modules, of their classes and of other objects, with those to keep and the names of
             those to ignore; registries of buffers.
@@ -426,6 +434,7 @@ class _Found:
     """
 
     tensors: list[Tensor]
+    unread: set[int]
     registries: list[tuple[Any, Any]]
     namespaces: list[tuple[dict[str, Any] | ClassAttributes, dict[str, Any], frozenset[str]]]
     containers: list[tuple[Any, Any]]
@@ -483,8 +492,7 @@ class _Found:
         return repeat
 
 
-@dataclass(frozen=True)
-class _Copy:
+class _Copy(NamedTuple):
     """A tensor as it was at one time.
 
     Attributes:
@@ -498,16 +506,6 @@ class _Copy:
     memory: Tensor
     values: Tensor
     version: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Copy:
-        """Copy a tensor.
-
-        Args:
-            tensor: The tensor.
-        """
-        with torch.no_grad():
-            return cls(tensor, tensor.data, tensor.clone(), tensor._version)
 
     @property
     def is_small(self) -> bool:
@@ -531,6 +529,12 @@ class _Copy:
             return tensor.data if tensor._version == self.version else tensor
         tensor.data = memory
         return memory
+
+
+def _copies_of(tensors: Iterable[Tensor]) -> list[_Copy]:
+    """Copy tensors."""
+    with torch.no_grad():
+        return [_Copy(tensor, tensor.data, tensor.clone(), tensor._version) for tensor in tensors]
 
 
 def _put_back(copies: Iterable[_Copy]) -> None:
