@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,14 +40,15 @@ class OuterVariables:
 
     Attributes:
         places: What holds names, with what these are bound to, by id.
-        tensors: Tensors in variables and containers, with their names and version counters, by id.
+        tensors: Tensors that need no gradient, with their version counters, by id; with their names where they are in
+            variables and containers, else None.
         generators: Random generators of torch, Python and NumPy; global streams are none of them.
         modules: Modules, whose attributes are not among the places.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.places: dict[int, tuple[Any, dict[Any, Any]]] = {}
-        self.tensors: dict[int, tuple[Tensor, str, int]] = {}
+        self.tensors: dict[int, tuple[Tensor, str | None, int]] = {}
         self.generators: list[Any] = []
         self.modules: list[nn.Module] = []
         _walk(function, self)
@@ -66,6 +68,17 @@ class OuterVariables:
                         found.add((key, name))
         return found
 
+    def written_since(self, before: OuterVariables) -> list[tuple[Tensor, str | None]]:
+        """Return the tensors that were written in place since an earlier look, with their names where known.
+
+        Args:
+            before: The earlier look.
+        """
+        known = before.tensors
+        return [
+            (t, name) for key, (t, name, version) in self.tensors.items() if key in known and known[key][2] != version
+        ]
+
     def refuse_written(self, before: OuterVariables) -> None:
         """Raise if a tensor was written into since an earlier look.
 
@@ -75,8 +88,8 @@ class OuterVariables:
         Raises:
             RuntimeError: If one was.
         """
-        for key, (tensor, name, version) in self.tensors.items():
-            if key in before.tensors and before.tensors[key][2] != version:
+        for tensor, name in self.written_since(before):
+            if name is not None:
                 raise RuntimeError(
                     f"{name!r}, a {tensor.dtype} tensor of shape {tuple(tensor.shape)} that the function given to "
                     "backward() reads, was written in place between two micro-batches of a window, so the second pass "
@@ -101,8 +114,12 @@ class WindowVariables:
     The second pass calls the function of each micro-batch again. What the training loop changed between two calls, such
     as ``x``, ``batch["x"]`` or ``self.x``, is set before each of them to what it was. What a function binds to a name
     itself, such as a hidden state or a counter, starts again where it started in the first pass. At the end, all of it
-    is as the first pass left it. Names that only the second pass binds are left alone. So is what a function appends to
-    a list: this is a log most often, which may want to see both passes.
+    is as the first pass left it.
+
+    Tensors that a function writes in place are as the first pass left them, too. The second pass finds there what the
+    first one wrote, as in the buffers of a model, since it would be dear to copy every tensor before. Names that only
+    the second pass binds are left alone. So is what a function appends to a list: this is a log most often, which may
+    want to see both passes.
 
     It holds what the variables were bound to, so make a new one for each window.
     """
@@ -112,6 +129,13 @@ class WindowVariables:
         self._by_loop: set[tuple[int, Any]] = set()
         self._by_functions: set[tuple[int, Any]] = set()
         self._end: OuterVariables | None = None
+        self._written: dict[int, tuple[Tensor, str | None]] = {}
+        self._values: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def written(self) -> list[tuple[Tensor, str | None]]:
+        """The tensors that the functions have written in place, with their names where known."""
+        return list(self._written.values())
 
     @property
     def at_start(self) -> OuterVariables:
@@ -146,6 +170,17 @@ class WindowVariables:
         self._end = OuterVariables(function)
         changed = self._end.changed_since(self._starts[-1])
         self._by_functions |= {each for each in changed if not isinstance(self._end.places[each[0]][0], _LISTS)}
+        for tensor, name in self._end.written_since(self._starts[-1]):
+            self._written[id(tensor)] = tensor, name
+
+    def leave_alone(self, tensors: Iterable[Tensor]) -> None:
+        """Do not put back what the functions wrote into the memory of some tensors: gradients of the second pass.
+
+        Args:
+            tensors: Their memory is anywhere in that of a variable.
+        """
+        memory = {_memory(tensor) for tensor in tensors}
+        self._written = {key: each for key, each in self._written.items() if _memory(each[0]) not in memory}
 
     def set_to(self, number: int) -> None:
         """Bind what the loop changed as it was before a micro-batch, and once what the functions changed.
@@ -153,6 +188,8 @@ class WindowVariables:
         Args:
             number: Of the micro-batch, from 0.
         """
+        if number == 0:
+            self._values = [(tensor, tensor.clone()) for tensor, _ in self._written.values()]
         names = self._by_loop
         if self._by_functions:
             seen = {key for start in self._starts[:number] for key in start.places}
@@ -165,6 +202,17 @@ class WindowVariables:
         names = self._by_loop | self._by_functions
         if names and self._end is not None:
             self._end.bind(names)
+        with torch.no_grad():
+            for tensor, values in self._values:
+                if tensor.shape != values.shape:
+                    tensor.data = values
+                else:
+                    tensor.copy_(values)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor, with that of its views."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def _walk(function: Any, look: OuterVariables) -> None:
@@ -180,7 +228,7 @@ def _walk(function: Any, look: OuterVariables) -> None:
             continue
         seen.add(id(value))
         if isinstance(value, Tensor):
-            if variable is not None and not value.requires_grad:
+            if not (value.requires_grad or value.is_inference()):
                 look.tensors[id(value)] = (value, variable, value._version)
         elif isinstance(value, nn.Module):
             look.modules.append(value)

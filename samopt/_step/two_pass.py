@@ -100,6 +100,7 @@ class TwoPass:
         self._frozen_marks: GradientMarks | None = None
         self._frozen_since: Collection[int] = ()  # ids of parameters that only the first pass trained
         self._has_warned_of_missing = False
+        self._has_warned_of_written = False
         self.metrics = StepMetrics()
         self._is_measured = False  # whether these are of the present step
 
@@ -235,7 +236,7 @@ class TwoPass:
             result = compute_loss()
             loss = differentiate(result)
             self._note_leaves(loss)
-        variables.end(compute_loss)
+        self._end_first(variables, compute_loss)
 
         def again() -> Tensor:
             variables.set_to(number)
@@ -247,7 +248,7 @@ class TwoPass:
             try:
                 self.run_again(window, lambda is_last: self._exchange(is_needed=is_last))
             finally:
-                variables.put_back()
+                self._put_back(variables)
                 self._variables = WindowVariables()
         else:
             self.end_micro_batch()
@@ -282,7 +283,7 @@ class TwoPass:
                 reuse.check(loss, self._replay.state.rebound())
                 self._replay.state.leave_as_written(reuse.trunk_buffers)
                 loss.backward(inputs=moving, retain_graph=True)  # type: ignore[no-untyped-call]
-            variables.end(compute_loss)
+            self._end_first(variables, compute_loss)
             with cast(Any, self.perturbed(loss.detach(), start.random)) as handle:
                 if handle.is_needed:
                     variables.set_to(number)
@@ -294,7 +295,7 @@ class TwoPass:
                 loss.backward()  # type: ignore[no-untyped-call]
                 self._waiting = self._first_gradient()
         finally:
-            variables.put_back()
+            self._put_back(variables)
             self._is_reusing = False
             reuse.forget()
         return result
@@ -430,7 +431,7 @@ class TwoPass:
         old = GradientMarks(self._ascent.frozen_with_gradients())
         with torch.enable_grad(), self.first_pass():
             results.append(closure())
-        variables.end(closure)
+        self._end_first(variables, closure)
         check.verify()
         # A closure may thaw parameters at its start and freeze them at its end; it has cleared the gradients.
         self._frozen_since = {id(p) for p in self._ascent.frozen_with_gradients() if not old.is_known(p)}
@@ -449,7 +450,7 @@ class TwoPass:
                 with torch.enable_grad():
                     handle.loss = closure()
         finally:
-            variables.put_back()
+            self._put_back(variables)
         return handle.loss
 
     def perturbed(
@@ -670,6 +671,27 @@ class TwoPass:
         warn_user(
             "the second pass computed no gradients, so this step changes no weight. Call backward inside it: 'with "
             "optimizer.perturbed(): criterion(model(x), y).backward()', and clear no gradients after that before step()"
+        )
+
+    def _end_first(self, variables: WindowVariables, function: Callable[[], Any]) -> None:
+        """Look at a function after its first call; what it wrote into memory of gradients is not put back."""
+        variables.end(function)
+        if variables.written:
+            parameters = (*self._ascent.parameters(), *self._replay.state.parameters_with_gradients())
+            variables.leave_alone([p.grad for p in parameters if p.grad is not None])
+
+    def _put_back(self, variables: WindowVariables) -> None:
+        """Put back the variables of a loss function, and warn once where it wrote into a tensor outside itself."""
+        variables.put_back()
+        if self._has_warned_of_written or not variables.written:
+            return
+        self._has_warned_of_written = True
+        tensor, name = variables.written[0]
+        warn_user(
+            f"the loss function wrote in place into {'an attribute' if name is None else repr(name)}, a {tensor.dtype} "
+            f"tensor of shape {tuple(tensor.shape)} outside the models. It is as the first pass left it, but the "
+            "second pass began with that, too. If the function reads what was there before, as x.sub_(mean) does, "
+            "write x = x - mean instead; fill a queue after step()"
         )
 
     def _gradients_of_others(self) -> StashedGradients:

@@ -259,6 +259,97 @@ def test_a_list_that_a_function_appends_to_sees_both_passes():
     assert losses == [found.loss.item(), found.perturbed_loss.item()]
 
 
+QUEUES = {
+    "variable": (lambda held: held.queue, "'queue'"),
+    "list": (lambda held: [held.queue], r"'queue\[0\]'"),
+    "attribute": (lambda held: held, "an attribute"),
+}
+
+
+@pytest.mark.parametrize("form", ["backward", "closure", "window"])
+@pytest.mark.parametrize("kind", QUEUES)
+def test_a_tensor_that_a_function_writes_in_place_is_as_after_the_first_pass(kind, form):
+    model, held = Recurrent(), types.SimpleNamespace(queue=zeros())
+    make, name = QUEUES[kind]
+    queue = make(held)
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=LR), rho=RHO, model=model)
+
+    def compute(x):
+        loss, hidden = loss_and_hidden(model, x, zeros())
+        tensor = queue if kind == "variable" else queue[0] if kind == "list" else queue.queue
+        tensor.copy_(tensor.roll(1, 0) + hidden)
+        return loss
+
+    wanted = zeros()
+    with pytest.warns(UserWarning, match=f"wrote in place into {name}, a torch.float64 tensor of shape .6, 5") as said:
+        for step in range(STEPS):
+            numbers = [2 * step, 2 * step + 1] if form == "window" else [step]
+            for number in numbers:
+                wanted = wanted.roll(1, 0) + loss_and_hidden(model, batch(number), zeros())[1]
+            if form == "window":
+                optimizer.zero_grad()
+                optimizer.backward(functools.partial(compute, batch(numbers[0])), last=False)
+                optimizer.backward(functools.partial(compute, batch(numbers[1])))
+                optimizer.step()
+            else:
+                FORMS[form](optimizer, functools.partial(compute, batch(step)))
+            torch.testing.assert_close(held.queue, wanted, rtol=1e-12, atol=1e-14)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("form", ["backward", "closure"])
+@pytest.mark.parametrize("part", ["whole", "one gradient"])
+def test_gradients_in_memory_that_a_function_names_are_the_second_passs(part, form):
+    def train(optimizer, model, step):
+        flat = torch.zeros(sum(p.numel() for p in model.parameters()), dtype=DOUBLE)
+        for p, place in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+            p.grad = place.view_as(p)
+        named = flat if part == "whole" else model.head.weight.grad
+
+        def compute(x):
+            flat.zero_()  # in a closure it is the place for this
+            assert named.count_nonzero() == 0
+            return loss_and_hidden(model, x, zeros())[0]
+
+        for number in range(STEPS):
+            step(optimizer, functools.partial(compute, batch(number)))
+        return [p.detach() for p in model.parameters()]
+
+    def ours(optimizer, compute):
+        if form == "closure":
+
+            def closure():
+                loss = compute()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        else:
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.backward(compute)
+            optimizer.step()
+
+    def by_hand(optimizer, compute):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        second_gradient(parameters, lambda: (loss := compute()).backward() or loss, sam_epsilon, RHO)
+        optimizer.step()
+
+    model, twin = Recurrent(), Recurrent()
+    base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+    found = train(samopt.SAM(base, rho=RHO, model=model), model, ours)
+    wanted = train(torch.optim.SGD(twin.parameters(), lr=LR, momentum=0.9), twin, by_hand)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", ["backward", "closure"])
+def test_tensors_of_inference_mode_among_the_variables_are_no_obstacle(form):
+    model = Recurrent()
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=LR), rho=RHO, model=model)
+    with torch.inference_mode():
+        scale = torch.ones((), dtype=DOUBLE)
+    FORMS[form](optimizer, lambda: loss_and_hidden(model, batch(0), zeros())[0] * scale.item())
+
+
 @pytest.mark.parametrize("form", ["backward", "closure"])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 def test_the_state_is_the_first_passs_after_a_second_pass_that_fails(error, form):
