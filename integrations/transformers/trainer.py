@@ -106,7 +106,8 @@ class SAMTrainerMixin(_Base):
         Returns:
             The base.
         """
-        optimizer: Optimizer = super().create_optimizer(model)
+        # Many subclasses override it as create_optimizer(self), which is how the Trainer calls it.
+        optimizer: Optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         self._run = None if self.sam_arguments.sam == "none" else Run(self.sam_arguments, optimizer, self._run)
         return optimizer
 

@@ -139,3 +139,35 @@ def test_a_batch_that_training_step_leaves_out(accumulate, tmp_path):
             optimizer.step()
     for ours, theirs in zip(model.state_dict().values(), expected.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def by_layer(model: nn.Module) -> torch.optim.Optimizer:
+    """A learning rate for each layer."""
+    layers = [layer for layer in model.layers if list(layer.parameters())]
+    return torch.optim.SGD([{"params": layer.parameters(), "lr": 0.1 / (1 + n)} for n, layer in enumerate(layers)])
+
+
+class LayerWise(transformers.Trainer):
+    """Makes its optimizer in a method without arguments, as the Trainer calls it."""
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        self.optimizer = by_layer(self.model)
+        return self.optimizer
+
+
+class LayerWiseAfterOurs(SAMTrainerMixin, LayerWise):
+    pass
+
+
+@pytest.mark.parametrize("kind", [LayerWise, LayerWiseAfterOurs])
+def test_an_optimizer_that_a_subclass_makes_without_arguments(kind, tmp_path):
+    model, expected = hf.norms(), hf.norms()
+    is_instance = kind is LayerWise
+    options = {"arguments": transformers.TrainingArguments} if is_instance else {"sam_rho": 0.3}
+    trainer = hf.make_trainer(tmp_path, model, hf.points(), kind=kind, base=None, **options)
+    if is_instance:
+        make_sharpness_aware(trainer, sam="sam", sam_rho=0.3)
+    trainer.train()
+    hf.train_by_hand(expected, hf.batches_of(hf.points()), sam=functools.partial(samopt.SAM, rho=0.3), base=by_layer)
+    for ours, theirs in zip(model.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
