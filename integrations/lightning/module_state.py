@@ -28,5 +28,5 @@ def module_state(module: LightningModule) -> tuple[list[nn.Module], list[tuple[o
     registered = every_module([module])
     users = [each for each in registered if not type(each).__module__.startswith("torch.")]
     values = [value for each in users for name, value in vars(each).items() if name not in _LEFT_ALONE]
-    modules, objects = held_state(values, known=registered)
+    modules, objects = held_state(module, values, known=registered)
     return [module, *modules], objects

@@ -52,5 +52,5 @@ def own_state(trainer: Trainer) -> tuple[list[nn.Module], list[tuple[object, Col
         of attributes to leave alone.
     """
     values = [value for name, value in vars(trainer).items() if name not in _LEFT_ALONE]
-    modules, objects = held_state(values, known=(trainer, trainer.state, trainer.model))
+    modules, objects = held_state(trainer, values, known=(trainer, trainer.state, trainer.model))
     return modules, [(trainer, _LEFT_ALONE), (trainer.state, _LOGGED), *objects]
