@@ -17,6 +17,7 @@ from samopt._callers.user_warnings import warn_user
 from samopt._perturb.gradients import GradientMarks, StashedGradients, any_nonzero, dense_gradients, propagate_nonfinite
 from samopt._perturb.scratch_pool import ScratchPool
 from samopt._replay.call_watch import PassFollower
+from samopt._replay.outputs import describe
 from samopt._replay.random_state import RngState
 from samopt._replay.replay import Replay
 from samopt._step.ascent import Ascent
@@ -737,10 +738,12 @@ def _differentiable(result: Any) -> Tensor:
     """Return the loss in what a user's function returned, if it can be differentiated."""
     loss = loss_in(result)
     if loss is None:
+        found = type(result).__name__
+        if isinstance(result, tuple | list) and result:
+            found += f" that begins with {describe(result[0])}; put the loss first"
         raise TypeError(
             f"backward() needs a function that returns the loss, or a dict, tuple or output object that holds it; got "
-            f"{type(result).__name__}. Do not call backward inside: as in "
-            "optimizer.backward(lambda: criterion(model(x), y))"
+            f"{found}. Do not call backward inside: as in optimizer.backward(lambda: criterion(model(x), y))"
         )
     if not loss.requires_grad:
         raise RuntimeError(

@@ -313,6 +313,9 @@ def test_misuse_is_refused_and_leaves_everything_usable() -> None:
     with pytest.raises(TypeError, match="needs a function that returns the loss.*got NoneType. Do not call backward"):
         optimizer.backward(lambda: loss_of(model, batch(DOUBLE)).backward())
     optimizer.zero_grad()
+    x, y = batch(DOUBLE)
+    with pytest.raises(TypeError, match="got tuple that begins with a torch.float64 tensor of shape .*; put the loss"):
+        optimizer.backward(lambda: (logits := model(x), nn.functional.cross_entropy(logits, y)))
     with pytest.raises(RuntimeError, match="no graph"):
         optimizer.backward(lambda: loss_of(model, batch(DOUBLE)).detach())
     with pytest.raises(RuntimeError, match=r"after 1 call\(s\) of backward\(..., last=False\)"):
