@@ -14,7 +14,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,22 @@ from samopt._callers.user_warnings import warn_user
 from samopt._replay.class_state import ClassAttributes, generators_of_code, users_classes
 from samopt._replay.random_state import is_generator, put_back_later
 from samopt._replay.slots import slot_names
+from samopt._replay.tensor_values import (
+    PLAIN_TENSORS,
+    SMALL,
+    TensorCopy,
+    copies_of,
+    is_plain,
+    mark_of,
+    memory_of,
+    put_back_values,
+)
 from samopt.distributed import is_fully_sharded
 
 __all__ = ["ModuleState", "every_module", "sample"]
 
 _ALWAYS_IGNORED = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 _RATES = frozenset({"training", "p", "dropout", "momentum"})  # of torch's own modules; a forward may schedule them
-_SMALL = 4096  # elements; a copy of fewer is cheaper than to find out whether they changed
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _OBJECTS = 100  # objects inside one another; more of them are a data structure, and are left alone
 _LEARNING = 100  # first passes after which a large tensor that none of them wrote into is no longer copied beforehand
@@ -40,9 +49,13 @@ _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
 _CONTAINERS = (list, tuple, dict, set, deque)
 _DICTS = (dict, OrderedDict)
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 # In training, these write their running averages and do not read them.
-_AVERAGING = frozenset({nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm})
+_AVERAGING = frozenset(
+    {
+        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    }
+)
 # Of the standard library: values that do not change, references, and loggers, whose handlers count nothing of a pass.
 _CONSTANTS = frozenset(
     {"datetime", "decimal", "fractions", "ipaddress", "logging", "pathlib", "re", "typing", "uuid", "weakref"}
@@ -102,15 +115,16 @@ class ModuleState:
         self._classes: dict[type, ClassAttributes] = {}
         self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
         self._samples: list[tuple[Tensor, Tensor]] = []
+        self._moving: list[Tensor] = []
         self._moved: set[int] = set()  # ids of what the last second pass moved, and the next one will, most likely
         self._now: _Found | None = None
         self._bound: _Found | None = None
         self._at_start: _Found | None = None
         self._at_end: _Found | None = None
         self._to_later_start: Callable[[], None] | None = None
-        self._copies: list[_Copy] = []
+        self._copies: list[TensorCopy] = []
         self._rewinds = False
-        self._starts: dict[int, _Copy] = {}  # by id of the tensor, from before the first pass
+        self._starts: dict[int, TensorCopy] = {}  # by id of the tensor, from before the first pass
         self._marks_at_end: dict[int, tuple[int, int]] = {}
         self._written: set[int] = set()  # ids of large tensors that a first pass wrote into
         self._first_passes = 0
@@ -149,8 +163,8 @@ class ModuleState:
         self._known = {}
         self._samples = []
         for tensor in found.tensors:
-            if id(tensor) not in self._moved and tensor.numel() > _SMALL:  # others are copied in any case, or put back
-                self._known[id(tensor)] = (tensor, _mark(tensor))
+            if id(tensor) not in self._moved and tensor.numel() > SMALL:  # others are copied in any case, or put back
+                self._known[id(tensor)] = (tensor, mark_of(tensor))
                 self._samples.append((tensor, sample(tensor)))
         self._at_start = found
         self._at_end = self._to_later_start = None
@@ -173,12 +187,14 @@ class ModuleState:
         if self._at_start is not None:
             bind = self._look().changes_since(self._at_start)
             # Small tensors are copied again in any case: nothing tells of writes through ``.data``.
-            changed = [start for start in self._starts.values() if start.is_small or start.mark != _mark(start.tensor)]
-            later = _copies_of([start.tensor for start in changed])
+            changed = [
+                start for start in self._starts.values() if start.is_small or start.mark != mark_of(start.tensor)
+            ]
+            later = copies_of([start.tensor for start in changed])
 
             def change() -> None:
                 bind()
-                _put_back([each for each in later if id(each.tensor) not in self._moved])
+                self._put_back_beside_moved(later)
 
             self._to_later_start = change
 
@@ -191,7 +207,7 @@ class ModuleState:
     def end_micro_batch(self) -> None:
         """Note what names are bound to after a micro-batch of the first pass that another will follow."""
         self._at_end = self._look()
-        self._marks_at_end = {key: _mark(start.tensor) for key, start in self._starts.items()}
+        self._marks_at_end = {key: mark_of(start.tensor) for key, start in self._starts.items()}
 
     def changes_between(self) -> Callable[[], None]:
         """Return what binds names as code between two micro-batches did, since ``end_micro_batch``.
@@ -204,12 +220,12 @@ class ModuleState:
             return lambda: None
         bind = self._look().changes_since(before)
         marks = self._marks_at_end
-        tensors = [start.tensor for key, start in self._starts.items() if marks.get(key) != _mark(start.tensor)]
-        copies = _copies_of(tensors)
+        tensors = [start.tensor for key, start in self._starts.items() if marks.get(key) != mark_of(start.tensor)]
+        copies = copies_of(tensors)
 
         def repeat() -> None:
             bind()
-            _put_back([each for each in copies if id(each.tensor) not in self._moved])
+            self._put_back_beside_moved(copies)
 
         return repeat
 
@@ -249,14 +265,15 @@ class ModuleState:
             return
         self._bound, self._now = self._now or self._look(), None
         changed = self._silently_changed() if self._samples else set()
-        moved = self._moved = set(map(id, moving))
+        self._moving = list(moving)
+        moved = self._moved = set(map(id, self._moving))
         written, missing = list[Tensor](), list[Tensor]()
         for tensor in self._bound.tensors:
             if id(tensor) in moved:
                 continue
-            is_small, known = tensor.numel() <= _SMALL, self._known.get(id(tensor))
+            is_small, known = tensor.numel() <= SMALL, self._known.get(id(tensor))
             is_known = known is not None and known[0] is tensor
-            is_marked = known is not None and is_known and known[1] == _mark(tensor)
+            is_marked = known is not None and is_known and known[1] == mark_of(tensor)
             if is_marked and not is_small and id(tensor) not in changed:
                 continue
             written.append(tensor)
@@ -264,7 +281,7 @@ class ModuleState:
                 self._written.add(id(tensor))
                 if id(tensor) not in self._starts:
                     missing.append(tensor)
-        self._copies += _copies_of(written)
+        self._copies += copies_of(written)
         if self._at_start is not None:
             self._at_start.bind()
             self._at_start = None
@@ -272,7 +289,7 @@ class ModuleState:
             starts = [start for key, start in self._starts.items() if key not in moved]
             # A large one that is not copied has not changed; one that is in no name any more is bound again.
             bound = set(map(id, self._bound.tensors))
-            _put_back([start for start in starts if id(start.tensor) in copied or id(start.tensor) not in bound])
+            put_back_values([start for start in starts if id(start.tensor) in copied or id(start.tensor) not in bound])
         self._starts = {}
         if missing:
             _warn_of_missing_starts(missing)
@@ -284,14 +301,14 @@ class ModuleState:
         self.rewind()
         self._bound, self._at_start, self._at_end, self._copies = None, None, None, []
         self._to_later_start = None
-        self._known, self._samples = {}, []
+        self._known, self._samples, self._moving = {}, [], []
 
     def rewind(self) -> None:
         """Put everything back, and keep the copies to do so again; does nothing without ``save``."""
         if self._bound is None:
             return
         self._bound.bind(registries=True)
-        _put_back(self._copies)
+        put_back_values(self._copies)
 
     def between(self) -> Callable[[], None]:
         """Return what puts everything back as it is now; call it after ``save``, before one of several repetitions."""
@@ -299,25 +316,31 @@ class ModuleState:
 
         def put_back() -> None:
             now.bind(registries=True)
-            _put_back(self._copies)
+            put_back_values(self._copies)
 
         return put_back
+
+    def _put_back_beside_moved(self, copies: list[TensorCopy]) -> None:
+        """Put tensors back while weights are moved: not into the memory of these, which may have another name."""
+        if copies:
+            taken = {memory_of(tensor) for tensor in self._moving}
+            put_back_values([copy for copy in copies if memory_of(copy.tensor) not in taken])
 
     def _copy_beforehand(self, found: _Found) -> None:
         """Copy what the first pass may write into, as far as that is known or affordable."""
         self._first_passes += 1
         needless = self._moved | found.unread
-        tensors = [each for each in found.tensors if id(each) not in needless and _is_plain(each)]
-        chosen = [each for each in tensors if each.numel() <= _SMALL or id(each) in self._written]
+        tensors = [each for each in found.tensors if id(each) not in needless and is_plain(each)]
+        chosen = [each for each in tensors if each.numel() <= SMALL or id(each) in self._written]
         if self._first_passes <= _LEARNING:
             affordable = _SPARE + 2 * sum(each.numel() for each in found.tensors if each.requires_grad)
             left_out = self._written | self._parameters_at_rest()
-            large = [each for each in tensors if each.numel() > _SMALL and not each.requires_grad]
+            large = [each for each in tensors if each.numel() > SMALL and not each.requires_grad]
             for tensor in sorted([each for each in large if id(each) not in left_out], key=Tensor.numel):
                 affordable -= tensor.numel()
                 if affordable >= 0:
                     chosen.append(tensor)
-        self._starts = {id(copy.tensor): copy for copy in _copies_of(chosen)}
+        self._starts = {id(copy.tensor): copy for copy in copies_of(chosen)}
 
     def _parameters_at_rest(self) -> set[int]:
         """Return the parameters of modules in eval mode: a frozen teacher, not a momentum encoder."""
@@ -340,7 +363,7 @@ class ModuleState:
             if isinstance(value, Tensor):
                 if id(value) in seen or not value.is_leaf:
                     continue
-                is_usual = type(value) in _PLAIN_TENSORS and not value.is_meta and not value.is_inference()
+                is_usual = type(value) in PLAIN_TENSORS and not value.is_meta and not value.is_inference()
                 # The short way is for most tensors of most models: this runs for each of them, twice a step.
                 if (is_usual and value.layout is torch.strided and value.is_contiguous()) or not _cannot_change(value):
                     seen.add(id(value))
@@ -413,7 +436,7 @@ class ModuleState:
         """Return the large tensors that were written into without a trace in their version counters."""
         changed = set()
         for tensor, before in self._samples:
-            if self._known[id(tensor)][1] == _mark(tensor) and not torch.equal(before, sample(tensor)):
+            if self._known[id(tensor)][1] == mark_of(tensor) and not torch.equal(before, sample(tensor)):
                 changed.add(id(tensor))
         return changed
 
@@ -490,69 +513,6 @@ class _Found:
                 put_back()
 
         return repeat
-
-
-class _Copy(NamedTuple):
-    """A tensor as it was at one time.
-
-    Attributes:
-        tensor: The tensor.
-        memory: What gave it its memory.
-        values: Its values, in memory of their own.
-        version: Its version counter.
-    """
-
-    tensor: Tensor
-    memory: Tensor
-    values: Tensor
-    version: int
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it is copied without being asked whether it changed."""
-        return self.values.numel() <= _SMALL
-
-    @property
-    def mark(self) -> tuple[int, int]:
-        """What ``_mark`` said of the tensor when it was copied; for a plain tensor."""
-        return self.memory.data_ptr(), self.version
-
-    def place(self) -> Tensor:
-        """Give the tensor its former memory, also if a forward replaced it; return where its values go."""
-        tensor, memory, values = self.tensor, self.memory, self.values
-        if (
-            tensor.shape == values.shape
-            and tensor.dtype is values.dtype
-            and (type(tensor) not in _PLAIN_TENSORS or tensor.data_ptr() == memory.data_ptr())
-        ):
-            # Where nothing has counted as a write, this does not either: a graph that needs the values stays usable.
-            return tensor.data if tensor._version == self.version else tensor
-        tensor.data = memory
-        return memory
-
-
-def _copies_of(tensors: Iterable[Tensor]) -> list[_Copy]:
-    """Copy tensors."""
-    with torch.no_grad():
-        return [_Copy(tensor, tensor.data, tensor.clone(), tensor._version) for tensor in tensors]
-
-
-def _put_back(copies: Iterable[_Copy]) -> None:
-    """Give every tensor that was copied its memory and values back."""
-    with torch.no_grad():
-        places, values = [], []
-        for copy in copies:
-            if copy.tensor.is_nested:
-                copy.tensor.copy_(copy.values)
-            elif copy.tensor.is_conj() or copy.tensor.is_neg():  # which the function for many tensors refuses
-                copy.place().copy_(copy.values)
-            elif copy.tensor.layout is torch.strided:
-                places.append(copy.place())
-                values.append(copy.values)
-            else:
-                copy.tensor.data = copy.values.clone()
-        if places:
-            torch._foreach_copy_(places, values)
 
 
 def _warn_of_missing_starts(tensors: Sequence[Tensor]) -> None:
@@ -716,17 +676,6 @@ def every_module(models: Iterable[nn.Module]) -> dict[nn.Module, None]:
             found[module] = None
             pending.extend(module._modules.values())
     return found
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor can be copied, and put back, by its memory."""
-    return type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided and not tensor.is_nested
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Return what changes when a tensor is written into, or gets other memory."""
-    plain = tensor.layout is torch.strided and type(tensor) in _PLAIN_TENSORS
-    return (tensor.data_ptr() if plain else 0, tensor._version)
 
 
 def sample(tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Replay:
         self._accelerators = accelerators
         self.state = ModuleState(models)
         self._has_begun = False  # whether the start of the first pass was told by ``begin_first``
+        self._is_told = False  # whether that pass is running, so that clearing the gradients is a part of it
         self._calls = ForwardCalls(self._at_first_call, self._at_first_trained, self.state.bind_later_start)
         self._others = tuple(followers)
         self._followers: tuple[PassFollower, ...] = (self._calls, *self._others)
@@ -70,6 +72,18 @@ class Replay:
         self._begin()
         self._has_begun = True
         return self.capture(generators)
+
+    @contextmanager
+    def told_first_pass(self) -> Generator[None]:
+        """Let the first pass that ``begin_first`` began clear the gradients itself, as a closure does."""
+        self._is_told = True
+        try:
+            yield
+        except BaseException:
+            self._has_begun = False
+            raise
+        finally:
+            self._is_told = False
 
     def capture(self, generators: Iterable[Any] = ()) -> RngState:
         """Return the present random state of the streams this model may use.
@@ -146,7 +160,7 @@ class Replay:
 
     def gradients_cleared(self) -> None:
         """Note that gradients were cleared: a forward call from now on starts a new first pass."""
-        if not self._calls.replaying:
+        if not (self._calls.replaying or self._is_told):
             self._has_begun = False
         for follower in self._followers:
             follower.gradients_cleared()

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from samopt._replay.code_variables import ABSENT, enclosing_variables, global_names
 from samopt._replay.random_state import is_generator
 from samopt._replay.slots import slot_names
+from samopt._replay.tensor_values import memory_of
 
 __all__ = ["OuterVariables", "WindowVariables"]
 
@@ -179,8 +180,8 @@ class WindowVariables:
         Args:
             tensors: Their memory is anywhere in that of a variable.
         """
-        memory = {_memory(tensor) for tensor in tensors}
-        self._written = {key: each for key, each in self._written.items() if _memory(each[0]) not in memory}
+        memory = {memory_of(tensor) for tensor in tensors}
+        self._written = {key: each for key, each in self._written.items() if memory_of(each[0]) not in memory}
 
     def set_to(self, number: int) -> None:
         """Bind what the loop changed as it was before a micro-batch, and once what the functions changed.
@@ -208,11 +209,6 @@ class WindowVariables:
                     tensor.data = values
                 else:
                     tensor.copy_(values)
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return what tells the memory of a tensor, with that of its views."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def _walk(function: Any, look: OuterVariables) -> None:

@@ -430,7 +430,7 @@ class TwoPass:
         start = self._replay.begin_first(variables.at_start.generators, variables.at_start.modules)
         check = ClearingCheck(self._ascent.parameters())
         old = GradientMarks(self._ascent.frozen_with_gradients())
-        with torch.enable_grad(), self.first_pass():
+        with torch.enable_grad(), self.first_pass(), self._replay.told_first_pass():
             results.append(closure())
         self._end_first(variables, closure)
         check.verify()

@@ -259,6 +259,39 @@ def test_a_list_that_a_function_appends_to_sees_both_passes():
     assert losses == [found.loss.item(), found.perturbed_loss.item()]
 
 
+def test_a_closure_may_change_the_model_after_it_has_cleared_the_gradients():
+    class Cooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.temperature = nn.Linear(4, 3, dtype=DOUBLE), 1.0
+
+        def forward(self, x):
+            return self.layer(x) / self.temperature
+
+    def loss_of(model):
+        model.temperature *= 0.5
+        return nn.functional.cross_entropy(model(batch(0)), torch.arange(6) % 3)
+
+    model, twin = Cooling(), Cooling()
+    optimizer = samopt.SAM(torch.optim.SGD(model.parameters(), lr=LR), rho=RHO, model=model)
+    base = torch.optim.SGD(twin.parameters(), lr=LR)
+    for step in range(STEPS):
+        FORMS["closure"](optimizer, lambda: loss_of(model))
+
+        def one_pass(step=step):
+            twin.temperature = 0.5**step
+            loss = loss_of(twin)
+            loss.backward()
+            return loss
+
+        second_gradient(list(twin.parameters()), one_pass, sam_epsilon, RHO)
+        base.step()
+        assert model.temperature == twin.temperature
+        for found, wanted in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+
+
 QUEUES = {
     "variable": (lambda held: held.queue, "'queue'"),
     "list": (lambda held: [held.queue], r"'queue\[0\]'"),
