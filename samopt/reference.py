@@ -246,7 +246,7 @@ def looksam(
     memory: dict[str, Any],
     rho: float = 0.1,
     every: int = 5,
-    alpha: float = 0.7,
+    alpha: float = 0.1,
 ) -> Tensor:
     """LookSAM (Liu et al. 2022, algorithm 1): a second pass every k steps, its orthogonal part in the others.
 

@@ -25,7 +25,7 @@ METHODS = {
         *(SHORT[name] for name in ("sam", "asam", "momentum-ahead", "sam-last-half", "le-sam")),
         *(SHORT[name] for name in ("looksam", "looksam-layers", "looksam-layers-little")),
         Method("looksam-warm", "LookSAM, norms over all weights, the radius rising in the first tenth", "looksam",
-               _LOOK, options={"per_tensor": False}, schedule={"rho_warmup": 0.1}),
+               _LOOK, options={"alpha": 0.7, "per_tensor": False}, schedule={"rho_warmup": 0.1}),
         Method("looksam-little", "LookSAM, alpha 0.1, norms over all weights", "looksam", _LOOK,
                options={"alpha": 0.1, "per_tensor": False}),
     )

@@ -170,7 +170,7 @@ class ReusedComponent(Combination):
 
     Args:
         every: Steps from one second pass to the next, >= 1.
-        alpha: Weight of the reused component, >= 0.
+        alpha: Weight of the reused component, >= 0. The paper's is 0.7; see ``samopt.LookSAM``.
         per_tensor: Whether norms and inner products are those of each tensor, as in the layer-wise form and in the
             common implementations; otherwise those over all parameters.
 
@@ -178,7 +178,7 @@ class ReusedComponent(Combination):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, every: int = 5, alpha: float = 0.7, per_tensor: bool = True) -> None:
+    def __init__(self, every: int = 5, alpha: float = 0.1, per_tensor: bool = True) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         check_nonnegative("alpha", alpha)

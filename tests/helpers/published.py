@@ -211,11 +211,11 @@ def _budgeted(params, base_optimizer=None, *, rho=0.05, **options):
 
 
 def _look(params, base_optimizer=None, **options):
-    return samopt.LookSAM(params, base_optimizer, every=3, **options)
+    return samopt.LookSAM(params, base_optimizer, every=3, alpha=0.7, **options)
 
 
 def _look_as_a_whole(params, base_optimizer=None, **options):
-    return samopt.LookSAM(params, base_optimizer, every=3, per_tensor=False, **options)
+    return samopt.LookSAM(params, base_optimizer, every=3, alpha=0.7, per_tensor=False, **options)
 
 
 def _weighted(params, base_optimizer=None, **options):
