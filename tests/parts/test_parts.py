@@ -306,7 +306,7 @@ def test_a_first_pass_of_its_own_comes_every_k_steps_and_may_be_on_part_of_the_b
     model, reference = mlp(DOUBLE), mlp(DOUBLE)
     optimizer = samopt.SAM(BASES["sgd-momentum"](model.parameters()), rho=0.1, direction=ReusedGradient(every=2))
     stock = BASES["sgd-momentum"](reference.parameters())
-    ascents = 0
+    ascents: list[int] = []
 
     def part_of(data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return data[0][:4], data[1][:4]
@@ -316,9 +316,8 @@ def test_a_first_pass_of_its_own_comes_every_k_steps_and_may_be_on_part_of_the_b
         full = closure_of(optimizer, model, data)
         part = closure_of(optimizer, model, part_of(data))
 
-        def counted(part=part) -> Tensor:
-            nonlocal ascents
-            ascents += 1
+        def counted(part=part, step=step) -> Tensor:
+            ascents.append(step)
             return part()
 
         loss = optimizer.step(full, counted)
@@ -336,7 +335,7 @@ def test_a_first_pass_of_its_own_comes_every_k_steps_and_may_be_on_part_of_the_b
                 p.copy_(value)
         stock.step()
         torch.testing.assert_close(loss, expected, **TOLERANCE[DOUBLE])
-    assert ascents == 3
+    assert ascents == [0, 2, 4]
     assert_equal(model, reference)
 
 
