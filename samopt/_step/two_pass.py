@@ -41,6 +41,11 @@ THREE_WAYS = (
     "the loss"
 )
 
+_IN_TRAINERS = (
+    "In a Hugging Face Trainer, use SAMTrainer or make_sharpness_aware, with the inner optimizer; in a loop around "
+    "accelerate, SharpnessAwareBackward (both in samopt.integrations)"
+)
+
 _FROZEN = (
     "{} parameters had gradients but requires_grad=False when the second pass began, so they were not perturbed, and "
     "the loss trains them in each pass: it thaws them at its start and freezes them at its end. Freeze them after "
@@ -164,7 +169,9 @@ class TwoPass:
             )
         elif self._ascent.may_move():
             if any_nonzero(self._ascent.base.param_groups):
-                raise RuntimeError(f"step() found gradients but no perturbed pass since the last step. {THREE_WAYS}")
+                raise RuntimeError(
+                    f"step() found gradients but no perturbed pass since the last step. {THREE_WAYS}. {_IN_TRAINERS}"
+                )
         else:
             self._complete()
         if not self._is_measured:  # a plain loop's step: nothing of an earlier one belongs to it

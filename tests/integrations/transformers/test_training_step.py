@@ -171,3 +171,20 @@ def test_an_optimizer_that_a_subclass_makes_without_arguments(kind, tmp_path):
     hf.train_by_hand(expected, hf.batches_of(hf.points()), sam=functools.partial(samopt.SAM, rho=0.3), base=by_layer)
     for ours, theirs in zip(model.state_dict().values(), expected.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_plain_trainer_with_a_sharpness_aware_optimizer_is_told_what_to_use(tmp_path):
+    model = hf.norms()
+    trainer = hf.make_trainer(
+        tmp_path,
+        model,
+        hf.points(),
+        kind=transformers.Trainer,
+        arguments=transformers.TrainingArguments,
+        base=lambda model: samopt.SAM(hf.momentum_sgd(model), rho=0.3, model=model),
+    )
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="no perturbed pass.*use SAMTrainer or make_sharpness_aware"):
+        trainer.train()
+    for ours, theirs in zip(model.parameters(), before, strict=True):
+        assert torch.equal(ours, theirs)
