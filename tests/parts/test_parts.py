@@ -215,7 +215,7 @@ def test_a_group_that_does_not_move_takes_part_in_the_combination(preset) -> Non
 
 def test_a_step_between_two_ascents_can_leave_out_the_second_pass_altogether() -> None:
     model, reference = mlp(DOUBLE), mlp(DOUBLE)
-    optimizer = samopt.LookSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, every=3)
+    optimizer = samopt.LookSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, every=3, alpha=0.7)
     base = torch.optim.SGD([{"params": list(reference.parameters()), "rho": 0.1}], lr=0.1)
     loop = LookLoop()
     for step in range(5):

@@ -23,7 +23,8 @@ def build(region: str) -> tuple[nn.Module, samopt.TRAM]:
 @pytest.mark.parametrize("region", ["previous", "input_noise"])
 def test_interrupt_at_every_line(region: str) -> None:
     model, optimizer = build(region)
-    optimizer.step(closure_of(optimizer, model, batch()))
+    for _ in range(101):  # of these, the first hundred copy more before their first passes: other lines would run
+        optimizer.step(closure_of(optimizer, model, batch()))
     start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
 
     def go_back() -> None:
@@ -54,7 +55,7 @@ def test_interrupt_at_every_line(region: str) -> None:
             assert module._parameters == parameters and module.training, where
             assert module._buffers.keys() == buffers.keys(), where
             assert all(module._buffers[name] is buffer for name, buffer in buffers.items()), where
-        assert model[1].num_batches_tracked <= 2, where
+        assert model[1].num_batches_tracked <= 102, where
         assert torch.is_autocast_cache_enabled(), where
         # An outermost autocast context drops its copies of the weights only where it finds depth 1.
         assert (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()) == (1, 0), where
