@@ -252,6 +252,8 @@ class ModuleState:
 
     def parameters_with_gradients(self) -> list[Tensor]:
         """Return the parameters of the models that have a gradient; ``save`` uses the same look."""
+        if self.is_empty:
+            return []
         self._now = self._look()
         return [tensor for tensor in self._now.tensors if tensor.grad is not None]
 
@@ -285,11 +287,14 @@ class ModuleState:
         if self._at_start is not None:
             self._at_start.bind()
             self._at_start = None
-            copied = {id(each.tensor) for each in self._copies}
-            starts = [start for key, start in self._starts.items() if key not in moved]
-            # A large one that is not copied has not changed; one that is in no name any more is bound again.
-            bound = set(map(id, self._bound.tensors))
-            put_back_values([start for start in starts if id(start.tensor) in copied or id(start.tensor) not in bound])
+            if self._starts:
+                copied = {id(each.tensor) for each in self._copies}
+                starts = [start for key, start in self._starts.items() if key not in moved]
+                # A large one that is not copied has not changed; one that is in no name any more is bound again.
+                bound = set(map(id, self._bound.tensors))
+                put_back_values(
+                    [start for start in starts if id(start.tensor) in copied or id(start.tensor) not in bound]
+                )
         self._starts = {}
         if missing:
             _warn_of_missing_starts(missing)
@@ -340,7 +345,7 @@ class ModuleState:
                 affordable -= tensor.numel()
                 if affordable >= 0:
                     chosen.append(tensor)
-        self._starts = {id(copy.tensor): copy for copy in copies_of(chosen)}
+        self._starts = {id(copy.tensor): copy for copy in copies_of(chosen)} if chosen else {}
 
     def _parameters_at_rest(self) -> set[int]:
         """Return the parameters of modules in eval mode: a frozen teacher, not a momentum encoder."""

@@ -8,7 +8,7 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -281,23 +281,24 @@ def leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return found + [node.variable for node in graph_nodes(tensors) if type(node).__name__ == "AccumulateGrad"]
 
 
-def graph_nodes(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> Iterator[Any]:
-    """Yield every node of the graphs of some tensors, once.
+def graph_nodes(tensors: Iterable[Tensor], stops: Collection[Any] = ()) -> list[Any]:
+    """Return every node of the graphs of some tensors, once.
 
     Args:
         tensors: Tensors, with their graphs.
-        stops: Nodes that are neither yielded nor passed.
+        stops: Nodes that are neither returned nor passed.
     """
     seen: set[Any] = {None, *stops}
-    pending: list[Any] = list({tensor.grad_fn for tensor in tensors} - seen)
+    nodes, pending = list[Any](), list[Any]({tensor.grad_fn for tensor in tensors} - seen)
     seen.update(pending)
-    while pending:
+    while pending:  # each step walks the graph, so this loop is kept short
         node = pending.pop()
-        yield node
-        for after, _ in node.next_functions:  # each step walks the graph: this loop is kept short
+        nodes.append(node)
+        for after, _ in node.next_functions:
             if after not in seen:
                 seen.add(after)
                 pending.append(after)
+    return nodes
 
 
 def _refuse(reason: str) -> NoReturn:
