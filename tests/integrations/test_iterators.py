@@ -108,8 +108,14 @@ HOLDERS = {
 }
 
 
-@pytest.mark.parametrize("holder", HOLDERS)
-@pytest.mark.parametrize("framework", ["Lightning", "Trainer"])
+@pytest.mark.parametrize(
+    ("framework", "holder"),
+    [
+        *(("Lightning", holder) for holder in HOLDERS),
+        ("Trainer", "a list"),
+        *(pytest.param("Trainer", holder, marks=pytest.mark.slow) for holder in HOLDERS if holder != "a list"),
+    ],
+)
 def test_an_iterator_is_named_once_wherever_it_is_held(framework, holder, tmp_path):
     make, place = HOLDERS[holder]
     if framework == "Lightning":

@@ -59,7 +59,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_loss_that_training_step_adds_belongs_to_both_passes(kind, accumulate, tmp_path):
     model, expected = hf.norms(), hf.norms()
