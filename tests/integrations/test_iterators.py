@@ -112,8 +112,8 @@ HOLDERS = {
     ("framework", "holder"),
     [
         *(("Lightning", holder) for holder in HOLDERS),
-        ("Trainer", "a list"),
-        *(pytest.param("Trainer", holder, marks=pytest.mark.slow) for holder in HOLDERS if holder != "a list"),
+        ("Trainer", "in an object"),
+        *(pytest.param("Trainer", holder, marks=pytest.mark.slow) for holder in HOLDERS if holder != "in an object"),
     ],
 )
 def test_an_iterator_is_named_once_wherever_it_is_held(framework, holder, tmp_path):
