@@ -43,7 +43,7 @@ _RATES = frozenset({"training", "p", "dropout", "momentum"})  # of torch's own m
 _LARGE = 10_000  # elements of a list; a longer one holds data, and its elements are not looked at
 _OBJECTS = 100  # objects inside one another; more of them are a data structure, and are left alone
 _LEARNING = 100  # first passes after which a large tensor that none of them wrote into is no longer copied beforehand
-_SPARE = 2**24  # elements of frozen tensors that are copied beforehand, whatever the trained ones have
+_SPARE = 2**24  # elements of large frozen tensors that may be copied beforehand, however few are trained
 _SAMPLES = 64  # entries that are compared of a larger tensor whose version counter did not move
 _VALUES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.")
@@ -113,7 +113,7 @@ class ModuleState:
         self._ignored = _ALWAYS_IGNORED.union(ignored)
         self._ignored_of: dict[type, frozenset[str]] = {}
         self._classes: dict[type, ClassAttributes] = {}
-        self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}
+        self._known: dict[int, tuple[Tensor, tuple[int, int]]] = {}  # by id; it holds the tensors, so an id is theirs
         self._samples: list[tuple[Tensor, Tensor]] = []
         self._moving: list[Tensor] = []
         self._moved: set[int] = set()  # ids of what the last second pass moved, and the next one will, most likely
@@ -177,7 +177,7 @@ class ModuleState:
         """Have the second pass begin with what the first one writes into some tensors.
 
         Args:
-            tensors: The tensors.
+            tensors: Those of a part that the second pass does not run again.
         """
         for tensor in tensors:
             self._starts.pop(id(tensor), None)
@@ -274,12 +274,10 @@ class ModuleState:
             if id(tensor) in moved:
                 continue
             is_small, known = tensor.numel() <= SMALL, self._known.get(id(tensor))
-            is_known = known is not None and known[0] is tensor
-            is_marked = known is not None and is_known and known[1] == mark_of(tensor)
-            if is_marked and not is_small and id(tensor) not in changed:
+            if known is not None and known[1] == mark_of(tensor) and not is_small and id(tensor) not in changed:
                 continue
             written.append(tensor)
-            if self._rewinds and is_known and not is_small:
+            if self._rewinds and known is not None and not is_small:
                 self._written.add(id(tensor))
                 if id(tensor) not in self._starts:
                     missing.append(tensor)
@@ -349,8 +347,11 @@ class ModuleState:
 
     def _parameters_at_rest(self) -> set[int]:
         """Return the parameters of modules in eval mode: a frozen teacher, not a momentum encoder."""
-        modules = every_module([*self._models, *self._more_models, *self._reached])
-        return {id(each) for module in modules if not module.training for each in module._parameters.values()}
+        return {id(each) for module in self._modules() if not module.training for each in module._parameters.values()}
+
+    def _modules(self) -> dict[nn.Module, None]:
+        """Return every module that is looked after, once."""
+        return every_module([*self._models, *self._more_models, *self._reached])
 
     def _look(self) -> _Found:
         """Return what is bound now, in one walk."""
@@ -359,7 +360,7 @@ class ModuleState:
         pending: list[Any] = []
         for each, left_alone in self._others:
             _note_attributes(vars(each), self._ignored | left_alone, found, pending)
-        modules = every_module([*self._models, *self._more_models, *self._reached])
+        modules = self._modules()
         self._look_at_modules(modules, found, pending)
         while pending:
             value = pending.pop()

@@ -27,7 +27,7 @@ class TensorCopy(NamedTuple):
     """A tensor as it was at one time.
 
     Attributes:
-        tensor: The tensor.
+        tensor: What was copied.
         memory: What gave it its memory.
         values: Its values, in memory of their own.
         version: Its version counter.
@@ -66,7 +66,7 @@ def copies_of(tensors: Iterable[Tensor]) -> list[TensorCopy]:
     """Return copies of tensors.
 
     Args:
-        tensors: Each once.
+        tensors: What to copy, each once.
     """
     with torch.no_grad():
         return [TensorCopy(tensor, tensor.data, tensor.clone(), tensor._version) for tensor in tensors]
@@ -76,7 +76,7 @@ def put_back_values(copies: Iterable[TensorCopy]) -> None:
     """Give every tensor that was copied its memory and values back.
 
     Args:
-        copies: Of the tensors.
+        copies: What ``copies_of`` returned.
     """
     with torch.no_grad():
         places, values = [], []
